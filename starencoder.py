@@ -1,0 +1,489 @@
+"""StarEncoder, whole: a BERT encoder for code, its pretraining heads, and the way in and out of Hugging Face's file layout.
+
+    h_0      = dropout(LN(word[token] + position[place in its sequence] + type[0]))
+    a        = h W_qkv -> attention -> W_o;   h  <- LN(dropout(a) + h)            post-LayerNorm: the sum is normalized, not the branch
+    f        = GELU(h W_up) W_down;           h  <- LN(dropout(f) + h)
+    MLM      = LN(GELU(h W_t)) E^T + b        E: the word embeddings again (tied)
+    NSP      = tanh(h[<cls>] W_p) W_n         label 1: B follows A; 0: B is from another document
+
+The published model has 12 layers, hidden 768, 12 heads, intermediate 3072, 1,024 positions, a vocabulary of 49,156: 124.8 M parameters.
+
+There is no padding. The sequences of a micro-batch stand end to end, and `cu_seqlens` says where each begins. Letters in shapes:
+B sequences, T tokens in the micro-batch, H hidden, N heads, D = H / N, V vocabulary, M masked positions, C classes.
+
+References: Devlin et al., BERT, 2018; Li et al., StarCoder: may the source be with you!, 2023, section 4 (StarEncoder); the model card
+of bigcode/starencoder. Left out: decoding, cross attention, relative positions, second segment embeddings (the original never uses them).
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+
+
+@dataclass
+class StarEncoderConfig:
+    """The shape of the model, under the field names of Hugging Face's BertConfig; the defaults are StarEncoder's."""
+
+    vocab_size: int = 49156
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"  # the exact one, with erf; no other
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    max_position_embeddings: int = 1024
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 49152
+    tie_word_embeddings: bool = True
+    id2label: dict | None = None  # the classes of a token-classification head; None: two of them, as in transformers
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                     "max_position_embeddings", "type_vocab_size"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
+        if self.hidden_act != "gelu":
+            raise ValueError(f'hidden_act must be "gelu", got "{self.hidden_act}"')
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def num_labels(self):
+        """Number of classes of a token-classification head."""
+        return 2 if self.id2label is None else len(self.id2label)
+
+    def save(self, directory, architecture):
+        """Writes config.json as transformers reads it; `architecture` is the name of the Bert* class to load it with."""
+        entries = {"model_type": "bert", "architectures": [architecture]} | {k: v for k, v in asdict(self).items() if v is not None}
+        if self.id2label is not None:
+            entries["label2id"] = {label: int(i) for i, label in self.id2label.items()}
+        with open(os.path.join(directory, "config.json"), "w") as f:
+            json.dump(entries, f, indent=2)
+
+    @classmethod
+    def load(cls, directory):
+        """Reads config.json of a Bert model; raises ValueError for what this encoder cannot compute."""
+        path = os.path.join(directory, "config.json")
+        with open(path) as f:
+            entries = json.load(f)
+        if entries.get("model_type", "bert") != "bert" or entries.get("is_decoder"):
+            raise ValueError(f"{path}: not a Bert encoder (model_type {entries.get('model_type')})")
+        if entries.get("position_embedding_type", "absolute") != "absolute":
+            raise ValueError(f"{path}: position_embedding_type must be absolute, got {entries['position_embedding_type']}")
+        defaults = {"max_position_embeddings": 512, "vocab_size": 30522, "pad_token_id": 0}  # where BertConfig's are not StarEncoder's
+        if entries.get("id2label"):
+            entries["id2label"] = {int(i): label for i, label in entries["id2label"].items()}
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in (defaults | entries).items() if k in known})
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------------
+
+# Names here -> names in the files of transformers' Bert*. Queries, keys and values are one matrix here and three there.
+BERT_NAMES = {
+    "layers.": "encoder.layer.",
+    "attention_output.": "attention.output.dense.",
+    "attention_norm.": "attention.output.LayerNorm.",
+    "feed_forward_up.": "intermediate.dense.",
+    "feed_forward_down.": "output.dense.",
+    "feed_forward_norm.": "output.LayerNorm.",
+    "embeddings_norm.": "embeddings.LayerNorm.",
+    "word_embeddings.": "embeddings.word_embeddings.",
+    "position_embeddings.": "embeddings.position_embeddings.",
+    "token_type_embeddings.": "embeddings.token_type_embeddings.",
+    "pooler.": "pooler.dense.",
+    "mlm_transform.": "cls.predictions.transform.dense.",
+    "mlm_norm.": "cls.predictions.transform.LayerNorm.",
+    "mlm_bias": "cls.predictions.bias",
+    "mlm_decoder.": "cls.predictions.decoder.",
+    "nsp.": "cls.seq_relationship.",
+}
+QKV = ("attention.self.query.", "attention.self.key.", "attention.self.value.")
+
+
+def _bert_names(name):
+    """The name(s) in a Bert file of the parameter `name` of a model here: three for a fused qkv, one otherwise."""
+    for ours, theirs in BERT_NAMES.items():
+        name = ("." + name).replace("." + ours, "." + theirs, 1)[1:]
+    return [name.replace("qkv.", part) for part in QKV] if "qkv." in name else [name]
+
+
+class _Bert(nn.Module):
+    """What the three models share: initialization, and files in the layout of transformers."""
+
+    architecture = None  # the class of transformers that reads and writes the same files
+
+    def _initialize(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors into `directory`, as `architecture`.save_pretrained of transformers does."""
+        from safetensors.torch import save_file
+
+        os.makedirs(directory, exist_ok=True)
+        weights = {}
+        for name, parameter in self.named_parameters():  # a tied decoder is counted, and written, once
+            names = _bert_names(name)
+            weights |= {n: part.detach().cpu().contiguous() for n, part in zip(names, parameter.chunk(len(names)))}
+        if "cls.predictions.decoder.weight" in weights:  # untied; transformers then reads the decoder's bias by this name
+            weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
+        self.config.save(directory, self.architecture)
+        path = os.path.join(directory, "model.safetensors")
+        save_file(weights, path + ".tmp", metadata={"format": "pt"})
+        os.replace(path + ".tmp", path)  # whoever reads sees the old weights or the new ones, never half
+
+    @classmethod
+    def from_pretrained(cls, directory, **overrides):
+        """Reads any Bert directory of transformers (model.safetensors or pytorch_model.bin); a name that is no directory is fetched
+        from the Hugging Face hub. `overrides` replace fields of its config (the classes of a new head: `id2label={0: "O", ...}`).
+        A classification head or pooler that the files lack starts from new weights, and that is said.
+
+        Raises ValueError where files and config do not fit together, FileNotFoundError where they are missing.
+        """
+        if not os.path.isdir(directory):
+            directory = _download(directory)
+        config = replace(StarEncoderConfig.load(directory), **overrides)
+        weights = _read_weights(directory)
+        if not any(name.startswith("bert.") for name in weights):  # BertModel is saved without the prefix that models with heads have
+            weights = {name if name.startswith("classifier.") else "bert." + name: w for name, w in weights.items()}
+        words, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+        if decoder in weights and words in weights and not torch.equal(weights[decoder], weights[words]):
+            config.tie_word_embeddings = False  # as transformers: weights that differ stay apart, whatever the config says
+        weights.setdefault(words, weights.get(decoder))  # where tied, the files may hold
+        weights.setdefault(decoder, weights[words])  # either name
+        weights["cls.predictions.bias"] = weights.pop("cls.predictions.decoder.bias", weights.get("cls.predictions.bias"))
+
+        model, new, used = cls(config), [], set()
+        for name, parameter in model.named_parameters():
+            names = _bert_names("bert." + name if cls is StarEncoder else name)
+            used.update(names)
+            parts = [weights.get(n) for n in names]
+            if any(part is None for part in parts):
+                if not name.startswith(("classifier.", "pooler.")):
+                    raise ValueError(f"{directory}: the weights lack {names[0]}")
+                new.append(name)
+                continue
+            value = torch.cat(parts)
+            if value.shape != parameter.shape:
+                raise ValueError(f"{directory}: {names[0]} is {tuple(value.shape)}, its config.json asks for {tuple(parameter.shape)}")
+            parameter.data.copy_(value)
+        if extra := [name for name in weights if name.startswith("bert.encoder.") and name not in used]:
+            raise ValueError(f"{directory}: config.json has no place for the weights {extra[0]}")
+        if new:
+            print(f"{directory}: new weights for {', '.join(new)} (not in the files)", file=sys.stderr)
+        return model
+
+
+def _read_weights(directory):
+    safe, pickled = (os.path.join(directory, name) for name in ("model.safetensors", "pytorch_model.bin"))
+    try:
+        if os.path.exists(safe):
+            from safetensors.torch import load_file
+
+            return load_file(safe)
+        if os.path.exists(pickled):
+            return torch.load(pickled, map_location="cpu", weights_only=True)  # never runs code from the file
+    except Exception as error:  # each library has its own kind for a file cut short
+        raise ValueError(f"{directory}: the weights cannot be read ({str(error).splitlines()[0]}); copy or save them again") from None
+    raise FileNotFoundError(f"{directory}: neither model.safetensors nor pytorch_model.bin")
+
+
+def _download(name):
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["config.json", "tokenizer.json", "model.safetensors"]
+        directory = snapshot_download(name, allow_patterns=files)
+        if not os.path.exists(os.path.join(directory, "model.safetensors")):
+            directory = snapshot_download(name, allow_patterns=files[:2] + ["pytorch_model.bin"])
+        return directory
+    except Exception as error:  # no such name, no network, no access: all one to the caller
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name}: no such directory, and the Hugging Face hub did not give it ({reason})") from None
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """One post-LayerNorm block: attention, then feed-forward, each followed by dropout + residual + LayerNorm. (T, H) -> (T, H)."""
+
+    def __init__(self, config):
+        super().__init__()
+        H, self.config = config.hidden_size, config
+        self.qkv = nn.Linear(H, 3 * H)
+        self.attention_output = nn.Linear(H, H)
+        self.attention_norm = nn.LayerNorm(H, config.layer_norm_eps)
+        self.feed_forward_up = nn.Linear(H, config.intermediate_size)
+        self.feed_forward_down = nn.Linear(config.intermediate_size, H)
+        self.feed_forward_norm = nn.LayerNorm(H, config.layer_norm_eps)
+
+    def forward(self, h, cu_seqlens, max_seqlen, dropout, seed):
+        N = self.config.num_attention_heads
+        qkv = self.qkv(h).unflatten(-1, (3, N, -1))  # (T, 3, N, D)
+        p = self.config.attention_probs_dropout_prob * dropout
+        a = kernels.attention(qkv, cu_seqlens, max_seqlen, dropout_p=p, seed=seed).flatten(1)  # (T, H)
+        h = _norm(self.attention_norm, self.attention_output(a), h, self.config.hidden_dropout_prob * dropout, seed + 1)
+        f = self.feed_forward_down(F.gelu(self.feed_forward_up(h)))  # (T, 4H) -> (T, H)
+        return _norm(self.feed_forward_norm, f, h, self.config.hidden_dropout_prob * dropout, seed + 2)
+
+
+def _norm(norm, x, residual=None, dropout_p=0.0, seed=0):
+    return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=dropout_p, seed=seed)
+
+
+def _check_length(tokens, config):
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"a sequence of {tokens} tokens is longer than the model's {config.max_position_embeddings} positions")
+
+
+class StarEncoder(_Bert):
+    """The encoder without heads (transformers' BertModel)."""
+
+    architecture = "BertModel"
+
+    def __init__(self, config, add_pooling_layer=True):
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.embeddings_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        # Not used in `forward`; it stands here because BertModel's files hold it.
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self._initialize()
+
+    def forward(self, input_ids, cu_seqlens, *, max_seqlen=None, seed=None):
+        """Encodes a packed micro-batch.
+
+        input_ids: (T,) int64. cu_seqlens: (B+1,) int32, from 0 to T. max_seqlen: int, an upper bound on the lengths; the config's
+        max_position_embeddings where None. seed: int or 0-d int64 tensor that fixes the dropout masks; None draws one from torch's
+        generator. Dropout acts in training mode only. Returns (T, H). Raises ValueError for a sequence longer than the positions
+        (looked at where that makes no GPU wait: on a CPU).
+        """
+        config, (T,) = self.config, input_ids.shape
+        if cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1:
+            _check_length(int(cu_seqlens.diff().max()), config)
+        max_seqlen = max_seqlen or config.max_position_embeddings
+        dropout = float(self.training)  # 0 or 1, times each probability
+        if seed is None:
+            seed = torch.randint(2**62, (), device=input_ids.device) if self.training else 0
+        token = torch.arange(T, device=input_ids.device, dtype=torch.int32)
+        sequence = torch.bucketize(token, cu_seqlens[1:], right=True)  # (T,): which sequence each token is in; nobody waits for a GPU
+        position = token - cu_seqlens[sequence]  # (T,)
+        h = self.word_embeddings(input_ids) + self.position_embeddings(position) + self.token_type_embeddings.weight[0]  # (T, H)
+        h = kernels.dropout(_norm(self.embeddings_norm, h), config.hidden_dropout_prob * dropout, seed)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, cu_seqlens, max_seqlen, dropout, seed + 3 * i + 1)  # each mask of the step has a Philox key of its own
+        return h
+
+
+def _cross_entropy(logits, labels):
+    """Mean over the labels that are not -100, in fp32 at least; 0 where there is none (a batch may have no mask), not 0 / 0."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
+
+
+class PreTrainingOutput(NamedTuple):
+    """What `StarEncoderForPreTraining` returns; None where it was not asked for."""
+
+    loss: torch.Tensor | None = None  # mlm_loss + nsp_loss
+    mlm_loss: torch.Tensor | None = None  # mean cross-entropy over the masked tokens, in nats; 0 where there is none
+    nsp_loss: torch.Tensor | None = None  # mean cross-entropy over the pairs
+    mlm_logits: torch.Tensor | None = None  # (T, V), or (M, V) at masked_positions
+    nsp_logits: torch.Tensor | None = None  # (B, 2)
+
+
+class StarEncoderForPreTraining(_Bert):
+    """The encoder with its two pretraining heads, masked tokens and next sentence (transformers' BertForPreTraining)."""
+
+    architecture = "BertForPreTraining"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.bert = StarEncoder(config)
+        self.mlm_transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.mlm_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlm_decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.nsp = nn.Linear(config.hidden_size, 2)
+        self._initialize()
+        if config.tie_word_embeddings:
+            self.mlm_decoder.weight = self.bert.word_embeddings.weight
+
+    def mlm_head(self, h):
+        """(M, H) -> logits (M, V)."""
+        h = _norm(self.mlm_norm, F.gelu(self.mlm_transform(h)))
+        return F.linear(h, self.mlm_decoder.weight, self.mlm_bias.to(h.dtype))
+
+    def forward(self, input_ids, cu_seqlens, labels=None, next_sentence_label=None, masked_positions=None, *, max_seqlen=None, seed=None):
+        """Logits, or losses where there are labels.
+
+        input_ids, cu_seqlens, max_seqlen, seed: as in `StarEncoder`. masked_positions: (M,) int64, the rows to predict at.
+        labels: (M,) with masked_positions, else (T,) with -100 where nothing is to be predicted. next_sentence_label: (B,) int64,
+        1 where B follows A. Returns a `PreTrainingOutput`.
+        """
+        h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
+        pooled = torch.tanh(self.bert.pooler(h[cu_seqlens[:-1]]))  # (B, H), from each sequence's <cls>
+        nsp_logits = self.nsp(pooled)  # (B, 2)
+        if labels is not None and masked_positions is None:  # convenient; on a GPU this waits, so the training loop names the positions
+            masked_positions = (labels != -100).nonzero().squeeze(1)
+            labels = labels[masked_positions]
+        if masked_positions is not None:
+            h = h[masked_positions]  # (M, H): the head is a quarter of the model's work, and 15 % of it is enough
+        mlm_logits = self.mlm_head(h)
+        if labels is None and next_sentence_label is None:
+            return PreTrainingOutput(mlm_logits=mlm_logits, nsp_logits=nsp_logits)
+        mlm_loss = nsp_loss = None
+        if labels is not None:
+            mlm_loss = _cross_entropy(mlm_logits, labels)
+        if next_sentence_label is not None:
+            nsp_loss = _cross_entropy(nsp_logits, next_sentence_label)
+        loss = sum(part for part in (mlm_loss, nsp_loss) if part is not None)
+        return PreTrainingOutput(loss, mlm_loss, nsp_loss)
+
+
+class TokenClassificationOutput(NamedTuple):
+    """What `StarEncoderForTokenClassification` returns."""
+
+    loss: torch.Tensor | None  # mean cross-entropy over the labelled tokens, in nats
+    logits: torch.Tensor  # (T, C)
+
+
+class StarEncoderForTokenClassification(_Bert):
+    """The encoder with one linear layer per token, as in StarPII (transformers' BertForTokenClassification)."""
+
+    architecture = "BertForTokenClassification"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.bert = StarEncoder(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self._initialize()
+
+    def forward(self, input_ids, cu_seqlens, labels=None, *, max_seqlen=None, seed=None):
+        """input_ids, cu_seqlens, max_seqlen, seed: as in `StarEncoder`. labels: (T,) int64, -100 where a token does not count.
+        Returns a `TokenClassificationOutput`."""
+        if seed is None:
+            seed = torch.randint(2**62, (), device=input_ids.device) if self.training else 0
+        h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
+        p = self.config.hidden_dropout_prob if self.config.classifier_dropout is None else self.config.classifier_dropout
+        h = kernels.dropout(h, p * float(self.training), seed + 3 * self.config.num_hidden_layers + 1)
+        logits = self.classifier(h)  # (T, C)
+        return TokenClassificationOutput(None if labels is None else _cross_entropy(logits, labels), logits)
+
+
+# ---- use -------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fill_mask(model, tokenizer, text, top_k=5):
+    """What the model would write at each `<mask>` of `text`.
+
+    model: a `StarEncoderForPreTraining`. tokenizer: a `data.Tokenizer`. Returns one list for each `<mask>`, of its `top_k` candidates,
+    best first: dicts with `token` (id), `token_str` and `score` (probability), as transformers' fill-mask pipeline has them.
+    Raises ValueError for a text without `<mask>`, or longer than the model's positions.
+    """
+    pieces = [tokenizer.encode(piece) for piece in text.split("<mask>")]
+    if len(pieces) == 1:
+        raise ValueError("the text has no <mask>")
+    ids, masked = [tokenizer.cls_id, *pieces[0]], []
+    for piece in pieces[1:]:
+        masked.append(len(ids))
+        ids += [tokenizer.mask_id, *piece]
+    ids.append(tokenizer.sep_id)
+    _check_length(len(ids), model.config)
+    training, device = model.training, model.mlm_bias.device
+    cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
+    model.eval()
+    try:
+        out = model(torch.tensor(ids, device=device), cu_seqlens, masked_positions=torch.tensor(masked, device=device))
+    finally:
+        model.train(training)
+    scores, tokens = out.mlm_logits.float().softmax(-1).topk(min(top_k, model.config.vocab_size))
+    return [
+        [{"score": score, "token": token, "token_str": tokenizer.decode([token])} for score, token in zip(*rows)]
+        for rows in zip(scores.tolist(), tokens.tolist())
+    ]
+
+
+@torch.no_grad()
+def embed(model, tokenizer, texts):
+    """One vector for each text: the mean of its last hidden states, scaled to length 1, so that a dot product is a cosine.
+
+    model: any of the three models here. A text longer than the model's positions is read in windows, and all its tokens count.
+    Returns (len(texts), H) fp32 on the CPU. (The original takes the state of the last `<sep>` instead; the mean needs no fine-tuning.)
+    """
+    model = getattr(model, "bert", model)
+    device, training, room = model.word_embeddings.weight.device, model.training, model.config.max_position_embeddings - 2
+    vectors = torch.zeros(len(texts), model.config.hidden_size)
+    model.eval()
+    try:
+        for vector, text in zip(vectors, texts):
+            ids = tokenizer.encode(text)
+            for start in range(0, max(len(ids), 1), room):  # an empty text still has its <cls> and <sep>
+                window = torch.tensor([tokenizer.cls_id, *ids[start : start + room], tokenizer.sep_id], device=device)
+                vector += model(window, torch.tensor([0, len(window)], dtype=torch.int32, device=device)).float().sum(0).cpu()
+    finally:
+        model.train(training)
+    return F.normalize(vectors, dim=-1)
+
+
+def main(argv=None):
+    """The command line: `fill-mask RUN TEXT`, `embed RUN FILE...`."""
+    from data import Tokenizer  # only the command line reads text files; the model itself rests on the kernels alone
+
+    parser = argparse.ArgumentParser(prog="starencoder.py", description="Use a trained StarEncoder.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fill = commands.add_parser("fill-mask", help="what the model would write at each <mask> of a text")
+    fill.add_argument("run", help="a run directory, any Hugging Face Bert directory, or a name on the hub")
+    fill.add_argument("text", help='such as "def add(a, b): return a <mask> b"')
+    fill.add_argument("--top-k", type=int, default=5)
+    vectors = commands.add_parser("embed", help="one JSON line with a unit vector for each file")
+    vectors.add_argument("run", help="as for fill-mask")
+    vectors.add_argument("files", nargs="+", metavar="FILE")
+    arguments = parser.parse_args(argv)
+
+    directory = arguments.run if os.path.isdir(arguments.run) else _download(arguments.run)
+    tokenizer = Tokenizer.from_pretrained(directory)
+    model = StarEncoderForPreTraining.from_pretrained(directory) if arguments.command == "fill-mask" else StarEncoder.from_pretrained(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
+    if arguments.command == "fill-mask":
+        for candidates in fill_mask(model, tokenizer, arguments.text, arguments.top_k):
+            print("\n".join(f"{c['score']:7.2%}  {c['token_str']!r}" for c in candidates), end="\n\n")
+        return
+    for path in arguments.files:
+        with open(path, encoding="utf-8") as f:
+            print(json.dumps({"file": path, "embedding": embed(model, tokenizer, [f.read()])[0].tolist()}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"starencoder.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

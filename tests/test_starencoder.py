@@ -1,0 +1,174 @@
+"""The model against transformers' Bert*: outputs, gradients, files in both directions, and its refusals."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from starencoder import (
+    StarEncoder,
+    StarEncoderConfig,
+    StarEncoderForPreTraining,
+    StarEncoderForTokenClassification,
+    _bert_names,
+    embed,
+    fill_mask,
+)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = dict(vocab_size=211, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64)
+PAIRS = {
+    StarEncoder: transformers.BertModel,
+    StarEncoderForPreTraining: transformers.BertForPreTraining,
+    StarEncoderForTokenClassification: transformers.BertForTokenClassification,
+}
+
+
+def small_config(**overrides):
+    return StarEncoderConfig(**(SMALL | dict(pad_token_id=0, initializer_range=0.2) | overrides))
+
+
+def bert_config(**overrides):
+    return transformers.BertConfig(**(SMALL | dict(initializer_range=0.2, attn_implementation="eager") | overrides))
+
+
+def packed(lengths, vocab, generator):
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return torch.randint(vocab, (sum(lengths),), generator=generator), cu_seqlens
+
+
+def padded(packed_values, lengths, fill):
+    return torch.nn.utils.rnn.pad_sequence(packed_values.split(lengths), batch_first=True, padding_value=fill)
+
+
+def unpad(values, lengths):
+    return torch.cat([row[:n] for row, n in zip(values, lengths)])
+
+
+def copy_weights(bert, ours):
+    theirs = bert.state_dict()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(torch.cat([theirs[n] for n in _bert_names(name)]))
+
+
+def compare_gradients(ours, bert, tolerance):
+    """Every gradient of the one is the gradient of the other, relative to its norm."""
+    theirs, compared = {n: p.grad for n, p in bert.named_parameters()}, set()
+    for name, parameter in ours.named_parameters():
+        names = _bert_names(name)
+        for their_name, gradient in zip(names, parameter.grad.chunk(len(names))):
+            # The bias of the keys shifts all scores of a query alike: its true gradient is 0, so it is held to that of the queries.
+            scale = theirs[their_name.replace("key.bias", "query.bias")].norm()
+            assert (gradient - theirs[their_name]).norm() <= tolerance * scale, their_name
+            compared.add(their_name)
+    assert compared == set(theirs)
+
+
+@pytest.mark.slow
+def test_full_size_parity_with_bert_for_pretraining():
+    """Full size, fp32, lengths from 1 to 1,024: logits within 1e-4, losses within 1e-5, every gradient within 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1024, 1, 333]
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=49156, max_position_embeddings=1024, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    bert = transformers.BertForPreTraining(config)
+    ours = StarEncoderForPreTraining(StarEncoderConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in bert.parameters()) == 124_829_190
+    copy_weights(bert, ours)
+    ids, cu_seqlens = packed(lengths, 49156, generator)
+    attention_mask = padded(torch.ones_like(ids), lengths, 0)
+    labels = torch.where(torch.rand(len(ids), generator=generator) < 0.15, ids, -100)
+    pairs = torch.randint(2, (len(lengths),), generator=generator)
+
+    with torch.no_grad():
+        expected = bert(padded(ids, lengths, 0), attention_mask)
+        out = ours(ids, cu_seqlens)
+        assert (out.mlm_logits - unpad(expected.prediction_logits, lengths)).abs().max() < 1e-4
+        assert (out.nsp_logits - expected.seq_relationship_logits).abs().max() < 1e-4
+        del expected, out
+    expected = bert(padded(ids, lengths, 0), attention_mask, labels=padded(labels, lengths, -100), next_sentence_label=pairs)
+    positions = (labels != -100).nonzero().squeeze(1)
+    out = ours(ids, cu_seqlens, labels[positions], pairs, positions)
+    assert abs(out.loss - expected.loss) < 1e-5
+    assert abs(out.mlm_loss + out.nsp_loss - out.loss) < 1e-6
+    expected.loss.backward()
+    out.loss.backward()
+    compare_gradients(ours, bert, 1e-3)
+
+
+@pytest.mark.slow
+def test_full_size_parity_with_bert_for_token_classification():
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1, 1024, 77]
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=49156, max_position_embeddings=1024, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=13
+    )
+    bert = transformers.BertForTokenClassification(config)
+    ours = StarEncoderForTokenClassification(
+        StarEncoderConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, id2label={i: str(i) for i in range(13)})
+    )
+    copy_weights(bert, ours)
+    ids, cu_seqlens = packed(lengths, 49156, generator)
+    labels = torch.where(torch.rand(len(ids), generator=generator) < 0.9, torch.randint(13, (len(ids),), generator=generator), -100)
+    attention_mask = padded(torch.ones_like(ids), lengths, 0)
+    expected = bert(padded(ids, lengths, 0), attention_mask, labels=padded(labels, lengths, -100))
+    out = ours(ids, cu_seqlens, labels)
+    assert (out.logits - unpad(expected.logits, lengths)).abs().max() < 1e-4
+    assert abs(out.loss - expected.loss) < 1e-5
+    expected.loss.backward()
+    out.loss.backward()
+    compare_gradients(ours, bert, 1e-3)
+
+
+@given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=5), seed=st.integers(0, 2**31))
+def test_parity_on_any_lengths(lengths, seed):
+    """fp64, so that only a wrong formula can differ."""
+    torch.manual_seed(seed)
+    bert = transformers.BertForPreTraining(bert_config()).double().eval()
+    ours = StarEncoderForPreTraining(small_config()).double().eval()
+    copy_weights(bert, ours)
+    ids, cu_seqlens = packed(lengths, 211, torch.Generator().manual_seed(seed))
+    expected = bert(padded(ids, lengths, 0), padded(torch.ones_like(ids), lengths, 0))
+    out = ours(ids, cu_seqlens)
+    torch.testing.assert_close(out.mlm_logits, unpad(expected.prediction_logits, lengths), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.nsp_logits, expected.seq_relationship_logits, rtol=1e-9, atol=1e-9)
+    one_by_one = [ours(part, torch.tensor([0, len(part)], dtype=torch.int32)).mlm_logits for part in ids.split(lengths)]
+    torch.testing.assert_close(out.mlm_logits, torch.cat(one_by_one), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ours_class", PAIRS)
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": False}, {"type_vocab_size": 1, "vocab_size": 97}])
+def test_files_go_both_ways_bit_for_bit(ours_class, overrides, tmp_path):
+    """transformers -> here -> transformers -> here: every tensor the same bits, and the outputs agree."""
+    bert_class = PAIRS[ours_class]
+    torch.manual_seed(0)
+    bert = bert_class(bert_config(**overrides)).eval()
+    for p in bert.parameters():
+        torch.nn.init.normal_(p, std=0.3)  # no parameter at its initial 0 or 1, so that none can be forgotten
+    bert.save_pretrained(tmp_path / "theirs")
+    ours = ours_class.from_pretrained(str(tmp_path / "theirs")).eval()
+    ours.save_pretrained(str(tmp_path / "ours"))
+    back, info = bert_class.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for (name, a), b in zip(bert.state_dict().items(), back.eval().state_dict().values()):
+        # untied, transformers keeps a second bias that its forward pass never reads
+        assert torch.equal(a, b) or (overrides.get("tie_word_embeddings") is False and name == "cls.predictions.bias"), name
+    back.save_pretrained(tmp_path / "again")
+    again = ours_class.from_pretrained(str(tmp_path / "again"))
+    for (name, a), b in zip(ours.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a, b), name
+    ids, cu_seqlens = packed([20, 7], ours.config.vocab_size, torch.Generator().manual_seed(0))
+    theirs = bert(padded(ids, [20, 7], 0), padded(torch.ones_like(ids), [20, 7], 0))[0]
+    out = ours(ids, cu_seqlens)
+    out = out if ours_class is StarEncoder else out.mlm_logits if ours_class is StarEncoderForPreTraining else out.logits
+    torch.testing.assert_close(out, unpad(theirs, [20, 7]), rtol=1e-4, atol=1e-4)
