@@ -1,0 +1,416 @@
+"""From source code to tokens on disk: directories, archives and JSON lines in, a corpus directory for `data.PairDataset` out.
+
+    python corpus.py SOURCE... --out DIR [--vocab-size N | --tokenizer PATH]
+
+A source is a directory of source files, a .tar.gz or .tar.xz (.tgz, .tar.bz2, .tar) of them, or a .jsonl or .jsonl.gz with a `content` field;
+without one, the standard library of the running Python. Documents are UTF-8 text, kept byte for byte, exact duplicates dropped. The hash of its
+content decides whether a document is for training or validation, so it stays there when sources are added or reordered. What is left
+out is counted, by reason. The corpus appears under its name only when it is whole.
+
+Files in archives and directories count by the table of languages below; records of JSON lines are taken as they come.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import shutil
+import sys
+import sysconfig
+import tarfile
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from data import Tokenizer, train_tokenizer
+
+# The languages of StarEncoder's training data (directories of The Stack) and their file extensions; a word without a dot is a file name.
+LANGUAGES = """
+ada .adb .ada .ads
+agda .agda
+alloy .als
+antlr .g4
+applescript .applescript .scpt
+assembly .asm .a51 .nasm
+augeas .aug
+awk .awk .auk .gawk .mawk .nawk
+batchfile .bat .cmd
+bluespec .bsv
+c .c .cats .h .idc .w
+c-sharp .cs .cake .cshtml .csx
+clojure .clj .boot .cl2 .cljc .cljs .cljs.hl .cljscm .cljx .hic
+cmake .cmake .cmake.in
+coffeescript .coffee ._coffee .cjsx .cson .iced
+common-lisp .lisp .asd .lsp .ny .podsl .sexp
+cpp .cpp .c++ .cc .cp .cxx .h++ .hh .hpp .hxx .inl .ipp .tcc .tpp .C .H
+css .css
+cuda .cu .cuh
+dart .dart
+dockerfile .dockerfile Dockerfile
+elixir .ex .exs
+elm .elm
+emacs-lisp .el .emacs .emacs.desktop
+erlang .erl .escript .hrl .xrl .yrl
+f-sharp .fs .fsi .fsx
+fortran .f90 .f .f03 .f08 .f77 .f95 .for .fpp
+glsl .glsl .fp .frag .frg .fsh .fshader .geo .geom .glslv .gshader .shader .vert .vrx .vsh .vshader
+go .go
+groovy .groovy .grt .gtpl .gvy
+haskell .hs .hsc
+html .html .htm .html.hl .xht .xhtml
+idris .idr .lidr
+isabelle .thy
+java .java
+java-server-pages .jsp
+javascript .js ._js .bones .es6 .jake .jsb .jscad .jsfl .jsm .jss .njs .pac .sjs .ssjs .xsjs .xsjslib
+json .json .geojson .lock .topojson
+julia .jl
+kotlin .kt .ktm .kts
+lean .lean .hlean
+literate-agda .lagda
+literate-coffeescript .litcoffee
+literate-haskell .lhs
+lua .lua .nse .pd_lua .rbxs .wlua
+makefile .mak .mk .mkfile Makefile
+maple .mpl
+markdown .md .markdown .mkd .mkdn .mkdown .ron
+mathematica .mathematica .cdf .ma .mt .nb .nbp .wl .wlt
+matlab .matlab
+ocaml .ml .eliom .eliomi .ml4 .mli .mll .mly
+pascal .pas .dfm .dpr .lpr
+perl .pl .al .perl .ph .plx .pm .psgi .t
+php .php .aw .ctp .php3 .php4 .php5 .phps .phpt
+powershell .ps1 .psd1 .psm1
+prolog .prolog .yap
+protocol-buffer .proto
+python .py .bzl .gyp .lmi .pyde .pyp .pyt .pyw .tac .wsgi .xpy
+r .r .rd .rsx
+racket .rkt .rktd .rktl .scrbl
+restructuredtext .rst .rest .rest.txt .rst.txt
+rmarkdown .rmd
+ruby .rb .builder .gemspec .god .irbrc .jbuilder .mspec .podspec .rabl .rake .rbuild .rbw .rbx .ru .ruby .thor .watchr
+rust .rs .rs.in
+sas .sas
+scala .scala .sbt
+scheme .scm .sld .sps .ss
+shell .sh .bash .bats .command .ksh .sh.in .tmux .tool .zsh
+smalltalk .st
+solidity .sol
+sparql .sparql .rq
+sql .pls .pck .pkb .pks .plb .plsql .sql .cql .ddl .prc .tab .udf .viw .db2
+stan .stan
+standard-ml .ML .fun .sig .sml
+stata .do .ado .doh .ihlp .mata .matah .sthlp
+systemverilog .sv .svh .vh
+tcl .tcl .adp .tm
+tcsh .tcsh .csh
+tex .tex .aux .bbx .bib .cbx .dtx .ins .lbx .ltx .mkii .mkiv .mkvi .sty .toc
+thrift .thrift
+typescript .ts .tsx
+verilog .veo
+vhdl .vhdl .vhd .vhf .vhi .vho .vhs .vht .vhw
+visual-basic .vb .bas .frm .frx .vba .vbhtml .vbs
+xslt .xslt .xsl
+yacc .y .yacc .yy
+yaml .yml .reek .rviz .sublime-syntax .syntax .yaml .yaml-tmlanguage
+zig .zig
+"""
+LANGUAGE_OF = {suffix: line.split()[0] for line in LANGUAGES.strip().split("\n") for suffix in line.split()[1:]}
+
+# Directories that hold other people's files or no sources, wherever they lie in a source.
+SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "node_modules", "__pycache__", ".git"}
+TOKENIZER_BYTES = 1_000_000_000  # a tokenizer is trained on the first GB of the training documents: more changes little and takes memory
+
+
+def language_of(path):
+    """The language of a file by its name, or None: the whole name, else the longest known extension, in its own case first.
+
+    >>> language_of("src/Makefile"), language_of("index.rst.txt"), language_of("A.PY"), language_of("a.xyz")
+    ('makefile', 'restructuredtext', 'python', None)
+    """
+    name = os.path.basename(path)
+    suffixes = [name] + [name[i:] for i, c in enumerate(name) if c == "."]
+    return next((LANGUAGE_OF[s] for suffix in suffixes for s in (suffix, suffix.lower()) if s in LANGUAGE_OF), None)
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------------------
+
+
+def _files(directory):
+    for folder, folders, names in os.walk(directory):
+        folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                yield path
+
+
+def _read_directory(source, skipped, progress):
+    for path in _files(source):
+        language = language_of(path)
+        if language is None:
+            skipped["no known extension"] += 1
+            continue
+        try:
+            with open(path, "rb") as f:
+                content = f.read()
+        except OSError:
+            skipped["unreadable"] += 1
+            continue
+        progress(len(content))
+        yield language, content
+
+
+def _read_tar(source, skipped, progress):
+    with open(source, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as archive:
+        for member in archive:
+            progress(raw.tell(), absolute=True)
+            if not member.isfile():
+                continue
+            language = language_of(member.name)
+            if language is None:
+                skipped["no known extension"] += 1
+            else:
+                yield language, archive.extractfile(member).read()
+
+
+def _read_jsonl(source, skipped, progress):
+    with open(source, "rb") as raw:
+        for line in gzip.GzipFile(fileobj=raw) if source.endswith(".gz") else raw:
+            progress(raw.tell(), absolute=True)
+            try:
+                record = json.loads(line)
+                content = record["content"].encode()
+            except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+                skipped["not UTF-8"] += 1
+            except (ValueError, TypeError, KeyError, AttributeError):
+                skipped["no content field"] += 1
+            else:
+                path = record.get("path") or record.get("max_stars_repo_path") or "." + str(record.get("ext"))
+                yield str(record.get("lang") or language_of(str(path)) or "other").lower(), content
+
+
+def _reader(source):
+    """(reader, bytes on disk) of a source. Raises ValueError for one that is missing or of an unknown kind."""
+    if os.path.isdir(source):
+        return _read_directory, sum(os.path.getsize(path) for path in _files(source) if language_of(path))
+    if not os.path.exists(source):
+        raise ValueError(f"{source}: no such file or directory")
+    for reader, endings in {
+        _read_tar: (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"),
+        _read_jsonl: (".jsonl", ".jsonl.gz"),
+    }.items():
+        if source.endswith(endings):
+            return reader, os.path.getsize(source)
+    raise ValueError(f"{source}: not a source; give a directory, a .tar.gz, .tar.xz, .jsonl or .jsonl.gz")
+
+
+def documents(sources, validation, description="reading"):
+    """The documents to keep, in the order of the sources: yields (split, language, text, skipped).
+
+    `skipped` is one Counter of reasons, complete when the iteration ends. validation: share of the documents for validation, chosen by the
+    SHA-256 of their content. Raises ValueError for a missing source or a damaged archive.
+    """
+    readers = [(source, *_reader(source)) for source in sources]
+    seen, skipped = set(), Counter()
+    with tqdm(total=sum(size for *_, size in readers), unit="B", unit_scale=True, desc=description) as bar:
+        for source, reader, _ in readers:
+            begun = bar.n
+
+            def progress(n, absolute=False, begun=begun):
+                bar.update(begun + n - bar.n if absolute else n)
+
+            try:
+                for language, content in reader(source, skipped, progress):
+                    digest = hashlib.sha256(content).digest()
+                    if not content.strip():
+                        skipped["empty"] += 1
+                    elif digest[:16] in seen:
+                        skipped["exact duplicate"] += 1
+                    elif b"\0" in content:
+                        skipped["binary (a NUL byte)"] += 1
+                    else:
+                        seen.add(digest[:16])
+                        try:
+                            text = content.decode()
+                        except UnicodeDecodeError:
+                            skipped["not UTF-8"] += 1
+                            continue
+                        yield ("validation" if int.from_bytes(digest[:8]) < validation * 2**64 else "train"), language, text, skipped
+            except (tarfile.TarError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+                raise ValueError(f"{source}: damaged ({error}); fetch it again") from None
+
+
+# ---- from text to tokens ---------------------------------------------------------------------------------------------------------
+
+
+def _load_worker(path):
+    global _tokenizer  # one for each worker process
+    _tokenizer = Tokenizer.from_pretrained(path)
+
+
+def _encode(texts):
+    return [_tokenizer.encode(text) for text in texts]
+
+
+def _chunks(stream, size=1_000_000):
+    """Lists of documents of about `size` characters, so that handing them to a process costs little."""
+    chunk, characters = [], 0
+    for document in stream:
+        chunk.append(document)
+        characters += len(document[2])
+        if characters >= size:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encoded(stream, tokenizer_path, workers):
+    """(split, language, text, ids) for each document, in order, encoded by `workers` processes with a bounded number of chunks in flight."""
+    with ProcessPoolExecutor(workers, initializer=_load_worker, initargs=(tokenizer_path,)) as pool:
+        flight = deque()
+
+        def landed():
+            chunk, result = flight.popleft()
+            return ((*document[:3], ids) for document, ids in zip(chunk, result.result()))
+
+        for chunk in _chunks(stream):
+            flight.append((chunk, pool.submit(_encode, [text for _, _, text, _ in chunk])))
+            if len(flight) > 3 * workers:
+                yield from landed()
+        while flight:
+            yield from landed()
+
+
+def prepare(sources=None, out="data/python", *, vocab_size=49156, tokenizer=None, validation=0.05, workers=None):
+    """Makes the corpus directory `out` from `sources` and returns its meta.json.
+
+    sources: a list of paths (see the top of this file); None: the standard library of the running Python. vocab_size: of a tokenizer that is
+    trained on the training documents, unless `tokenizer`, a path or a `data.Tokenizer`, is given. validation: share of the documents held
+    out. workers: processes; None: one for each core. Files are described in data.py; tokens are uint16, or uint32 where the vocabulary needs it.
+
+    Raises ValueError for bad sources, for sources without documents, and for an `out` that holds something already.
+    """
+    sources = [sysconfig.get_paths()["stdlib"]] if not sources else [sources] if isinstance(sources, str | os.PathLike) else sources
+    sources = [os.fspath(source) for source in sources]
+    if not 0 < validation < 1:
+        raise ValueError(f"validation must lie between 0 and 1, got {validation}")
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise ValueError(f"{out}: exists already; choose another directory or remove it")
+    for source in sources:
+        _reader(source)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_pretrained(tokenizer)
+    partial = f"{os.path.normpath(out)}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    try:
+        if tokenizer is None:
+            tokenizer = train_tokenizer(_training_texts(sources, validation), vocab_size)
+        tokenizer.save_pretrained(partial)
+        meta = _write(sources, partial, tokenizer, validation, workers or os.cpu_count())
+        if os.path.isdir(out):
+            os.rmdir(out)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meta
+
+
+def _training_texts(sources, validation):
+    size = 0
+    for split, _, text, _ in documents(sources, validation, "reading for the tokenizer"):
+        if split == "train":
+            yield text
+            size += len(text)
+            if size > TOKENIZER_BYTES:
+                return
+    if not size:
+        raise ValueError(f"no documents in {', '.join(sources)}")
+
+
+def _write(sources, directory, tokenizer, validation, workers):
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    offsets = {"train": [0], "validation": [0]}
+    files = {split: open(os.path.join(directory, f"{split}.bin"), "wb") for split in offsets}
+    languages, size, skipped = {}, 0, Counter()
+
+    def kept():
+        nonlocal skipped
+        for document in documents(sources, validation, "tokenizing"):
+            skipped = document[3]
+            yield document
+
+    # tokenizers warns of its threads when a process that used them forks; the children here use none of them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    too_short = 0
+    for split, language, text, ids in _encoded(kept(), directory, workers):
+        if len(ids) < 2:
+            too_short += 1
+            continue
+        files[split].write(np.array(ids, dtype).tobytes())
+        offsets[split].append(offsets[split][-1] + len(ids))
+        counts = languages.setdefault(language, {"documents": 0, "bytes": 0, "tokens": 0})
+        for key, n in {"documents": 1, "bytes": len(text.encode()), "tokens": len(ids)}.items():
+            counts[key] += n
+    for split, file in files.items():
+        file.close()
+        np.save(os.path.join(directory, f"{split}.offsets.npy"), np.array(offsets[split], np.int64))
+    if too_short:
+        skipped["under 2 tokens"] = too_short
+    if not languages:
+        raise ValueError(f"no documents in {', '.join(sources)} ({_reasons(skipped) or 'nothing there'})")
+    meta = {
+        "format": 1,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "splits": {split: {"documents": len(o) - 1, "tokens": o[-1]} for split, o in offsets.items()},
+        "languages": dict(sorted(languages.items(), key=lambda item: -item[1]["tokens"])),
+        "skipped": dict(skipped.most_common()),
+        "sources": sources,
+    }
+    with open(os.path.join(directory, "meta.json"), "w") as f:
+        json.dump(meta, f, indent=1)
+    return meta
+
+
+def _reasons(skipped):
+    return ", ".join(f"{n:,} {reason}" for reason, n in skipped.items())
+
+
+def summary(meta):
+    """What a corpus holds, for people: documents, tokens, bytes per token, what was skipped and why, and a line for each language."""
+    total = {key: sum(c[key] for c in meta["languages"].values()) for key in ("documents", "bytes", "tokens")}
+    lines = [f"{'language':24}{'documents':>12}{'MB':>10}{'tokens':>16}{'bytes/token':>13}"]
+    for name, c in [*meta["languages"].items(), ("all", total)]:
+        lines.append(f"{name:24}{c['documents']:12,}{c['bytes'] / 1e6:10.2f}{c['tokens']:16,}{c['bytes'] / c['tokens']:13.2f}")
+    splits = ", ".join(f"{split} {s['documents']:,} documents, {s['tokens']:,} tokens" for split, s in meta["splits"].items())
+    return "\n".join([*lines, f"{splits}; vocabulary {meta['vocab_size']:,}", f"skipped: {_reasons(meta['skipped']) or 'none'}"])
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="corpus.py", description="Make a corpus of tokens from source code.", allow_abbrev=False)
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="directory, .tar.gz, .tar.xz, .jsonl or .jsonl.gz; default: Python's library")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the corpus directory to make")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--vocab-size", type=int, default=49156, metavar="N", help="of the tokenizer to train (default: 49156)")
+    choice.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer.json, or the one in this directory")
+    parser.add_argument("--validation", type=float, default=0.05, metavar="P", help="share of the documents held out (default: 0.05)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    print(summary(prepare(**vars(parser.parse_args(argv)))))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"corpus.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,373 @@
+"""From tokens on disk to batches: the tokenizer, sentence pairs, masks, and the loader that keeps the accelerator fed.
+
+    corpus directory           tokenizer.json, meta.json, and for each split SPLIT.bin (the tokens of all documents, end to end) and
+                               SPLIT.offsets.npy (documents + 1 int64: document d is tokens[offsets[d] : offsets[d + 1]])
+    example i                  <cls> A <sep> B <sep>, masked; a pure function of (seed, i): the same on every rank, on every machine and
+                               after every restart, so that training needs no data state but the number of the step
+    batch                      examples end to end, without padding
+
+**Next-sentence pairs that cannot be cheated.** Were a negative B always the top of a file, "does B look like a top?" would solve the task
+without a look at A. Here an example draws two windows of different documents, trims both to the shorter's length L and cuts both at
+the same place c. A is first[:c]; B is first[c:L] or second[c:L], by a fair coin. The two windows are drawn alike, so the two candidates for B
+are exchangeable: whatever the coin, B alone has the same distribution, of tokens, length and place in its window.
+
+References: Devlin et al., BERT, 2018 (the two tasks); Black & Rogaway, Ciphers with Arbitrary Finite Domains, 2002 (cycle walking).
+"""
+
+import hashlib
+import json
+import os
+import re
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import tokenizers
+import torch
+from torch.utils.data import DataLoader
+
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------------------
+
+# StarCoder's special tokens, in the order of their ids: 0 to 18, and four at the end that StarEncoder adds.
+SPECIAL_TOKENS = """<|endoftext|> <fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> <issue_comment>
+<issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output> <commit_before> <commit_msg> <commit_after>
+<reponame>""".split()
+ENCODER_TOKENS = ["<pad>", "<sep>", "<cls>", "<mask>"]
+
+# tiktoken cuts text with one regex where tokenizers has a pipeline. `Digits` cuts before each digit and before the regex of GPT-2 runs, so
+# that blanks in front of a digit are one piece: hence `\s+(?=\p{N})`.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+
+
+def _byte_characters():
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class Tokenizer:
+    """Byte-level BPE: stored as Hugging Face's tokenizer.json, run by tiktoken, which is several times faster.
+
+    `text` is the content of a tokenizer.json. In tiktoken an id is a merge rank, so the ids must follow the order of the merges; that, and
+    everything else that would make the two libraries disagree, is checked, and raises ValueError. A tokenizer without `<pad> <sep> <cls>
+    <mask>` gets those that it lacks at its end, as StarEncoder did to StarCoder's.
+    """
+
+    def __init__(self, text):
+        library = tokenizers.Tokenizer.from_str(text)
+        if missing := [t for t in ENCODER_TOKENS if library.token_to_id(t) is None]:
+            library.add_special_tokens(missing)
+            text = library.to_str(pretty=True)
+        self.json, self._library = text, library
+        library.encode_special_tokens = True  # text that looks like a special token is text
+        spec = json.loads(text)
+        model, digits = spec["model"], False
+        steps = spec["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        if steps[0] == {"type": "Digits", "individual_digits": True}:
+            digits, steps = True, steps[1:]
+        plain = len(steps) == 1 and steps[0].get("type") == "ByteLevel" and not steps[0]["add_prefix_space"] and steps[0].get("use_regex", True)
+        if model["type"] != "BPE" or not plain or spec["normalizer"] is not None:
+            raise ValueError("not a byte-level BPE with GPT-2's or StarCoder's pre-tokenizer and no normalizer")
+        odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+        if wrong := [k for k in odd if model.get(k)] + [t["content"] for t in spec["added_tokens"] if not t["special"]]:
+            raise ValueError(f"not a plain byte-level BPE: {wrong[0]!r} is not supported")
+
+        byte_of, vocabulary = _byte_characters(), model["vocab"]
+        merged = ["".join(m if isinstance(m, list) else m.split(" ")) for m in model["merges"]]
+        ids = [vocabulary[t] for t in merged]
+        if any(a >= b for a, b in zip(ids, ids[1:])) or not byte_of.keys() <= vocabulary.keys():
+            raise ValueError("the ids do not follow the order of the merges, or some of the 256 bytes have none")
+        # tiktoken joins any two neighbours that make a token; the library only those of a merge. They agree if the library can make
+        # each token from its own bytes.
+        if lost := [t for t in merged if len(library.model.tokenize(t)) != 1]:
+            raise ValueError(f"its merges can never make the token {lost[0]!r}")
+        ranks = {bytes(byte_of[c] for c in token): vocabulary[token] for token in [*byte_of, *merged]}
+        self.special_tokens = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        self._tiktoken = tiktoken.Encoding(
+            "starencoder", pat_str=DIGITS_PATTERN if digits else GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        )
+        self.vocab_size = library.get_vocab_size(with_added_tokens=True)
+        if max(ranks.values()) >= self.vocab_size or max(self.special_tokens.values()) >= self.vocab_size:
+            raise ValueError(f"its ids have gaps: {self.vocab_size} tokens, but higher ids")
+        self.pad_id, self.sep_id, self.cls_id, self.mask_id = (self.special_tokens[t] for t in ENCODER_TOKENS)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Reads `path`/tokenizer.json, or the file `path`. Raises ValueError for one that tiktoken could not run exactly."""
+        file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+        if not os.path.exists(file):
+            raise FileNotFoundError(f"{file}: no such tokenizer; give a tokenizer.json or a directory that holds one")
+        try:
+            with open(file, encoding="utf-8") as f:
+                return cls(f.read())
+        except Exception as error:  # a tokenizers parse error is a bare Exception
+            raise ValueError(f"{file}: this tokenizer cannot be used: {error}") from None
+
+    def save_pretrained(self, directory):
+        """Writes tokenizer.json and what `transformers.AutoTokenizer` needs beside it into `directory`."""
+        os.makedirs(directory, exist_ok=True)
+        names = {"pad_token": "<pad>", "sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | names
+        for name, content in {"tokenizer.json": self.json, "tokenizer_config.json": json.dumps(config, indent=2)}.items():
+            with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
+                f.write(content)
+
+    def encode(self, text):
+        """str -> list of ids, without `<cls>` or `<sep>`. Text that looks like a special token is ordinary text."""
+        # tiktoken's regex keeps a stack entry for each blank of a run and panics at a million; the library does not.
+        if len(text) > 500_000 and any(m.end() - m.start() > 500_000 for m in re.finditer(r"\s+", text)):
+            return self._library.encode(text, add_special_tokens=False).ids
+        return self._tiktoken.encode_ordinary(text)
+
+    def decode(self, ids):
+        """list of ids -> str; bytes that are not UTF-8 (half a character) become U+FFFD."""
+        return self._tiktoken.decode([int(i) for i in ids])
+
+    def offsets(self, text):
+        """[(start, end)] in characters of `text`, for each token of encode(text); tokens that share a character all span it."""
+        character = np.cumsum([b & 0xC0 != 0x80 for b in text.encode()]) - 1  # of each byte
+        ends = np.cumsum([len(b) for b in self._tiktoken.decode_tokens_bytes(self.encode(text))], dtype=np.int64)
+        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64) if len(ends) else ends
+        return list(zip(character[starts].tolist(), (character[ends - 1] + 1).tolist()))
+
+
+def train_tokenizer(texts, vocab_size):
+    """Trains a byte-level BPE as StarCoder's: digits one by one, no normalizer, special tokens first and last.
+
+    texts: an iterable of str. vocab_size: all tokens, special ones included (49,156 for StarEncoder); fewer come out where the texts hold
+    too few pairs. Raises ValueError for a size that has no room for the bytes and the special tokens.
+    """
+    least = len(SPECIAL_TOKENS) + 256 + len(ENCODER_TOKENS)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size must be at least {least} (the bytes and the special tokens), got {vocab_size}")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(individual_digits=True), byte_level])
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(ENCODER_TOKENS), special_tokens=SPECIAL_TOKENS, initial_alphabet=sorted(byte_level.alphabet())
+    )
+    library.train_from_iterator(texts, trainer)
+    library.add_special_tokens(ENCODER_TOKENS)
+    return Tokenizer(library.to_str(pretty=True))
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------------------
+
+MASKED = 0.15  # of the ordinary tokens, each on its own; of these
+REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.8, 0.1  # and the rest stays as it is (Devlin et al., section 3.1)
+
+
+class Example(NamedTuple):
+    """One masked pair of L tokens, M of them to be predicted."""
+
+    input_ids: np.ndarray  # (L,) int64: <cls> A <sep> B <sep>
+    masked_positions: np.ndarray  # (M,) int64, rising
+    labels: np.ndarray  # (M,) int64: what stood there
+    next_sentence_label: int  # 1: B follows A; 0: B is from another document
+
+
+class Batch(NamedTuple):
+    """Examples end to end: B sequences, T tokens, M masked."""
+
+    input_ids: torch.Tensor  # (T,) int64
+    cu_seqlens: torch.Tensor  # (B+1,) int32
+    labels: torch.Tensor  # (M,) int64
+    next_sentence_label: torch.Tensor  # (B,) int64
+    masked_positions: torch.Tensor  # (M,) int64, rows of input_ids
+
+
+def _mix(x):
+    """A 64-bit hash of a 64-bit int (the finalizer of SplitMix64)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+def permute(i, n, key):
+    """Where a keyed permutation of range(n) sends i, in O(1) memory, so that an epoch of a billion windows needs no list.
+
+    A Feistel network permutes the numbers of an even count of bits; where it leaves range(n) it is applied again until it is back
+    (cycle walking), which is a permutation of range(n). At most 4 rounds of walking are expected.
+
+    >>> sorted(permute(i, 10, key=7) for i in range(10)) == list(range(10))
+    True
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & low
+        for turn in range(6):
+            left, right = right, left ^ (_mix(_mix(key + turn) ^ right) & low)
+        i = left << half | right
+        if i < n:
+            return i
+
+
+def mask_tokens(ids, generator, special, ordinary, mask_id):
+    """Dynamic masking of `ids` (L,) int64, in place: 15 % of the ordinary tokens, 80 / 10 / 10.
+
+    generator: a numpy Generator. special: (V,) bool, never masked. ordinary: the other ids, of which random replacements are drawn.
+    Returns masked_positions (M,) and labels (M,).
+    """
+    positions = np.flatnonzero((generator.random(len(ids)) < MASKED) & ~special[ids])
+    labels = ids[positions]
+    fate = generator.random(len(positions))
+    by_random = ordinary[generator.integers(len(ordinary), size=len(positions))]
+    ids[positions] = np.where(
+        fate < REPLACED_BY_MASK, mask_id, np.where(fate < REPLACED_BY_MASK + REPLACED_BY_RANDOM, by_random, labels)
+    )
+    return positions, labels
+
+
+def read_meta(directory):
+    """The meta.json of a corpus directory. Raises FileNotFoundError or ValueError for a directory that holds no whole corpus."""
+    path = os.path.join(directory, "meta.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{directory}: no corpus here (no meta.json); make one with `python corpus.py SOURCE... --out {directory}`")
+    with open(path) as f:
+        return json.load(f)
+
+
+class PairDataset:
+    """Masked sentence pairs of one split ("train" or "validation") of a corpus directory.
+
+    A document of n tokens has ceil(n / C) windows of C = max_length - 3 tokens; the last is moved back so that it is full as well, and a
+    document below C is one window. An epoch takes every window once as the first of a pair, in the order of a keyed permutation.
+    `dataset[i]` is an `Example` for any i >= 0: epoch i // len(dataset).
+
+    Raises ValueError for a corpus that is torn, that another tokenizer made, or that is too small for pairs.
+    """
+
+    def __init__(self, directory, split, max_length, seed):
+        if max_length < 5:
+            raise ValueError(f"max_length must be at least 5 (<cls> A <sep> B <sep>), got {max_length}")
+        self.arguments = directory, split, max_length, seed
+        meta = read_meta(directory)
+        tokenizer = Tokenizer.from_pretrained(directory)
+        if tokenizer.sha256 != meta["tokenizer_sha256"]:
+            raise ValueError(f"{directory}: its tokens were made by another tokenizer than its tokenizer.json; prepare the corpus again")
+        path, count = os.path.join(directory, f"{split}.bin"), meta["splits"][split]["tokens"]
+        dtype = np.dtype(meta["dtype"])
+        if os.path.getsize(path) != count * dtype.itemsize:
+            raise ValueError(f"{path}: {os.path.getsize(path):,} bytes instead of {count * dtype.itemsize:,}; prepare the corpus again")
+        self.tokens = np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)
+        self.offsets = np.load(os.path.join(directory, f"{split}.offsets.npy"), mmap_mode="r")
+        self.seed, self.room = seed, max_length - 3
+        lengths = np.diff(self.offsets)
+        if len(lengths) < 2:
+            raise ValueError(f"{directory}: {split} has {len(lengths)} documents; pairs need 2 or more, so prepare more text")
+        if self.offsets[-1] != count or lengths.min() < 2:
+            raise ValueError(f"{directory}: {split}.offsets.npy does not fit {split}.bin; prepare the corpus again")
+        self.first_window = np.concatenate([[0], np.cumsum(-(-lengths // self.room))])  # of each document
+        self.cls_id, self.sep_id, self.mask_id = tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id
+        self.special = np.zeros(tokenizer.vocab_size, bool)
+        self.special[list(tokenizer.special_tokens.values())] = True
+        self.ordinary = np.flatnonzero(~self.special)
+
+    def __reduce__(self):  # a worker process opens the files itself; a pickled memmap would carry its content
+        return PairDataset, self.arguments
+
+    def __len__(self):
+        """The number of examples of an epoch."""
+        return int(self.first_window[-1])
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def window(self, w):
+        """(document, start, end) of window `w`, in tokens of the split."""
+        document = int(np.searchsorted(self.first_window, w, side="right")) - 1
+        begin, end = int(self.offsets[document]), int(self.offsets[document + 1])
+        start = max(begin, min(begin + (w - int(self.first_window[document])) * self.room, end - self.room))
+        return document, start, min(start + self.room, end)
+
+    def pair(self, i, generator=None):
+        """(A, B, next_sentence_label) of example i, before masking. See the top of this file for why it is drawn so."""
+        generator = generator or self._generator(i)
+        epoch, place = divmod(i, len(self))
+        document, start, end = self.window(permute(place, len(self), _mix(self.seed % 2**64) + epoch))
+        while True:
+            other, other_start, other_end = self.window(int(generator.integers(len(self))))
+            if other != document:
+                break
+        length = min(end - start, other_end - other_start)
+        start += int(generator.integers(end - start - length + 1))  # trimmed at a random place: no token is out of reach
+        other_start += int(generator.integers(other_end - other_start - length + 1))
+        margin = max(1, length // 4)
+        cut = int(generator.integers(margin, length - margin + 1))
+        follows = int(generator.integers(2))
+        b_start = start if follows else other_start
+        return self.tokens[start : start + cut], self.tokens[b_start + cut : b_start + length], follows
+
+    def __getitem__(self, i):
+        generator = self._generator(i)
+        a, b, follows = self.pair(i, generator)
+        ids = np.empty(len(a) + len(b) + 3, np.int64)
+        ids[0], ids[1 + len(a)], ids[-1] = self.cls_id, self.sep_id, self.sep_id
+        ids[1 : 1 + len(a)], ids[2 + len(a) : -1] = a, b
+        positions, labels = mask_tokens(ids, generator, self.special, self.ordinary, self.mask_id)
+        return Example(ids, positions, labels, follows)
+
+    def _generator(self, i):
+        if i < 0:
+            raise IndexError(f"examples are numbered from 0, got {i}")
+        return np.random.Generator(np.random.Philox(key=self.seed % 2**64 | i << 64))
+
+
+def collate(examples):
+    """Lays examples end to end: a `Batch` of CPU tensors."""
+    lengths = [len(e.input_ids) for e in examples]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Batch(
+        torch.from_numpy(np.concatenate([e.input_ids for e in examples])),
+        torch.from_numpy(starts.astype(np.int32)),
+        torch.from_numpy(np.concatenate([e.labels for e in examples])),
+        torch.tensor([e.next_sentence_label for e in examples]),
+        torch.from_numpy(np.concatenate([e.masked_positions + start for e, start in zip(examples, starts)])),
+    )
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------------------
+
+
+def share(first, count, rank, world_size, micro_batch_size):
+    """This rank's part of the examples [first, first + count), as a list of micro-batches (ranges of examples).
+
+    Ranks hold neighbouring stretches that differ by at most one example; all of them together hold every example once, whatever
+    the number of ranks. No micro-batch is empty, and every rank has one where count >= world_size.
+
+    >>> share(0, 8, rank=1, world_size=2, micro_batch_size=3)
+    [range(4, 6), range(6, 8)]
+    """
+    bounds = [first + count * r // world_size for r in (rank, rank + 1)]
+    parts = -(-(bounds[1] - bounds[0]) // micro_batch_size)  # of equal size, rather than full ones and a small rest
+    cuts = [bounds[0] + (bounds[1] - bounds[0]) * p // parts for p in range(parts + 1)]
+    return [range(a, b) for a, b in zip(cuts, cuts[1:])]
+
+
+def batches(dataset, steps, batch_size, micro_batch_size, rank=0, world_size=1, workers=1, pin_memory=False):
+    """For each step of the range `steps`, the list of this rank's micro-batches, made ahead of time by background processes.
+
+    The examples of step s are [s * batch_size, (s + 1) * batch_size), whatever the world size. workers: processes; 0: none, made on demand.
+    """
+
+
+    def micro_batches(step):
+        return share(step * batch_size, batch_size, rank, world_size, micro_batch_size)
+
+    loader = DataLoader(
+        dataset,
+        batch_sampler=(part for step in steps for part in micro_batches(step)),
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+    )
+    loader = iter(loader)
+    for step in steps:
+        yield [next(loader) for _ in micro_batches(step)]
