@@ -2,22 +2,20 @@
 
     python corpus.py SOURCE... --out DIR [--vocab-size N | --tokenizer PATH]
 
-A source is a directory of source files, a .tar.gz or .tar.xz (.tgz, .tar.bz2, .tar) of them, or a .jsonl or .jsonl.gz with a `content` field;
-without one, the standard library of the running Python. Documents are UTF-8 text, kept byte for byte, exact duplicates dropped. The hash of its
-content decides whether a document is for training or validation, so it stays there when sources are added or reordered. What is left
-out is counted, by reason. The corpus appears under its name only when it is whole.
+A source is a directory of source files, a .tar.gz or .tar.xz (.tgz, .tar.bz2, .tar) of them, or a .jsonl or .jsonl.gz with a `content`
+field; without one, the standard library of the running Python. Documents are UTF-8 text, kept byte for byte, exact duplicates dropped.
+The hash of its content decides whether a document is for training or for validation, so it stays there when sources are added or
+reordered. What is left out is counted, by reason. The corpus appears under its name only when it is whole.
 
 Files in archives and directories count by the table of languages below; records of JSON lines are taken as they come.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
 import lzma
 import os
 import shutil
-import sys
 import sysconfig
 import tarfile
 import zlib
@@ -27,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data import Tokenizer, train_tokenizer
+from data import CommandLine, Tokenizer, run, train_tokenizer
 
 # The languages of StarEncoder's training data (directories of The Stack) and their file extensions; a word without a dot is a file name.
 LANGUAGES = """
@@ -272,7 +270,7 @@ def _chunks(stream, size=1_000_000):
 
 
 def _encoded(stream, tokenizer_path, workers):
-    """(split, language, text, ids) for each document, in order, encoded by `workers` processes with a bounded number of chunks in flight."""
+    """(split, language, text, ids) of each document, in order, by `workers` processes, with a bounded number of chunks in flight."""
     with ProcessPoolExecutor(workers, initializer=_load_worker, initargs=(tokenizer_path,)) as pool:
         flight = deque()
 
@@ -291,9 +289,10 @@ def _encoded(stream, tokenizer_path, workers):
 def prepare(sources=None, out="data/python", *, vocab_size=49156, tokenizer=None, validation=0.05, workers=None):
     """Makes the corpus directory `out` from `sources` and returns its meta.json.
 
-    sources: a list of paths (see the top of this file); None: the standard library of the running Python. vocab_size: of a tokenizer that is
-    trained on the training documents, unless `tokenizer`, a path or a `data.Tokenizer`, is given. validation: share of the documents held
-    out. workers: processes; None: one for each core. Files are described in data.py; tokens are uint16, or uint32 where the vocabulary needs it.
+    sources: a list of paths (see the top of this file); None: the standard library of the running Python. vocab_size: of a tokenizer
+    that is trained on the training documents, unless `tokenizer`, a path or a `data.Tokenizer`, is given. validation: share of the
+    documents held out. workers: processes; None: one for each core. The files are those that data.py describes; tokens are uint16, or
+    uint32 where the vocabulary needs it.
 
     Raises ValueError for bad sources, for sources without documents, and for an `out` that holds something already.
     """
@@ -339,7 +338,7 @@ def _write(sources, directory, tokenizer, validation, workers):
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     offsets = {"train": [0], "validation": [0]}
     files = {split: open(os.path.join(directory, f"{split}.bin"), "wb") for split in offsets}
-    languages, size, skipped = {}, 0, Counter()
+    languages, skipped = {}, Counter()
 
     def kept():
         nonlocal skipped
@@ -397,8 +396,9 @@ def summary(meta):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="corpus.py", description="Make a corpus of tokens from source code.", allow_abbrev=False)
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="directory, .tar.gz, .tar.xz, .jsonl or .jsonl.gz; default: Python's library")
+    parser = CommandLine(prog="corpus.py", description="Make a corpus of tokens from source code.")
+    sources_help = "a directory, .tar.gz, .tar.xz, .jsonl or .jsonl.gz (default: the standard library of this Python)"
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help=sources_help)
     parser.add_argument("--out", required=True, metavar="DIR", help="the corpus directory to make")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--vocab-size", type=int, default=49156, metavar="N", help="of the tokenizer to train (default: 49156)")
@@ -409,8 +409,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"corpus.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

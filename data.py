@@ -6,18 +6,20 @@
                                after every restart, so that training needs no data state but the number of the step
     batch                      examples end to end, without padding
 
-**Next-sentence pairs that cannot be cheated.** Were a negative B always the top of a file, "does B look like a top?" would solve the task
-without a look at A. Here an example draws two windows of different documents, trims both to the shorter's length L and cuts both at
-the same place c. A is first[:c]; B is first[c:L] or second[c:L], by a fair coin. The two windows are drawn alike, so the two candidates for B
-are exchangeable: whatever the coin, B alone has the same distribution, of tokens, length and place in its window.
+**Next-sentence pairs that cannot be cheated.** Were a negative B always the top of a file, "does B look like a top?" would solve the
+task without a look at A. Here an example draws two windows of different documents, trims both to the shorter's length L and cuts both
+at the same place c. A is first[:c]; B is first[c:L] or second[c:L], by a fair coin. The two windows are drawn alike, so the two
+candidates for B are exchangeable: whatever the coin, B alone has the same distribution, of tokens, length and place in its window.
 
 References: Devlin et al., BERT, 2018 (the two tasks); Black & Rogaway, Ciphers with Arbitrary Finite Domains, 2002 (cycle walking).
 """
 
+import argparse
 import hashlib
 import json
 import os
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,30 @@ import tiktoken
 import tokenizers
 import torch
 from torch.utils.data import DataLoader
+
+# ---- command lines ---------------------------------------------------------------------------------------------------------------
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The argument parser of all programs here: a bad flag is one line and exit status 2, not a page of usage."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        """Ends the program."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run(main):
+    """Runs a program: bad input, which is a ValueError or an OSError everywhere here, becomes one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks fail alike, and one speaks
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------------------
 
@@ -68,8 +94,9 @@ class Tokenizer:
         steps = steps.get("pretokenizers", [steps])
         if steps[0] == {"type": "Digits", "individual_digits": True}:
             digits, steps = True, steps[1:]
-        plain = len(steps) == 1 and steps[0].get("type") == "ByteLevel" and not steps[0]["add_prefix_space"] and steps[0].get("use_regex", True)
-        if model["type"] != "BPE" or not plain or spec["normalizer"] is not None:
+        last = steps[0] if len(steps) == 1 else {}
+        byte_level = last.get("type") == "ByteLevel" and not last["add_prefix_space"] and last.get("use_regex", True)
+        if model["type"] != "BPE" or not byte_level or spec["normalizer"] is not None:
             raise ValueError("not a byte-level BPE with GPT-2's or StarCoder's pre-tokenizer and no normalizer")
         odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
         if wrong := [k for k in odd if model.get(k)] + [t["content"] for t in spec["added_tokens"] if not t["special"]]:
@@ -346,7 +373,7 @@ def share(first, count, rank, world_size, micro_batch_size):
     """
     bounds = [first + count * r // world_size for r in (rank, rank + 1)]
     parts = -(-(bounds[1] - bounds[0]) // micro_batch_size)  # of equal size, rather than full ones and a small rest
-    cuts = [bounds[0] + (bounds[1] - bounds[0]) * p // parts for p in range(parts + 1)]
+    cuts = [bounds[0] + (bounds[1] - bounds[0]) * p // max(parts, 1) for p in range(parts + 1)]
     return [range(a, b) for a, b in zip(cuts, cuts[1:])]
 
 

@@ -15,7 +15,6 @@ References: Devlin et al., BERT, 2018; Li et al., StarCoder: may the source be w
 of bigcode/starencoder. Left out: decoding, cross attention, relative positions, second segment embeddings (the original never uses them).
 """
 
-import argparse
 import json
 import os
 import sys
@@ -454,9 +453,9 @@ def embed(model, tokenizer, texts):
 
 def main(argv=None):
     """The command line: `fill-mask RUN TEXT`, `embed RUN FILE...`."""
-    from data import Tokenizer  # only the command line reads text files; the model itself rests on the kernels alone
+    from data import CommandLine, Tokenizer  # for the command line only: the model itself rests on the kernels alone
 
-    parser = argparse.ArgumentParser(prog="starencoder.py", description="Use a trained StarEncoder.", allow_abbrev=False)
+    parser = CommandLine(prog="starencoder.py", description="Use a trained StarEncoder.")
     commands = parser.add_subparsers(dest="command", required=True)
     fill = commands.add_parser("fill-mask", help="what the model would write at each <mask> of a text")
     fill.add_argument("run", help="a run directory, any Hugging Face Bert directory, or a name on the hub")
@@ -469,7 +468,7 @@ def main(argv=None):
 
     directory = arguments.run if os.path.isdir(arguments.run) else _download(arguments.run)
     tokenizer = Tokenizer.from_pretrained(directory)
-    model = StarEncoderForPreTraining.from_pretrained(directory) if arguments.command == "fill-mask" else StarEncoder.from_pretrained(directory)
+    model = (StarEncoderForPreTraining if arguments.command == "fill-mask" else StarEncoder).from_pretrained(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
     if arguments.command == "fill-mask":
@@ -482,8 +481,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"starencoder.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    from data import run
+
+    run(main)

@@ -3,19 +3,20 @@
     python train.py                                                  the tiny preset, on the standard library of this Python
     torchrun --nproc_per_node 8 train.py --preset starencoder --data DIR --out RUN
 
-Each step takes `batch_size` pairs, wherever they are computed: the ranks hold equal shares, each in micro-batches, and the loss is the
-mean over the *global* batch, (sum of the MLM losses of all ranks and micro-batches) / (their count of masked tokens) and the same for NSP over pairs.
-So a split into ranks and micro-batches changes nothing but the speed.
+Each step takes `batch_size` pairs, wherever they are computed: the ranks hold equal shares, in micro-batches, and the loss is the mean over
+the *global* batch: the sum of the MLM losses of all ranks and micro-batches by the count of all their masked tokens, and the same for NSP
+over pairs. So a split into ranks and micro-batches changes nothing but the speed.
 
-Everything random is a function of (seed, step): examples and masks by their number, dropout by counter. A run that was stopped at any moment,
-and started again by the same command, goes on from its last checkpoint and ends with the same bits (CPU) as one that never was.
+Everything random is a function of (seed, step): examples and masks by their number, dropout by counter. A run that was stopped at any
+moment, and started again by the same command, goes on from its last checkpoint and ends with the same bits (on a CPU) as one that never was.
 
-A run directory is a Hugging Face model directory, with metrics.jsonl (a line for each step and each evaluation), curves.png, train.json (the
-resolved arguments) and checkpoints/ beside it.
+A run directory is a Hugging Face model directory, with metrics.jsonl (a line for each step and each evaluation), curves.png, train.json
+(the resolved arguments) and checkpoints/ beside it.
 """
 
 import argparse
 import contextlib
+import functools
 import glob
 import json
 import math
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 import corpus
 import kernels
-from data import Batch, PairDataset, Tokenizer, batches, collate, read_meta, share
+from data import Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_meta, run, share
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, fill_mask
 
 # ---- arguments -------------------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ class TrainConfig:
     seed: int = option(0, "fixes initial weights, examples, masks and dropout")
     # the machine, and what is written when
     device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
-    dtype: str = option("auto", "of the computation, bfloat16 or float32; auto: bfloat16 where the device multiplies it. Weights are float32")
+    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it")
     workers: int = option(1, "background processes that make batches, for each rank; 0: none")
     eval_every: int = option(1000, "steps between evaluations")
     eval_examples: int = option(4096, "held-out pairs of an evaluation, always the same ones")
@@ -118,11 +119,7 @@ MACHINE_FIELDS = {"data", "out", "micro_batch_size", "device", "workers", "log_e
 def parse_arguments(argv=None):
     """The command line as a `TrainConfig`: the preset, and over it each flag that was given."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):  # one line instead of a page of usage
-            self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-    parser = Parser(prog="train.py", description="Pretrain a StarEncoder.", allow_abbrev=False)
+    parser = CommandLine(prog="train.py", description="Pretrain a StarEncoder.")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="default: tiny")
     for f in fields(TrainConfig):
         kind = f.type if isinstance(f.type, type) else int
@@ -145,8 +142,11 @@ def peak_flops(device):
 
 
 def model_flops(config, lengths, masked):
-    """FLOPs that forward and backward need for sequences of these lengths (an int array) with `masked` tokens to predict: 6 for each weight of a matrix
-    and token (2 forward, 4 backward), 12 L H for each token's attention in a layer; recomputation and elementwise work are not counted."""
+    """FLOPs that forward and backward need for sequences of these lengths (an int array) with `masked` tokens to predict.
+
+    6 for each weight of a matrix and token (2 forward, 4 backward), 12 L H for each token's attention in a layer; elementwise work and
+    recomputation are not counted.
+    """
     H, layers = config.hidden_size, config.num_hidden_layers
     lengths = np.asarray(lengths, np.float64)
     linear = 6 * layers * (4 * H * H + 2 * H * config.intermediate_size) * lengths.sum()
@@ -277,7 +277,7 @@ def draw_curves(run):
         ("nsp_accuracy", "s-", "NSP"),
         ("coin_flip", "--", "coin flip"),
     ]:
-        accuracies.plot([m["step"] for m in held_out], [m[name] for m in held_out], style, label=label, color="0.2" if "o" in style else "0.5")
+        accuracies.plot([m["step"] for m in held_out], [m[name] for m in held_out], style, label=label, color="0.3")
     accuracies.set(ylabel="held-out accuracy", ylim=(0, 1))
     rate.plot(steps, [m["learning_rate"] for m in train], label="learning rate", color="0.2")
     rate.set(xlabel="step", ylabel="learning rate")
@@ -332,7 +332,7 @@ def open_run(config, resolved):
             before = json.load(f)
         for name, value in resolved.items():
             if name not in MACHINE_FIELDS and before.get(name) != value:
-                raise ValueError(f"{config.out} holds a run with {name} {before.get(name)}, not {value}; choose another --out to start anew")
+                raise ValueError(f"{config.out} holds a run with {name} {before.get(name)}, not {value}; choose another --out")
     elif os.path.isdir(config.out) and os.listdir(config.out):
         raise ValueError(f"{config.out} is not empty and holds no run; choose another --out")
     os.makedirs(os.path.join(config.out, "checkpoints"), exist_ok=True)
@@ -341,18 +341,54 @@ def open_run(config, resolved):
     os.replace(path + ".tmp", path)
 
 
-def rewind_metrics(path, step):
-    """Drops from metrics.jsonl what lies after `step`, and a line that was cut short: it is computed again."""
-    lines = []
-    if os.path.exists(path):
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError, KeyError):
-                    if line.endswith("\n") and json.loads(line)["step"] <= step:
-                        lines.append(line)
-    with open(path + ".tmp", "w") as f:
-        f.writelines(lines)
-    os.replace(path + ".tmp", path)
+class Metrics:
+    """metrics.jsonl: a line for each step and each evaluation, none missing and none twice, however often the run was stopped.
+
+    Steps wait on the device, and are read, summed over the ranks and written at each `flush`, so that no step waits for a GPU.
+    """
+
+    def __init__(self, path, first_step, ranks, peak):
+        self.path, self.ranks, self.peak, self.waiting = path, ranks, peak, []
+        if ranks.rank == 0:
+            lines = []
+            if os.path.exists(path):
+                with open(path) as f:
+                    lines = [line for line in f if line.endswith("\n")]  # one that was cut short is computed again
+            with open(path + ".tmp", "w") as f:
+                f.writelines(line for line in lines if json.loads(line)["step"] <= first_step)
+            os.replace(path + ".tmp", path)
+        self.start_clock()
+
+    def start_clock(self):
+        """Called after an evaluation or a checkpoint: their time is not the training's."""
+        self.clock, self.tokens, self.flops = time.perf_counter(), 0, 0.0
+
+    def add(self, step, mlm_loss, nsp_loss, grad_norm, learning_rate):
+        """A step: this rank's parts of the two losses and the norm as 0-d tensors on the device."""
+        self.waiting.append((step, learning_rate, torch.stack([mlm_loss, nsp_loss, grad_norm / self.ranks.world_size])))
+
+    def flush(self):
+        """Writes the lines of all waiting steps and returns the last one, on every rank."""
+        values = self.ranks.sum(torch.stack([values for *_, values in self.waiting]).double().cpu())  # this waits for the device
+        tokens, flops = self.ranks.sum([self.tokens, self.flops])
+        elapsed = time.perf_counter() - self.clock
+        speed = {"tokens_per_second": round(tokens / elapsed, 1)}
+        if self.peak:
+            speed["mfu"] = round(flops / elapsed / self.peak / self.ranks.world_size, 4)
+        lines = [
+            {"step": step, "loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, "grad_norm": norm, "learning_rate": rate} | speed
+            for (step, rate, _), (mlm, nsp, norm) in zip(self.waiting, values)
+        ]
+        self.write(*lines)
+        self.waiting = []
+        self.start_clock()
+        return lines[-1]
+
+    def write(self, *lines):
+        """Appends lines (dicts) on the first rank."""
+        if self.ranks.rank == 0:
+            with open(self.path, "a") as f:
+                f.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------------
@@ -379,9 +415,10 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True)
 
 
-def train(config):
+def train(config, stop=()):
     """Runs, or continues, the training that `config` describes; returns the last held-out figures (None where it was stopped before).
 
+    stop: anything in this list asks for a checkpoint and a clean end after the step under way, on all ranks.
     Raises ValueError for arguments, a corpus or a run directory that do not fit together.
     """
     ranks = Ranks.start(config.device)
@@ -405,116 +442,87 @@ def train(config):
     # Model.
     dtype = config.dtype
     if dtype == "auto":
-        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
+        multiplies_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        dtype = "bfloat16" if device.type == "cuda" or multiplies_bf16 else "float32"
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     shape = {f.name: getattr(config, f.name) for f in fields(StarEncoderConfig) if hasattr(config, f.name)}
     shape |= {"vocab_size": meta["vocab_size"], "max_position_embeddings": config.max_length, "pad_token_id": tokenizer.pad_id}
-    torch.manual_seed(config.seed)  # the initial weights; nothing after this draws from torch's generators
+    torch.manual_seed(config.seed)  # for the initial weights; nothing after this draws from torch's generators
     model = StarEncoderForPreTraining(StarEncoderConfig(**shape)).to(device)
     optimizer = make_optimizer(model, config)
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")  # noqa: E731
 
     # Where were we?
-    resolved = asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype, "tokenizer_sha256": meta["tokenizer_sha256"]}
     if lead:
-        open_run(config, resolved)
+        open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype, "tokenizer_sha256": meta["tokenizer_sha256"]})
     ranks.barrier()
-    checkpoint, first = load_checkpoint(config, device), 0
+    first, checkpoint = 0, load_checkpoint(config, device)
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
-        del checkpoint
-    metrics_path = os.path.join(config.out, "metrics.jsonl")
-    if lead:
-        rewind_metrics(metrics_path, first)
+    peak = peak_flops(device)
+    metrics = Metrics(os.path.join(config.out, "metrics.jsonl"), first, ranks, peak)
     ddp = model
     if ranks.world_size > 1:
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, broadcast_buffers=False)
+        ids = [device.index] if device.type == "cuda" else None
+        ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    parameters, epoch_steps = sum(p.numel() for p in model.parameters()), len(train_set) / config.batch_size
-    peak = peak_flops(device)
-    say(f"{parameters / 1e6:.2f} M parameters; {config.batch_size} pairs of up to {config.max_length} tokens a step, {epoch_steps:,.0f} steps an epoch")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    say(f"{ranks.world_size} x {name}, {dtype}, kernels in {kernels.backend(next(model.parameters()))}; peak {f'{peak:.3g} FLOP/s' if peak else 'unknown'}")
+    parameters, epoch = sum(p.numel() for p in model.parameters()), len(train_set) / config.batch_size
+    say(f"{parameters / 1e6:.2f} M parameters; {config.steps:,} steps of {config.batch_size:,} pairs of up to {config.max_length:,} tokens")
+    say(f"({epoch:,.1f} steps are an epoch), in micro-batches of up to {config.micro_batch_size} pairs on each of {ranks.world_size} rank(s)")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+    say(f"{name}, {dtype}, peak {f'{peak:.3g} FLOP/s' if peak else 'unknown'}; kernels: {kernels.backend(model.mlm_bias)}")
     if first:
         say(f"Continuing {config.out} after step {first}.")
 
-    stop = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: stop.append(number))
-    model.train()
-    pending, figures, done, began, tokens_seen, flops_seen = [], None, first, time.perf_counter(), 0, 0.0
-
-    def write_metrics():
-        """Reads the waiting steps' figures off the device, sums them over the ranks, and writes their lines."""
-        nonlocal pending, began, tokens_seen, flops_seen
-        if not pending:
-            return {}
-        summed = np.array(ranks.sum(torch.stack([torch.stack(p[1:3]) for p in pending]).double().cpu()))  # this waits for the device
-        tokens, flops = ranks.sum([tokens_seen, flops_seen])
-        elapsed = time.perf_counter() - began
-        speed = {"tokens_per_second": round(tokens / elapsed, 1)}
-        if peak:
-            speed["mfu"] = round(flops / elapsed / peak / ranks.world_size, 4)
-        lines = [
-            {"step": step, "loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, "grad_norm": float(norm), "learning_rate": rate} | speed
-            for (step, _, _, norm, rate), (mlm, nsp) in zip(pending, summed.tolist())
-        ]
-        if lead:
-            with open(metrics_path, "a") as f:
-                f.writelines(json.dumps(line) + "\n" for line in lines)
-        pending, began, tokens_seen, flops_seen = [], time.perf_counter(), 0, 0.0
-        return lines[-1]
-
+    steps, pin = range(first, config.steps), device.type == "cuda"
+    source = batches(train_set, steps, config.batch_size, config.micro_batch_size, ranks.rank, ranks.world_size, config.workers, pin)
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=not lead, desc="training")
-    source = batches(
-        train_set, range(first, config.steps), config.batch_size, config.micro_batch_size,
-        ranks.rank, ranks.world_size, config.workers, pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    for step, micro_batches in enumerate(source, start=first):
-        # The counts of the global batch come first, since every micro-batch's loss is divided by them.
-        mine = [sum(len(b.labels) for b in micro_batches), sum(len(b.next_sentence_label) for b in micro_batches), float(bool(stop))]
-        masked, pairs, stopping = ranks.sum(mine)
-        terms = []
+    model.train()
+    figures, done = None, first
+    for step, micro_batches in zip(steps, source):
+        # The counts of the whole global batch come first: every micro-batch's loss is divided by them.
+        masked, pairs, stopping = ranks.sum(
+            [sum(len(b.labels) for b in micro_batches), sum(len(b.next_sentence_label) for b in micro_batches), len(stop)]
+        )
+        terms = torch.zeros(2, device=device)
         for j, batch in enumerate(micro_batches):
-            lengths = batch.cu_seqlens.diff().numpy()
-            tokens_seen += len(batch.input_ids)
-            flops_seen += model_flops(model.config, lengths, len(batch.labels))
+            metrics.tokens += len(batch.input_ids)
+            metrics.flops += model_flops(model.config, batch.cu_seqlens.diff().numpy(), len(batch.labels))
             batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
-            dropout_seed = int(np.random.SeedSequence((config.seed, step, ranks.rank, j)).generate_state(1, np.uint64)[0] >> 2)
+            key = np.random.SeedSequence((config.seed, step, ranks.rank, j)).generate_state(1, np.uint64)[0]
             last = j == len(micro_batches) - 1
-            with contextlib.nullcontext() if last or ranks.world_size == 1 else ddp.no_sync():  # one all-reduce a step
+            with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():  # gradients meet once a step
                 with autocast():
-                    loss, mlm, nsp = loss_on(ddp, batch, masked, pairs, dropout_seed)
+                    loss, *parts = loss_on(ddp, batch, masked, pairs, seed=int(key >> 2))
                 (loss * ranks.world_size).backward()  # DDP takes the mean over the ranks; the loss is a sum over them
-            terms.append(torch.stack([mlm, nsp]).float())
+            terms += torch.stack(parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
         done = step + 1
-        pending.append((done, *torch.stack(terms).sum(0), norm, rate))
+        metrics.add(done, *terms, norm, rate)
         bar.update()
-        final = done == config.steps
-        if final or stopping or done % config.log_every == 0 or done % config.eval_every == 0 or done % config.save_every == 0:
-            line = write_metrics()
+
+        ending = bool(stopping) or done == config.steps
+        evaluating, saving = done == config.steps or done % config.eval_every == 0, ending or done % config.save_every == 0
+        if evaluating or saving or done % config.log_every == 0:
+            line = metrics.flush()
             mfu = f"{line['mfu']:.1%}" if peak else "unknown"
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}")
-        if final or done % config.eval_every == 0:
+        if evaluating:
             figures = evaluate(model, held_out, config.eval_examples, config.micro_batch_size, ranks, autocast)
+            metrics.write({"step": done} | figures)
             if lead:
-                with open(metrics_path, "a") as f:
-                    f.write(json.dumps({"step": done} | figures) + "\n")
                 draw_curves(config.out)
                 bar.write(f"step {done:6}: held-out {describe(figures)}", file=sys.stderr)
-        if lead and (final or stopping or done % config.save_every == 0):
+        if saving and lead:
             save_checkpoint(config, model, optimizer, tokenizer, done)
-        if final or done % config.eval_every == 0 or done % config.save_every == 0:
-            began = time.perf_counter()  # the time of evaluations and checkpoints is not the training's
+        if evaluating or saving:
+            metrics.start_clock()
         if stopping:
             break
     bar.close()
@@ -542,13 +550,17 @@ def describe(figures):
     )
 
 
-if __name__ == "__main__":
+def main():
+    """The command line. SIGTERM and SIGINT (Ctrl-C) save and stop."""
+    config, stop = parse_arguments(), []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(number))
     try:
-        train(parse_arguments())
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        train(config, stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,9 +1,86 @@
-"""Shared by all tests: hypothesis profiles and corpora made once."""
+"""Shared by all tests: hypothesis profiles, a small tokenizer, and corpora made once."""
 
 import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 
-from hypothesis import settings
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("default", deadline=None, max_examples=25)
-settings.register_profile("thorough", deadline=None, max_examples=400)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+
+import corpus
+import data
+
+common = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile("default", max_examples=25, **common)
+settings.register_profile("thorough", max_examples=500, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STDLIB = sysconfig.get_paths()["stdlib"]
+MODULES = "abc argparse ast base64 bisect calendar cmd code codecs copy csv dataclasses decimal difflib dis enum fractions functools".split()
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """A directory with a few files of the standard library in it."""
+    directory = tmp_path_factory.mktemp("sources")
+    for name in MODULES:
+        shutil.copy(os.path.join(STDLIB, f"{name}.py"), directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def small_corpus(sources, tmp_path_factory):
+    """A corpus of those files: vocabulary 600, a third of the documents held out."""
+    out = str(tmp_path_factory.mktemp("corpora") / "small")
+    corpus.prepare([sources], out, vocab_size=600, validation=0.34, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(small_corpus):
+    return data.Tokenizer.from_pretrained(small_corpus)
+
+
+@pytest.fixture(scope="session")
+def stdlib_corpus(tmp_path_factory):
+    """The whole standard library, as `python train.py` prepares it."""
+    out = str(tmp_path_factory.mktemp("corpora") / "stdlib")
+    corpus.prepare(None, out, vocab_size=4096)
+    return out
+
+
+def write_corpus(directory, tokenizer, documents):
+    """A corpus whose "train" and "validation" splits both hold these documents (lists of ids)."""
+    import json
+
+    tokenizer.save_pretrained(directory)
+    lengths = [len(d) for d in documents]
+    for split in ("train", "validation"):
+        np.array([t for d in documents for t in d], np.uint16).tofile(os.path.join(directory, f"{split}.bin"))
+        np.save(os.path.join(directory, f"{split}.offsets.npy"), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    counts = {"documents": len(documents), "tokens": sum(lengths)}
+    meta = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
+    with open(os.path.join(directory, "meta.json"), "w") as f:
+        json.dump(meta | {"splits": {"train": counts, "validation": counts}}, f)
+    return str(directory)
+
+
+def command(*arguments, **kwargs):
+    """Runs `python ARGUMENTS...` as a user would."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=kwargs.pop("cwd", ROOT), timeout=600, **kwargs)
+
+
+def assert_refused(result, *words):
+    """Exit status 2 and one line that says what is wrong."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.strip().replace("\r", "\n").split("\n") if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert all(word in lines[0] for word in words), lines[0]

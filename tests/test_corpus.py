@@ -1,0 +1,173 @@
+"""Sources in, tokens out: nothing lost, nothing moved between the splits, everything that is left out counted."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import MODULES, assert_refused, command
+from hypothesis import given
+from hypothesis import strategies as st
+
+import corpus
+import data
+
+GOOD = {"a.py": b"x = 1\n" * 5, "sub/b.c": b"int main() { return 0; }\r\n", "sub/Makefile": b"all:\n\techo hi\n", "c.rs": "fn é() {}".encode()}
+ODD = {
+    "copy.py": GOOD["a.py"],  # an exact duplicate
+    "latin.py": "é".encode("latin-1"),
+    "binary.c": b"a\0b",
+    "empty.py": b" \n",
+    "notes.xyz": b"no known extension",
+    "site-packages/other.py": b"somebody else's",
+}
+REASONS = {"exact duplicate": 1, "not UTF-8": 1, "binary (a NUL byte)": 1, "empty": 1, "no known extension": 1}
+
+
+def write_files(directory, files):
+    for name, content in files.items():
+        path = os.path.join(directory, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as f:
+            f.write(content)
+    return str(directory)
+
+
+def contents(directory, split=None):
+    """The documents of a corpus, decoded: {text: split}."""
+    tokenizer, meta, found = data.Tokenizer.from_pretrained(directory), data.read_meta(directory), {}
+    for name in [split] if split else ["train", "validation"]:
+        tokens = np.fromfile(os.path.join(directory, f"{name}.bin"), meta["dtype"])
+        offsets = np.load(os.path.join(directory, f"{name}.offsets.npy"))
+        assert offsets[0] == 0 and (np.diff(offsets) > 0).all() and offsets[-1] == len(tokens) == meta["splits"][name]["tokens"]
+        assert len(offsets) - 1 == meta["splits"][name]["documents"]
+        for a, b in zip(offsets, offsets[1:]):
+            found[tokenizer.decode(tokens[a:b])] = name
+    return found
+
+
+def test_directory(tmp_path, tokenizer, small_corpus):
+    source = write_files(tmp_path / "in", GOOD | ODD)
+    meta = corpus.prepare([source], str(tmp_path / "out"), tokenizer=small_corpus, workers=2)
+    assert set(contents(tmp_path / "out")) == {content.decode() for content in GOOD.values()}
+    assert meta["skipped"] == REASONS
+    assert {name: c["documents"] for name, c in meta["languages"].items()} == {"python": 1, "c": 1, "makefile": 1, "rust": 1}
+    assert sum(c["bytes"] for c in meta["languages"].values()) == sum(map(len, GOOD.values()))
+    assert meta["tokenizer_sha256"] == tokenizer.sha256 and meta["dtype"] == "uint16"
+    assert "1 exact duplicate" in corpus.summary(meta) and "python" in corpus.summary(meta)
+    assert not os.path.exists(tmp_path / "out.partial")
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz", ".tgz", ".tar.xz"])
+def test_archives(tmp_path, small_corpus, ending):
+    path = str(tmp_path / f"source{ending}")
+    with tarfile.open(path, "w:" + {".tar": "", ".tar.xz": "xz"}.get(ending, "gz")) as archive:
+        for name, content in (GOOD | ODD).items():
+            member = tarfile.TarInfo(f"pkg-1.0/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    meta = corpus.prepare([path], str(tmp_path / "out"), tokenizer=small_corpus, workers=1)
+    assert {content.decode() for content in GOOD.values()} <= set(contents(tmp_path / "out"))
+    assert meta["skipped"] == REASONS
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_json_lines(tmp_path, small_corpus, ending):
+    lines = [json.dumps({"content": content.decode(), "lang": "X"}) for content in GOOD.values()]
+    lines += [json.dumps({"content": "print(1)", "max_stars_repo_path": "src/x.py"}), json.dumps({"content": "y", "ext": "py"}), lines[0]]
+    lines += ["{", "[]", '"text"', '{"text": "no content"}', '{"content": 3}', '{"content": "\\ud800"}']
+    path = str(tmp_path / f"source{ending}")
+    with gzip.open(path, "wt") if ending.endswith("gz") else open(path, "w") as f:
+        f.write("\n".join(lines))
+    meta = corpus.prepare([path], str(tmp_path / "out"), tokenizer=small_corpus, workers=1)
+    assert set(contents(tmp_path / "out")) == {content.decode() for content in GOOD.values()} | {"print(1)"}
+    assert meta["skipped"] == {"no content field": 5, "exact duplicate": 1, "not UTF-8": 1, "under 2 tokens": 1}
+    assert {name: c["documents"] for name, c in meta["languages"].items()} == {"x": 4, "python": 1}
+
+
+def test_documents_never_change_sides(sources, tmp_path, small_corpus):
+    """Another order, more files, another number of processes: each document is where it was."""
+    before = contents(small_corpus)
+    assert len(before) == len(MODULES) and set(before.values()) == {"train", "validation"}
+    more = shutil.copytree(sources, tmp_path / "more")
+    for name in MODULES[::2]:
+        os.rename(more / f"{name}.py", more / f"z_{name}.py")
+    write_files(more, GOOD)
+    corpus.prepare([str(more)], str(tmp_path / "out"), tokenizer=small_corpus, validation=0.34, workers=2)
+    after = contents(tmp_path / "out")
+    assert before.items() <= after.items() and len(after) == len(before) + len(GOOD)
+
+
+def test_same_bytes_whatever_the_number_of_processes(sources, tmp_path, small_corpus, monkeypatch):
+    monkeypatch.setattr(corpus._chunks, "__defaults__", (20_000,))  # many chunks in flight
+    for workers in (1, 3):
+        corpus.prepare([sources], str(tmp_path / str(workers)), vocab_size=600, validation=0.34, workers=workers)
+    for name in os.listdir(small_corpus):
+        a, b, c = (open(os.path.join(d, name), "rb").read() for d in (small_corpus, tmp_path / "1", tmp_path / "3"))
+        assert a == b == c, name
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50), min_size=1, max_size=20))
+def test_any_text_comes_back(tmp_path_factory, small_corpus, texts):
+    directory = tmp_path_factory.mktemp("any")
+    write_files(directory, {f"in/{i}.py": text.encode() for i, text in enumerate(texts)} | {"in/more.py": b"always = 'kept'"})
+    meta = corpus.prepare([str(directory / "in")], str(directory / "out"), tokenizer=small_corpus, workers=1)
+    kept = set(contents(directory / "out"))
+    assert kept <= {*texts, "always = 'kept'"}
+    assert len(kept) + sum(meta["skipped"].values()) == len(texts) + 1
+
+
+def test_wide_tokens_where_the_vocabulary_needs_them(sources, tmp_path, tokenizer):
+    library = data.tokenizers.Tokenizer.from_str(tokenizer.json)
+    library.add_special_tokens([f"<unused_{i}>" for i in range(66_000)])
+    meta = corpus.prepare([sources], str(tmp_path / "wide"), tokenizer=data.Tokenizer(library.to_str()), validation=0.34, workers=1)
+    assert meta["dtype"] == "uint32" and meta["vocab_size"] == 66_600
+    assert len(contents(tmp_path / "wide")) == len(MODULES)
+    assert data.PairDataset(str(tmp_path / "wide"), "train", 64, 0)[0].input_ids.max() < 66_600
+
+
+def test_languages():
+    assert len(corpus.LANGUAGES.strip().split("\n")) == 88
+    names = {"x/setup.py": "python", "Dockerfile": "dockerfile", "a.C": "cpp", "a.c": "c", "A.PY": "python", "i.rst.txt": "restructuredtext"}
+    assert {name: corpus.language_of(name) for name in names} == names
+    assert corpus.language_of("README") is None and corpus.language_of("py") is None
+
+
+def test_refusals(tmp_path, sources, small_corpus):
+    out = str(tmp_path / "out")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    torn = tmp_path / "torn.tar.gz"
+    with tarfile.open(torn, "w:gz") as archive:
+        archive.add(sources)
+    os.truncate(torn, os.path.getsize(torn) // 2)
+    for given_sources, options, words in [
+        ([str(tmp_path / "none")], {}, "no such file"),
+        ([str(empty)], {}, "no documents in"),
+        ([str(empty)], {"tokenizer": small_corpus}, "no documents in"),
+        ([corpus.__file__], {}, "not a source"),
+        ([str(torn)], {"tokenizer": small_corpus}, "damaged"),
+        ([sources], {"validation": 0.0}, "validation"),
+        ([sources], {"vocab_size": 100}, "vocab_size must be at least 279"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            corpus.prepare(given_sources, out, workers=1, **options)
+        assert not os.path.exists(out) and not os.path.exists(out + ".partial")
+    before = {name: os.path.getmtime(os.path.join(small_corpus, name)) for name in os.listdir(small_corpus)}
+    with pytest.raises(ValueError, match="exists already"):
+        corpus.prepare([sources], small_corpus)
+    assert before == {name: os.path.getmtime(os.path.join(small_corpus, name)) for name in os.listdir(small_corpus)}
+
+
+def test_command_line(tmp_path, sources):
+    result = command("corpus.py", sources, "--out", str(tmp_path / "out"), "--vocab-size", "400", "--validation", "0.3", "--workers", "1")
+    assert result.returncode == 0, result.stderr
+    assert "python" in result.stdout and "vocabulary 400" in result.stdout
+    assert_refused(command("corpus.py", sources, "--out", str(tmp_path / "out")), "exists already")
+    assert_refused(command("corpus.py", str(tmp_path / "none"), "--out", str(tmp_path / "new")), "no such file")
+    assert_refused(command("corpus.py", sources, "--out", "/proc/none/x"), "No such file")
+    assert_refused(command("corpus.py", sources, "--out", str(tmp_path / "n"), "--colour"), "--colour")
