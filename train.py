@@ -8,7 +8,7 @@ the *global* batch: the sum of the MLM losses of all ranks and micro-batches by 
 over pairs. So a split into ranks and micro-batches changes nothing but the speed.
 
 Everything random is a function of (seed, step): examples and masks by their number, dropout by counter. A run that was stopped at any
-moment, and started again by the same command, goes on from its last checkpoint and ends with the same bits (on a CPU) as one that never was.
+moment, and started again by the same command, goes on from its last checkpoint and ends with the bits of one that never was (on a CPU).
 
 A run directory is a Hugging Face model directory, with metrics.jsonl (a line for each step and each evaluation), curves.png, train.json
 (the resolved arguments) and checkpoints/ beside it.
@@ -469,7 +469,7 @@ def train(config, stop=()):
 
     parameters, epoch = sum(p.numel() for p in model.parameters()), len(train_set) / config.batch_size
     say(f"{parameters / 1e6:.2f} M parameters; {config.steps:,} steps of {config.batch_size:,} pairs of up to {config.max_length:,} tokens")
-    say(f"({epoch:,.1f} steps are an epoch), in micro-batches of up to {config.micro_batch_size} pairs on each of {ranks.world_size} rank(s)")
+    say(f"({epoch:,.1f} steps an epoch), in micro-batches of up to {config.micro_batch_size} pairs on each of {ranks.world_size} rank(s)")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     say(f"{name}, {dtype}, peak {f'{peak:.3g} FLOP/s' if peak else 'unknown'}; kernels: {kernels.backend(model.mlm_bias)}")
     if first:

@@ -24,7 +24,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STDLIB = sysconfig.get_paths()["stdlib"]
-MODULES = "abc argparse ast base64 bisect calendar cmd code codecs copy csv dataclasses decimal difflib dis enum fractions functools".split()
+MODULES = "abc argparse ast base64 bisect calendar cmd code codecs copy csv dataclasses difflib dis enum fractions functools glob".split()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import corpus
 import data
 
-GOOD = {"a.py": b"x = 1\n" * 5, "sub/b.c": b"int main() { return 0; }\r\n", "sub/Makefile": b"all:\n\techo hi\n", "c.rs": "fn é() {}".encode()}
+GOOD = {"a.py": b"x = 1\n" * 5, "sub/b.c": b"int main() { return 0; }\r\n", "sub/Makefile": b"all:\n\techo hi\n"}
+GOOD["c.rs"] = "fn é() {}".encode()
 ODD = {
     "copy.py": GOOD["a.py"],  # an exact duplicate
     "latin.py": "é".encode("latin-1"),
@@ -111,7 +112,10 @@ def test_same_bytes_whatever_the_number_of_processes(sources, tmp_path, small_co
         assert a == b == c, name
 
 
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50), min_size=1, max_size=20))
+any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50)
+
+
+@given(texts=st.lists(any_text, min_size=1, max_size=20))
 def test_any_text_comes_back(tmp_path_factory, small_corpus, texts):
     directory = tmp_path_factory.mktemp("any")
     write_files(directory, {f"in/{i}.py": text.encode() for i, text in enumerate(texts)} | {"in/more.py": b"always = 'kept'"})
@@ -124,7 +128,8 @@ def test_any_text_comes_back(tmp_path_factory, small_corpus, texts):
 def test_wide_tokens_where_the_vocabulary_needs_them(sources, tmp_path, tokenizer):
     library = data.tokenizers.Tokenizer.from_str(tokenizer.json)
     library.add_special_tokens([f"<unused_{i}>" for i in range(66_000)])
-    meta = corpus.prepare([sources], str(tmp_path / "wide"), tokenizer=data.Tokenizer(library.to_str()), validation=0.34, workers=1)
+    wide = data.Tokenizer(library.to_str())
+    meta = corpus.prepare([sources], str(tmp_path / "wide"), tokenizer=wide, validation=0.34, workers=1)
     assert meta["dtype"] == "uint32" and meta["vocab_size"] == 66_600
     assert len(contents(tmp_path / "wide")) == len(MODULES)
     assert data.PairDataset(str(tmp_path / "wide"), "train", 64, 0)[0].input_ids.max() < 66_600

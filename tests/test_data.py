@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 import data
 from data import PairDataset, Tokenizer, batches, collate, mask_tokens, permute, share
 
-# Pieces that make the two libraries' regexes disagree if anything does: blanks before digits, marks, controls, look-alikes of special tokens.
-PIECES = [" ", "  ", "\t", "\n", "\r\n", "1", "23", "٣", "½", "a", "Zed", "é", "e\u0301", "中文", "🙂", "'s", "'ll", "_", "-", "()", "\x00", "\x1c", "\x85"]
-PIECES += ["\u2028", "\u3000", "\u200b", "<mask>", "<cls>", "<|endoftext|>", "<reponame>", "def ", "return", "0x1F", "\ufffd", "\ufeff"]
-texts = st.lists(st.one_of(st.sampled_from(PIECES), st.text(st.characters(exclude_categories=["Cs"]), max_size=8)), max_size=20).map("".join)
+# Pieces that make the two libraries' regexes disagree if anything does: blanks before digits, marks, controls,
+# and what looks like a special token.
+PIECES = [" ", "  ", "\t", "\n", "\r\n", "1", "23", "٣", "½", "a", "Zed", "é", "e\u0301", "中文", "🙂", "'s", "'ll", "_", "-", "()"]
+PIECES += ["\x00", "\x1c", "\x85", "\u2028", "\u3000", "\u200b", "\ufffd", "\ufeff"]
+PIECES += ["<mask>", "<cls>", "<|endoftext|>", "<reponame>", "def ", "return", "0x1F"]
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+texts = st.lists(st.sampled_from(PIECES) | any_text, max_size=20).map("".join)
 
 
 def library_of(tokenizer):
@@ -33,7 +36,7 @@ def library_of(tokenizer):
 
 
 @given(text=texts)
-def test_ids_are_those_of_the_library_and_decode_gives_the_text_back(tokenizer, text):
+def test_ids_are_those_of_the_library_and_decode_inverts(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids == library_of(tokenizer).encode(text).ids
     assert tokenizer.decode(ids) == text

@@ -1,9 +1,6 @@
 """The model against transformers' Bert*: outputs, gradients, files in both directions, and its refusals."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,11 +14,8 @@ from starencoder import (
     StarEncoderForPreTraining,
     StarEncoderForTokenClassification,
     _bert_names,
-    embed,
-    fill_mask,
 )
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = dict(vocab_size=211, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64)
 PAIRS = {
     StarEncoder: transformers.BertModel,
@@ -172,3 +166,152 @@ def test_files_go_both_ways_bit_for_bit(ours_class, overrides, tmp_path):
     out = ours(ids, cu_seqlens)
     out = out if ours_class is StarEncoder else out.mlm_logits if ours_class is StarEncoderForPreTraining else out.logits
     torch.testing.assert_close(out, unpad(theirs, [20, 7]), rtol=1e-4, atol=1e-4)
+
+
+def test_old_hub_files_load(tmp_path):
+    """pytorch_model.bin as transformers 4 wrote it, bigcode/starencoder's among them: both names of tied weights, a position_ids buffer."""
+    torch.manual_seed(0)
+    bert = transformers.BertForPreTraining(bert_config())
+    weights = bert.state_dict() | {"bert.embeddings.position_ids": torch.arange(64)[None]}
+    bert.config.save_pretrained(tmp_path)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    ours = StarEncoderForPreTraining.from_pretrained(str(tmp_path))
+    assert ours.mlm_decoder.weight is ours.bert.word_embeddings.weight
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, torch.cat([weights[n] for n in _bert_names(name)]))
+
+
+def test_pickles_that_run_code_are_refused(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    bert_config().save_pretrained(tmp_path)
+    torch.save({"weights": Harm()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read"):
+        StarEncoder.from_pretrained(str(tmp_path))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_decoder_that_differs_is_not_tied(tmp_path):
+    """Whatever the config says, as in transformers."""
+    bert = transformers.BertForPreTraining(bert_config(tie_word_embeddings=False))
+    bert.config.tie_word_embeddings = True
+    bert.save_pretrained(tmp_path)
+    ours = StarEncoderForPreTraining.from_pretrained(str(tmp_path))
+    assert torch.equal(ours.mlm_decoder.weight, bert.cls.predictions.decoder.weight)
+    assert torch.equal(ours.bert.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
+
+
+def test_a_new_head_on_a_pretrained_encoder(tmp_path, capsys):
+    """What fine-tuning starts from; the new weights are said aloud, and all classes get a name."""
+    pretrained = StarEncoderForPreTraining(small_config())
+    pretrained.save_pretrained(str(tmp_path / "run"))
+    labels = {0: "O", 1: "B-EMAIL", 2: "I-EMAIL"}
+    model = StarEncoderForTokenClassification.from_pretrained(str(tmp_path / "run"), id2label=labels)
+    assert "new weights for classifier.weight, classifier.bias" in capsys.readouterr().err
+    assert torch.equal(model.bert.layers[2].qkv.weight, pretrained.bert.layers[2].qkv.weight)
+    assert model(torch.zeros(5, dtype=torch.int64), torch.tensor([0, 5], dtype=torch.int32)).logits.shape == (5, 3)
+    model.save_pretrained(str(tmp_path / "tuned"))
+    bert = transformers.BertForTokenClassification.from_pretrained(tmp_path / "tuned")
+    assert bert.config.id2label == labels and bert.config.label2id == {v: k for k, v in labels.items()}
+    assert StarEncoderForTokenClassification.from_pretrained(str(tmp_path / "tuned")).config.id2label == labels
+    # and back to a plain encoder, whose pooler such files lack
+    assert torch.equal(StarEncoder.from_pretrained(str(tmp_path / "tuned")).layers[0].qkv.weight, pretrained.bert.layers[0].qkv.weight)
+
+
+def test_a_name_is_fetched_from_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "bigcode/starencoder" and "config.json" in allow_patterns
+        StarEncoderForPreTraining(small_config()).save_pretrained(str(tmp_path))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert StarEncoderForPreTraining.from_pretrained("bigcode/starencoder").config.vocab_size == 211
+
+
+def test_labels_may_be_given_by_position_or_by_token():
+    torch.manual_seed(0)
+    model = StarEncoderForPreTraining(small_config()).eval()
+    ids, cu_seqlens = packed([30, 12], 211, torch.Generator().manual_seed(0))
+    positions = torch.tensor([3, 7, 31])
+    labels = torch.full_like(ids, -100)
+    labels[positions] = ids[positions]
+    pairs = torch.tensor([1, 0])
+    a = model(ids, cu_seqlens, labels, pairs)
+    b = model(ids, cu_seqlens, ids[positions], pairs, positions)
+    for x, y in zip(a[:3], b[:3]):
+        torch.testing.assert_close(x, y)
+    at_positions, everywhere = model(ids, cu_seqlens, masked_positions=positions), model(ids, cu_seqlens)
+    torch.testing.assert_close(at_positions.mlm_logits, everywhere.mlm_logits[positions])
+    assert model(ids, cu_seqlens, next_sentence_label=pairs).mlm_loss is None
+    nothing = model(ids, cu_seqlens, torch.full_like(ids, -100), pairs)
+    assert nothing.mlm_loss == 0 and nothing.loss == nothing.nsp_loss  # a batch may have no mask
+
+
+def test_dropout_is_a_function_of_the_seed():
+    model = StarEncoderForPreTraining(small_config())
+    ids, cu_seqlens = packed([30, 12], 211, torch.Generator().manual_seed(0))
+    once = model(ids, cu_seqlens, seed=5).mlm_logits
+    assert torch.equal(once, model(ids, cu_seqlens, seed=torch.tensor(5)).mlm_logits)
+    assert not torch.equal(once, model(ids, cu_seqlens, seed=6).mlm_logits)
+    torch.manual_seed(1)
+    drawn = model(ids, cu_seqlens).mlm_logits
+    assert not torch.equal(drawn, model(ids, cu_seqlens).mlm_logits)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, model(ids, cu_seqlens).mlm_logits)
+    assert torch.equal(model.eval()(ids, cu_seqlens).mlm_logits, model(ids, cu_seqlens).mlm_logits)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (dict(hidden_size=50), "not divisible"),
+        (dict(hidden_act="gelu_new"), "hidden_act"),
+        (dict(num_hidden_layers=0), "num_hidden_layers"),
+        (dict(hidden_dropout_prob=1.0), "hidden_dropout_prob"),
+    ],
+)
+def test_config_refuses(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        small_config(**overrides)
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    import json
+    import shutil
+
+    StarEncoderForPreTraining(small_config()).save_pretrained(str(tmp_path / "run"))
+
+    def changed(**entries):
+        directory = shutil.copytree(tmp_path / "run", tmp_path / "changed", dirs_exist_ok=True)
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | entries))
+        return str(directory)
+
+    for entries, words in [
+        (dict(vocab_size=212), "is .211,.*its config.json asks for .212,"),
+        (dict(num_hidden_layers=4), "lack bert.encoder.layer.3"),
+        (dict(num_hidden_layers=2), "no place for the weights bert.encoder.layer.2"),
+        (dict(model_type="roberta"), "not a Bert"),
+        (dict(is_decoder=True), "not a Bert"),
+        (dict(position_embedding_type="relative_key"), "position_embedding_type"),
+        (dict(hidden_act="relu"), "hidden_act"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            StarEncoderForPreTraining.from_pretrained(changed(**entries))
+    directory = changed()
+    os.truncate(os.path.join(directory, "model.safetensors"), 5000)
+    with pytest.raises(ValueError, match="cannot be read"):
+        StarEncoderForPreTraining.from_pretrained(directory)
+    os.remove(os.path.join(directory, "model.safetensors"))
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+        StarEncoderForPreTraining.from_pretrained(directory)
+
+
+def test_a_sequence_longer_than_the_model_is_refused():
+    ids, cu_seqlens = packed([3, 65], 211, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="65 tokens is longer than the model's 64"):
+        StarEncoder(small_config())(ids, cu_seqlens)
