@@ -92,135 +92,6 @@ class StarEncoderConfig:
         return cls(**{k: v for k, v in (defaults | entries).items() if k in known})
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------------
-
-# Names here -> names in the files of transformers' Bert*. Queries, keys and values are one matrix here and three there.
-BERT_NAMES = {
-    "layers.": "encoder.layer.",
-    "attention_output.": "attention.output.dense.",
-    "attention_norm.": "attention.output.LayerNorm.",
-    "feed_forward_up.": "intermediate.dense.",
-    "feed_forward_down.": "output.dense.",
-    "feed_forward_norm.": "output.LayerNorm.",
-    "embeddings_norm.": "embeddings.LayerNorm.",
-    "word_embeddings.": "embeddings.word_embeddings.",
-    "position_embeddings.": "embeddings.position_embeddings.",
-    "token_type_embeddings.": "embeddings.token_type_embeddings.",
-    "pooler.": "pooler.dense.",
-    "mlm_transform.": "cls.predictions.transform.dense.",
-    "mlm_norm.": "cls.predictions.transform.LayerNorm.",
-    "mlm_bias": "cls.predictions.bias",
-    "mlm_decoder.": "cls.predictions.decoder.",
-    "nsp.": "cls.seq_relationship.",
-}
-QKV = ("attention.self.query.", "attention.self.key.", "attention.self.value.")
-
-
-def _bert_names(name):
-    """The name(s) in a Bert file of the parameter `name` of a model here: three for a fused qkv, one otherwise."""
-    for ours, theirs in BERT_NAMES.items():
-        name = ("." + name).replace("." + ours, "." + theirs, 1)[1:]
-    return [name.replace("qkv.", part) for part in QKV] if "qkv." in name else [name]
-
-
-class _Bert(nn.Module):
-    """What the three models share: initialization, and files in the layout of transformers."""
-
-    architecture = None  # the class of transformers that reads and writes the same files
-
-    def _initialize(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    def save_pretrained(self, directory):
-        """Writes config.json and model.safetensors into `directory`, as `architecture`.save_pretrained of transformers does."""
-        from safetensors.torch import save_file
-
-        os.makedirs(directory, exist_ok=True)
-        weights = {}
-        for name, parameter in self.named_parameters():  # a tied decoder is counted, and written, once
-            names = _bert_names(name)
-            weights |= {n: part.detach().cpu().contiguous() for n, part in zip(names, parameter.chunk(len(names)))}
-        if "cls.predictions.decoder.weight" in weights:  # untied; transformers then reads the decoder's bias by this name
-            weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
-        self.config.save(directory, self.architecture)
-        path = os.path.join(directory, "model.safetensors")
-        save_file(weights, path + ".tmp", metadata={"format": "pt"})
-        os.replace(path + ".tmp", path)  # whoever reads sees the old weights or the new ones, never half
-
-    @classmethod
-    def from_pretrained(cls, directory, **overrides):
-        """Reads any Bert directory of transformers (model.safetensors or pytorch_model.bin); a name that is no directory is fetched
-        from the Hugging Face hub. `overrides` replace fields of its config (the classes of a new head: `id2label={0: "O", ...}`).
-        A classification head or pooler that the files lack starts from new weights, and that is said.
-
-        Raises ValueError where files and config do not fit together, FileNotFoundError where they are missing.
-        """
-        if not os.path.isdir(directory):
-            directory = _download(directory)
-        config = replace(StarEncoderConfig.load(directory), **overrides)
-        weights = _read_weights(directory)
-        if not any(name.startswith("bert.") for name in weights):  # BertModel is saved without the prefix that models with heads have
-            weights = {name if name.startswith("classifier.") else "bert." + name: w for name, w in weights.items()}
-        words, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
-        if decoder in weights and words in weights and not torch.equal(weights[decoder], weights[words]):
-            config.tie_word_embeddings = False  # as transformers: weights that differ stay apart, whatever the config says
-        weights.setdefault(words, weights.get(decoder))  # where tied, the files may hold
-        weights.setdefault(decoder, weights[words])  # either name
-        weights["cls.predictions.bias"] = weights.pop("cls.predictions.decoder.bias", weights.get("cls.predictions.bias"))
-
-        model, new, used = cls(config), [], set()
-        for name, parameter in model.named_parameters():
-            names = _bert_names("bert." + name if cls is StarEncoder else name)
-            used.update(names)
-            parts = [weights.get(n) for n in names]
-            if any(part is None for part in parts):
-                if not name.startswith(("classifier.", "pooler.")):
-                    raise ValueError(f"{directory}: the weights lack {names[0]}")
-                new.append(name)
-                continue
-            value = torch.cat(parts)
-            if value.shape != parameter.shape:
-                raise ValueError(f"{directory}: {names[0]} is {tuple(value.shape)}, its config.json asks for {tuple(parameter.shape)}")
-            parameter.data.copy_(value)
-        if extra := [name for name in weights if name.startswith("bert.encoder.") and name not in used]:
-            raise ValueError(f"{directory}: config.json has no place for the weights {extra[0]}")
-        if new:
-            print(f"{directory}: new weights for {', '.join(new)} (not in the files)", file=sys.stderr)
-        return model
-
-
-def _read_weights(directory):
-    safe, pickled = (os.path.join(directory, name) for name in ("model.safetensors", "pytorch_model.bin"))
-    try:
-        if os.path.exists(safe):
-            from safetensors.torch import load_file
-
-            return load_file(safe)
-        if os.path.exists(pickled):
-            return torch.load(pickled, map_location="cpu", weights_only=True)  # never runs code from the file
-    except Exception as error:  # each library has its own kind for a file cut short
-        raise ValueError(f"{directory}: the weights cannot be read ({str(error).splitlines()[0]}); copy or save them again") from None
-    raise FileNotFoundError(f"{directory}: neither model.safetensors nor pytorch_model.bin")
-
-
-def _download(name):
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = ["config.json", "tokenizer.json", "model.safetensors"]
-        directory = snapshot_download(name, allow_patterns=files)
-        if not os.path.exists(os.path.join(directory, "model.safetensors")):
-            directory = snapshot_download(name, allow_patterns=files[:2] + ["pytorch_model.bin"])
-        return directory
-    except Exception as error:  # no such name, no network, no access: all one to the caller
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name}: no such directory, and the Hugging Face hub did not give it ({reason})") from None
-
-
 # ---- the model -------------------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +127,33 @@ def _check_length(tokens, config):
         raise ValueError(f"a sequence of {tokens} tokens is longer than the model's {config.max_position_embeddings} positions")
 
 
+class _Bert(nn.Module):
+    """What the three models share: their first weights, and files in the layout of transformers."""
+
+    architecture = None  # the class of transformers that reads and writes the same files
+
+    def _initialize(self, *modules):
+        for module in modules:
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors into `directory`, as `architecture`.save_pretrained of transformers does."""
+        _write_files(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory, **overrides):
+        """Reads any Bert directory of transformers (model.safetensors or pytorch_model.bin); a name that is no directory is fetched
+        from the Hugging Face hub. `overrides` replace fields of its config (the classes of a new head: `id2label={0: "O", ...}`).
+        A classification head or pooler that the files lack starts from new weights, and that is said.
+
+        Raises ValueError where files and config do not fit together, FileNotFoundError where they are missing.
+        """
+        return _read_files(cls, directory, overrides)
+
+
 class StarEncoder(_Bert):
     """The encoder without heads (transformers' BertModel)."""
 
@@ -271,7 +169,7 @@ class StarEncoder(_Bert):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         # Not used in `forward`; it stands here because BertModel's files hold it.
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
-        self._initialize()
+        self._initialize(*self.modules())
 
     def forward(self, input_ids, cu_seqlens, *, max_seqlen=None, seed=None):
         """Encodes a packed micro-batch.
@@ -328,7 +226,7 @@ class StarEncoderForPreTraining(_Bert):
         self.mlm_decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.nsp = nn.Linear(config.hidden_size, 2)
-        self._initialize()
+        self._initialize(self.mlm_transform, self.mlm_decoder, self.nsp)
         if config.tie_word_embeddings:
             self.mlm_decoder.weight = self.bert.word_embeddings.weight
 
@@ -381,7 +279,7 @@ class StarEncoderForTokenClassification(_Bert):
         self.config = config
         self.bert = StarEncoder(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self._initialize()
+        self._initialize(self.classifier)
 
     def forward(self, input_ids, cu_seqlens, labels=None, *, max_seqlen=None, seed=None):
         """input_ids, cu_seqlens, max_seqlen, seed: as in `StarEncoder`. labels: (T,) int64, -100 where a token does not count.
@@ -393,6 +291,116 @@ class StarEncoderForTokenClassification(_Bert):
         h = kernels.dropout(h, p * float(self.training), seed + 3 * self.config.num_hidden_layers + 1)
         logits = self.classifier(h)  # (T, C)
         return TokenClassificationOutput(None if labels is None else _cross_entropy(logits, labels), logits)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------------
+
+# Names here -> names in the files of transformers' Bert*. Queries, keys and values are one matrix here and three there.
+BERT_NAMES = {
+    "layers.": "encoder.layer.",
+    "attention_output.": "attention.output.dense.",
+    "attention_norm.": "attention.output.LayerNorm.",
+    "feed_forward_up.": "intermediate.dense.",
+    "feed_forward_down.": "output.dense.",
+    "feed_forward_norm.": "output.LayerNorm.",
+    "embeddings_norm.": "embeddings.LayerNorm.",
+    "word_embeddings.": "embeddings.word_embeddings.",
+    "position_embeddings.": "embeddings.position_embeddings.",
+    "token_type_embeddings.": "embeddings.token_type_embeddings.",
+    "pooler.": "pooler.dense.",
+    "mlm_transform.": "cls.predictions.transform.dense.",
+    "mlm_norm.": "cls.predictions.transform.LayerNorm.",
+    "mlm_bias": "cls.predictions.bias",
+    "mlm_decoder.": "cls.predictions.decoder.",
+    "nsp.": "cls.seq_relationship.",
+}
+QKV = ("attention.self.query.", "attention.self.key.", "attention.self.value.")
+
+
+def _bert_names(name):
+    """The name(s) in a Bert file of the parameter `name` of a model here: three for a fused qkv, one otherwise."""
+    for ours, theirs in BERT_NAMES.items():
+        name = ("." + name).replace("." + ours, "." + theirs, 1)[1:]
+    return [name.replace("qkv.", part) for part in QKV] if "qkv." in name else [name]
+
+
+def _write_files(model, directory):
+    from safetensors.torch import save_file
+
+    os.makedirs(directory, exist_ok=True)
+    weights = {}
+    for name, parameter in model.named_parameters():  # a tied decoder is counted, and written, once
+        names = _bert_names(name)
+        weights |= {n: part.detach().cpu().contiguous() for n, part in zip(names, parameter.chunk(len(names)))}
+    if "cls.predictions.decoder.weight" in weights:  # untied; transformers then reads the decoder's bias by this name
+        weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
+    model.config.save(directory, model.architecture)
+    path = os.path.join(directory, "model.safetensors")
+    save_file(weights, path + ".tmp", metadata={"format": "pt"})
+    os.replace(path + ".tmp", path)  # whoever reads sees the old weights or the new ones, never half
+
+
+def _read_files(cls, directory, overrides):
+    if not os.path.isdir(directory):
+        directory = _download(directory)
+    config = replace(StarEncoderConfig.load(directory), **overrides)
+    weights = _read_weights(directory)
+    if not any(name.startswith("bert.") for name in weights):  # BertModel is saved without the prefix that models with heads have
+        weights = {name if name.startswith("classifier.") else "bert." + name: w for name, w in weights.items()}
+    words, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+    if decoder in weights and words in weights and not torch.equal(weights[decoder], weights[words]):
+        config.tie_word_embeddings = False  # as transformers: weights that differ stay apart, whatever the config says
+    weights.setdefault(words, weights.get(decoder))  # where tied, the files may hold
+    weights.setdefault(decoder, weights[words])  # either name
+    weights["cls.predictions.bias"] = weights.pop("cls.predictions.decoder.bias", weights.get("cls.predictions.bias"))
+
+    model, new, used = cls(config), [], set()
+    for name, parameter in model.named_parameters():
+        names = _bert_names("bert." + name if cls is StarEncoder else name)
+        used.update(names)
+        parts = [weights.get(n) for n in names]
+        if any(part is None for part in parts):
+            if not name.startswith(("classifier.", "pooler.")):
+                raise ValueError(f"{directory}: the weights lack {names[0]}")
+            new.append(name)
+            continue
+        value = torch.cat(parts)
+        if value.shape != parameter.shape:
+            raise ValueError(f"{directory}: {names[0]} is {tuple(value.shape)}, its config.json asks for {tuple(parameter.shape)}")
+        parameter.data.copy_(value)
+    if extra := [name for name in weights if name.startswith("bert.encoder.") and name not in used]:
+        raise ValueError(f"{directory}: config.json has no place for the weights {extra[0]}")
+    if new:
+        print(f"{directory}: new weights for {', '.join(new)} (not in the files)", file=sys.stderr)
+    return model
+
+
+def _read_weights(directory):
+    safe, pickled = (os.path.join(directory, name) for name in ("model.safetensors", "pytorch_model.bin"))
+    try:
+        if os.path.exists(safe):
+            from safetensors.torch import load_file
+
+            return load_file(safe)
+        if os.path.exists(pickled):
+            return torch.load(pickled, map_location="cpu", weights_only=True)  # never runs code from the file
+    except Exception as error:  # each library has its own kind for a file cut short
+        raise ValueError(f"{directory}: the weights cannot be read ({str(error).splitlines()[0]}); copy or save them again") from None
+    raise FileNotFoundError(f"{directory}: neither model.safetensors nor pytorch_model.bin")
+
+
+def _download(name):
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["config.json", "tokenizer.json", "model.safetensors"]
+        directory = snapshot_download(name, allow_patterns=files)
+        if not os.path.exists(os.path.join(directory, "model.safetensors")):
+            directory = snapshot_download(name, allow_patterns=files[:2] + ["pytorch_model.bin"])
+        return directory
+    except Exception as error:  # no such name, no network, no access: all one to the caller
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name}: no such directory, and the Hugging Face hub did not give it ({reason})") from None
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,6 @@ MACHINE_FIELDS = {"data", "out", "micro_batch_size", "device", "workers", "log_e
 
 def parse_arguments(argv=None):
     """The command line as a `TrainConfig`: the preset, and over it each flag that was given."""
-
     parser = CommandLine(prog="train.py", description="Pretrain a StarEncoder.")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="default: tiny")
     for f in fields(TrainConfig):
@@ -214,7 +213,8 @@ def evaluate(model, dataset, examples, micro_batch_size, ranks, autocast=context
     model.eval()
     V = model.config.vocab_size
     totals, label_counts = torch.zeros(5, dtype=torch.float64), torch.zeros(V, dtype=torch.float64)
-    for part in share(0, min(examples, len(dataset)), ranks.rank, ranks.world_size, micro_batch_size):
+    parts = share(0, min(examples, len(dataset)), ranks.rank, ranks.world_size, micro_batch_size)
+    for part in tqdm(parts, desc="evaluating", leave=False, disable=ranks.rank != 0):
         batch = Batch(*(t.to(ranks.device) for t in collate([dataset[i] for i in part])))
         with autocast():
             out = model(batch.input_ids, batch.cu_seqlens, masked_positions=batch.masked_positions)
@@ -298,7 +298,12 @@ def draw_curves(run):
 
 
 def save_checkpoint(config, model, optimizer, tokenizer, step):
-    """Writes checkpoints/STEP.pt and the model itself, each whole or not at all, and drops the oldest checkpoints."""
+    """Writes the model and checkpoints/STEP.pt, each whole or not at all, and drops the oldest checkpoints.
+
+    The checkpoint comes last: where it exists, all that belongs to its step does.
+    """
+    model.save_pretrained(config.out)
+    tokenizer.save_pretrained(config.out)
     folder = os.path.join(config.out, "checkpoints")
     path = os.path.join(folder, f"{step:08d}.pt")
     with open(path + ".tmp", "wb") as f:
@@ -306,8 +311,6 @@ def save_checkpoint(config, model, optimizer, tokenizer, step):
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
-    model.save_pretrained(config.out)
-    tokenizer.save_pretrained(config.out)
     for old in sorted(glob.glob(os.path.join(folder, "*.pt")))[: -config.keep_checkpoints]:
         os.remove(old)
 
@@ -452,8 +455,9 @@ def train(config, stop=()):
     optimizer = make_optimizer(model, config)
 
     # Where were we?
+    corpus_facts = {"tokenizer_sha256": meta["tokenizer_sha256"], "train_tokens": meta["splits"]["train"]["tokens"]}
     if lead:
-        open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype, "tokenizer_sha256": meta["tokenizer_sha256"]})
+        open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts)
     ranks.barrier()
     first, checkpoint = 0, load_checkpoint(config, device)
     if checkpoint is not None:

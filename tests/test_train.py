@@ -180,10 +180,10 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(small_corpus, undi
 
 def test_a_killed_process_goes_on(small_corpus, tmp_path):
     """SIGTERM saves and ends with status 0, SIGKILL loses what came after the last checkpoint; the end is the same."""
-    arguments = [sys.executable, "train.py", "--data", small_corpus, "--device", "cpu", "--dtype", "float32", "--hidden-size", "32"]
-    arguments += ["--num-hidden-layers", "2", "--num-attention-heads", "4", "--intermediate-size", "64", "--max-length", "48", "--steps", "120"]
-    arguments += ["--batch-size", "8", "--eval-every", "1000", "--eval-examples", "16", "--save-every", "20", "--log-every", "1"]
-    arguments += ["--hidden-dropout-prob", "0.1", "--warmup-steps", "10"]
+    flags = "--device cpu --dtype float32 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --intermediate-size 64 "
+    flags += "--max-length 48 --steps 120 --batch-size 8 --eval-every 1000 --eval-examples 16 --save-every 20 --log-every 1 "
+    flags += "--hidden-dropout-prob 0.1 --warmup-steps 10"
+    arguments = [sys.executable, "train.py", "--data", small_corpus, *flags.split()]
 
     def steps_written(out):
         path = os.path.join(out, "metrics.jsonl")
@@ -263,8 +263,8 @@ def test_published_arithmetic():
     assert abs(per_token / 657.4e6 - 1) < 1e-3
     config = train.parse_arguments(["--preset", "starencoder"])
     assert (config.steps, config.batch_size, config.max_length, config.micro_batch_size) == (100_000, 4096, 1024, 64)
-    assert train.learning_rate(config, 23_999) == 6e-4 and train.learning_rate(config, 0) == pytest.approx(6e-4 / 24_000)
-    assert train.learning_rate(config, 99_999) == pytest.approx(6e-4 / 76_000) and train.learning_rate(config, 62_000) == pytest.approx(3e-4)
+    corners = {0: 6e-4 / 24_000, 23_999: 6e-4, 24_000: 6e-4, 62_000: 3e-4, 99_999: 6e-4 / 76_000}
+    assert {step: train.learning_rate(config, step) for step in corners} == pytest.approx(corners)
 
 
 def test_no_decay_on_biases_and_layer_norms():
@@ -356,7 +356,8 @@ def test_programs_end_with_one_line(small_corpus, undisturbed, tmp_path):
     os.truncate(newest, 100)
     # the arguments of the run, from its own file
     with open(torn / "train.json") as f:
-        arguments = [x for k, v in json.load(f).items() if k != "tokenizer_sha256" for x in ("--" + k.replace("_", "-"), str(v))]
+        fields = [(k, v) for k, v in json.load(f).items() if k not in ("tokenizer_sha256", "train_tokens")]
+    arguments = [x for k, v in fields for x in ("--" + k.replace("_", "-"), str(v))]
     assert_refused(command("train.py", *arguments, "--out", str(torn)), "00000006.pt", "damaged", "remove it")
     assert_refused(command("train.py", "--colour"), "--colour")
     assert_refused(command("train.py", "--preset", "huge"), "huge")
