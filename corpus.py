@@ -10,6 +10,7 @@ reordered. What is left out is counted, by reason. The corpus appears under its 
 Files in archives and directories count by the table of languages below; records of JSON lines are taken as they come.
 """
 
+import bz2
 import gzip
 import hashlib
 import json
@@ -122,7 +123,7 @@ LANGUAGE_OF = {suffix: line.split()[0] for line in LANGUAGES.strip().split("\n")
 
 # Directories that hold other people's files or no sources, wherever they lie in a source.
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "node_modules", "__pycache__", ".git"}
-TOKENIZER_BYTES = 1_000_000_000  # a tokenizer is trained on the first GB of the training documents: more changes little and takes memory
+TOKENIZER_CHARACTERS = 1_000_000_000  # of training documents are enough for a tokenizer: more changes little and takes memory
 
 
 def language_of(path):
@@ -165,32 +166,45 @@ def _read_directory(source, skipped, progress):
 
 
 def _read_tar(source, skipped, progress):
-    with open(source, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as archive:
-        for member in archive:
+    unpack = {".tar": lambda raw: raw, ".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[os.path.splitext(source)[1]]
+    with open(source, "rb") as raw, unpack(raw) as plain, tarfile.open(fileobj=plain, mode="r:") as archive:
+        while member := archive.next():
+            archive.members.clear()  # tarfile would keep them all
             progress(raw.tell(), absolute=True)
-            if not member.isfile():
+            folders = member.name.split("/")[:-1]
+            if not member.isfile() or SKIPPED_DIRECTORIES.intersection(folders):
                 continue
             language = language_of(member.name)
             if language is None:
                 skipped["no known extension"] += 1
             else:
                 yield language, archive.extractfile(member).read()
+        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros; reading them also checks the checksum.
+        plain.seek(archive.offset)
+        end = plain.read(1 << 20)
+        if not end or any(end):
+            raise tarfile.ReadError("it ends in the middle")
+        while plain.read(1 << 20):
+            pass
 
 
 def _read_jsonl(source, skipped, progress):
     with open(source, "rb") as raw:
-        for line in gzip.GzipFile(fileobj=raw) if source.endswith(".gz") else raw:
+        for line in gzip.open(raw) if source.endswith(".gz") else raw:
             progress(raw.tell(), absolute=True)
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
                 content = record["content"].encode()
-            except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+            except UnicodeError:  # of the file, or half of a surrogate pair, which JSON can spell and UTF-8 cannot
                 skipped["not UTF-8"] += 1
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 skipped["no content field"] += 1
             else:
                 path = record.get("path") or record.get("max_stars_repo_path") or "." + str(record.get("ext"))
-                yield str(record.get("lang") or language_of(str(path)) or "other").lower(), content
+                language = str(record.get("lang") or language_of(str(path)) or "other").lower()
+                yield language.encode(errors="replace").decode(), content
 
 
 def _reader(source):
@@ -208,14 +222,14 @@ def _reader(source):
     raise ValueError(f"{source}: not a source; give a directory, a .tar.gz, .tar.xz, .jsonl or .jsonl.gz")
 
 
-def documents(sources, validation, description="reading"):
-    """The documents to keep, in the order of the sources: yields (split, language, text, skipped).
+def documents(sources, validation, skipped, description="reading"):
+    """The documents to keep, in the order of the sources: yields (split, language, text).
 
-    `skipped` is one Counter of reasons, complete when the iteration ends. validation: share of the documents for validation, chosen by the
-    SHA-256 of their content. Raises ValueError for a missing source or a damaged archive.
+    validation: share of the documents for validation, chosen by the SHA-256 of their content. skipped: a Counter, to which what is left
+    out is added by reason. Raises ValueError for a missing source or a damaged archive.
     """
     readers = [(source, *_reader(source)) for source in sources]
-    seen, skipped = set(), Counter()
+    seen = set()
     with tqdm(total=sum(size for *_, size in readers), unit="B", unit_scale=True, desc=description) as bar:
         for source, reader, _ in readers:
             begun = bar.n
@@ -239,8 +253,8 @@ def documents(sources, validation, description="reading"):
                         except UnicodeDecodeError:
                             skipped["not UTF-8"] += 1
                             continue
-                        yield ("validation" if int.from_bytes(digest[:8]) < validation * 2**64 else "train"), language, text, skipped
-            except (tarfile.TarError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+                        yield ("validation" if int.from_bytes(digest[:8]) < validation * 2**64 else "train"), language, text
+            except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
                 raise ValueError(f"{source}: damaged ({error}); fetch it again") from None
 
 
@@ -276,10 +290,10 @@ def _encoded(stream, tokenizer_path, workers):
 
         def landed():
             chunk, result = flight.popleft()
-            return ((*document[:3], ids) for document, ids in zip(chunk, result.result()))
+            return ((*document, ids) for document, ids in zip(chunk, result.result()))
 
         for chunk in _chunks(stream):
-            flight.append((chunk, pool.submit(_encode, [text for _, _, text, _ in chunk])))
+            flight.append((chunk, pool.submit(_encode, [text for _, _, text in chunk])))
             if len(flight) > 3 * workers:
                 yield from landed()
         while flight:
@@ -297,25 +311,26 @@ def prepare(sources=None, out="data/python", *, vocab_size=49156, tokenizer=None
     Raises ValueError for bad sources, for sources without documents, and for an `out` that holds something already.
     """
     sources = [sysconfig.get_paths()["stdlib"]] if not sources else [sources] if isinstance(sources, str | os.PathLike) else sources
-    sources = [os.fspath(source) for source in sources]
+    sources, out = [os.fspath(source) for source in sources], os.path.realpath(out)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     if not 0 < validation < 1:
         raise ValueError(f"validation must lie between 0 and 1, got {validation}")
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise ValueError(f"{out}: exists already; choose another directory or remove it")
     for source in sources:
         _reader(source)
+        if os.path.isdir(source) and out.startswith(os.path.join(os.path.realpath(source), "")):
+            raise ValueError(f"{out} lies inside the source {source}; choose a directory outside of it")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_pretrained(tokenizer)
-    partial = f"{os.path.normpath(out)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = f"{out}.partial-{os.getpid()}"
     os.makedirs(partial)
     try:
         if tokenizer is None:
             tokenizer = train_tokenizer(_training_texts(sources, validation), vocab_size)
         tokenizer.save_pretrained(partial)
         meta = _write(sources, partial, tokenizer, validation, workers or os.cpu_count())
-        if os.path.isdir(out):
-            os.rmdir(out)
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -323,15 +338,15 @@ def prepare(sources=None, out="data/python", *, vocab_size=49156, tokenizer=None
 
 
 def _training_texts(sources, validation):
-    size = 0
-    for split, _, text, _ in documents(sources, validation, "reading for the tokenizer"):
+    size, skipped = 0, Counter()
+    for split, _, text in documents(sources, validation, skipped, "reading for the tokenizer"):
         if split == "train":
             yield text
             size += len(text)
-            if size > TOKENIZER_BYTES:
+            if size > TOKENIZER_CHARACTERS:
                 return
     if not size:
-        raise ValueError(f"no documents in {', '.join(sources)}")
+        raise ValueError(f"no documents for training in {', '.join(sources)} (skipped: {_reasons(skipped)})")
 
 
 def _write(sources, directory, tokenizer, validation, workers):
@@ -339,19 +354,11 @@ def _write(sources, directory, tokenizer, validation, workers):
     offsets = {"train": [0], "validation": [0]}
     files = {split: open(os.path.join(directory, f"{split}.bin"), "wb") for split in offsets}
     languages, skipped = {}, Counter()
-
-    def kept():
-        nonlocal skipped
-        for document in documents(sources, validation, "tokenizing"):
-            skipped = document[3]
-            yield document
-
     # tokenizers warns of its threads when a process that used them forks; the children here use none of them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    too_short = 0
-    for split, language, text, ids in _encoded(kept(), directory, workers):
+    for split, language, text, ids in _encoded(documents(sources, validation, skipped, "tokenizing"), directory, workers):
         if len(ids) < 2:
-            too_short += 1
+            skipped["under 2 tokens"] += 1
             continue
         files[split].write(np.array(ids, dtype).tobytes())
         offsets[split].append(offsets[split][-1] + len(ids))
@@ -361,10 +368,8 @@ def _write(sources, directory, tokenizer, validation, workers):
     for split, file in files.items():
         file.close()
         np.save(os.path.join(directory, f"{split}.offsets.npy"), np.array(offsets[split], np.int64))
-    if too_short:
-        skipped["under 2 tokens"] = too_short
     if not languages:
-        raise ValueError(f"no documents in {', '.join(sources)} ({_reasons(skipped) or 'nothing there'})")
+        raise ValueError(f"no documents in {', '.join(sources)} (skipped: {_reasons(skipped)})")
     meta = {
         "format": 1,
         "tokenizer_sha256": tokenizer.sha256,
@@ -381,7 +386,7 @@ def _write(sources, directory, tokenizer, validation, workers):
 
 
 def _reasons(skipped):
-    return ", ".join(f"{n:,} {reason}" for reason, n in skipped.items())
+    return ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "none"
 
 
 def summary(meta):
@@ -391,7 +396,7 @@ def summary(meta):
     for name, c in [*meta["languages"].items(), ("all", total)]:
         lines.append(f"{name:24}{c['documents']:12,}{c['bytes'] / 1e6:10.2f}{c['tokens']:16,}{c['bytes'] / c['tokens']:13.2f}")
     splits = ", ".join(f"{split} {s['documents']:,} documents, {s['tokens']:,} tokens" for split, s in meta["splits"].items())
-    return "\n".join([*lines, f"{splits}; vocabulary {meta['vocab_size']:,}", f"skipped: {_reasons(meta['skipped']) or 'none'}"])
+    return "\n".join([*lines, f"{splits}; vocabulary {meta['vocab_size']:,}", f"skipped: {_reasons(meta['skipped'])}"])
 
 
 def main(argv=None):

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from typing import NamedTuple
 
@@ -27,30 +28,6 @@ import tiktoken
 import tokenizers
 import torch
 from torch.utils.data import DataLoader
-
-# ---- command lines ---------------------------------------------------------------------------------------------------------------
-
-
-class CommandLine(argparse.ArgumentParser):
-    """The argument parser of all programs here: a bad flag is one line and exit status 2, not a page of usage."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        """Ends the program."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def run(main):
-    """Runs a program: bad input, which is a ValueError or an OSError everywhere here, becomes one line and exit status 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks fail alike, and one speaks
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------------------
 
@@ -88,6 +65,7 @@ class Tokenizer:
             text = library.to_str(pretty=True)
         self.json, self._library = text, library
         library.encode_special_tokens = True  # text that looks like a special token is text
+        library.no_truncation()
         spec = json.loads(text)
         model, digits = spec["model"], False
         steps = spec["pre_tokenizer"] or {}
@@ -107,6 +85,8 @@ class Tokenizer:
         ids = [vocabulary[t] for t in merged]
         if any(a >= b for a, b in zip(ids, ids[1:])) or not byte_of.keys() <= vocabulary.keys():
             raise ValueError("the ids do not follow the order of the merges, or some of the 256 bytes have none")
+        if unmade := vocabulary.keys() - byte_of.keys() - {*merged} - {t["content"] for t in spec["added_tokens"]}:
+            raise ValueError(f"no merge makes its token {min(unmade)!r}")
         # tiktoken joins any two neighbours that make a token; the library only those of a merge. They agree if the library can make
         # each token from its own bytes.
         if lost := [t for t in merged if len(library.model.tokenize(t)) != 1]:
@@ -140,8 +120,7 @@ class Tokenizer:
         names = {"pad_token": "<pad>", "sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | names
         for name, content in {"tokenizer.json": self.json, "tokenizer_config.json": json.dumps(config, indent=2)}.items():
-            with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
-                f.write(content)
+            write_whole(os.path.join(directory, name), content)
 
     def encode(self, text):
         """str -> list of ids, without `<cls>` or `<sep>`. Text that looks like a special token is ordinary text."""
@@ -169,7 +148,7 @@ def train_tokenizer(texts, vocab_size):
     too few pairs. Raises ValueError for a size that has no room for the bytes and the special tokens.
     """
     least = len(SPECIAL_TOKENS) + 256 + len(ENCODER_TOKENS)
-    if vocab_size < least:
+    if not least <= vocab_size < 2**31:
         raise ValueError(f"vocab_size must be at least {least} (the bytes and the special tokens), got {vocab_size}")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -245,9 +224,7 @@ def mask_tokens(ids, generator, special, ordinary, mask_id):
     labels = ids[positions]
     fate = generator.random(len(positions))
     by_random = ordinary[generator.integers(len(ordinary), size=len(positions))]
-    ids[positions] = np.where(
-        fate < REPLACED_BY_MASK, mask_id, np.where(fate < REPLACED_BY_MASK + REPLACED_BY_RANDOM, by_random, labels)
-    )
+    ids[positions] = np.where(fate < REPLACED_BY_MASK, mask_id, np.where(fate < REPLACED_BY_MASK + REPLACED_BY_RANDOM, by_random, labels))
     return positions, labels
 
 
@@ -256,16 +233,18 @@ def read_meta(directory):
     path = os.path.join(directory, "meta.json")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{directory}: no corpus here (no meta.json); make one with `python corpus.py SOURCE... --out {directory}`")
-    with open(path) as f:
-        return json.load(f)
+    meta = read_json(path)
+    if not isinstance(meta, dict) or meta.get("format") != 1:
+        raise ValueError(f"{path}: not of this version's format; prepare the corpus again")
+    return meta
 
 
 class PairDataset:
     """Masked sentence pairs of one split ("train" or "validation") of a corpus directory.
 
     A document of n tokens has ceil(n / C) windows of C = max_length - 3 tokens; the last is moved back so that it is full as well, and a
-    document below C is one window. An epoch takes every window once as the first of a pair, in the order of a keyed permutation.
-    `dataset[i]` is an `Example` for any i >= 0: epoch i // len(dataset).
+    document below C is one window. An epoch proposes every window once as the first of a pair, in the order of a keyed permutation.
+    `dataset[i]` is an `Example` for any i >= 0; the epoch is i // len(dataset).
 
     Raises ValueError for a corpus that is torn, that another tokenizer made, or that is too small for pairs.
     """
@@ -283,14 +262,21 @@ class PairDataset:
         if os.path.getsize(path) != count * dtype.itemsize:
             raise ValueError(f"{path}: {os.path.getsize(path):,} bytes instead of {count * dtype.itemsize:,}; prepare the corpus again")
         self.tokens = np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)
-        self.offsets = np.load(os.path.join(directory, f"{split}.offsets.npy"), mmap_mode="r")
+        offsets = os.path.join(directory, f"{split}.offsets.npy")
+        try:
+            self.offsets = np.load(offsets, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{offsets}: damaged ({error}); prepare the corpus again") from None
         self.seed, self.room = seed, max_length - 3
         lengths = np.diff(self.offsets)
         if len(lengths) < 2:
             raise ValueError(f"{directory}: {split} has {len(lengths)} documents; pairs need 2 or more, so prepare more text")
         if self.offsets[-1] != count or lengths.min() < 2:
             raise ValueError(f"{directory}: {split}.offsets.npy does not fit {split}.bin; prepare the corpus again")
-        self.first_window = np.concatenate([[0], np.cumsum(-(-lengths // self.room))])  # of each document
+        windows = -(-lengths // self.room)  # in each document
+        self.first_window = np.concatenate([[0], np.cumsum(windows)])
+        if windows.max() > 0.99 * len(self):
+            raise ValueError(f"{directory}: one document is {windows.max() / len(self):.1%} of {split}; pairs need others beside it")
         self.cls_id, self.sep_id, self.mask_id = tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id
         self.special = np.zeros(tokenizer.vocab_size, bool)
         self.special[list(tokenizer.special_tokens.values())] = True
@@ -313,15 +299,18 @@ class PairDataset:
         start = max(begin, min(begin + (w - int(self.first_window[document])) * self.room, end - self.room))
         return document, start, min(start + self.room, end)
 
+    def proposal(self, i):
+        """The window that example i begins with, unless its partner is of the same document: each window once an epoch."""
+        epoch, place = divmod(i, len(self))
+        return permute(place, len(self), _mix(_mix(self.seed % 2**64) + epoch))
+
     def pair(self, i, generator=None):
         """(A, B, next_sentence_label) of example i, before masking. See the top of this file for why it is drawn so."""
         generator = generator or self._generator(i)
-        epoch, place = divmod(i, len(self))
-        document, start, end = self.window(permute(place, len(self), _mix(self.seed % 2**64) + epoch))
-        while True:
-            other, other_start, other_end = self.window(int(generator.integers(len(self))))
-            if other != document:
-                break
+        draw = lambda: self.window(int(generator.integers(len(self))))
+        (document, start, end), (other, other_start, other_end) = self.window(self.proposal(i)), draw()
+        while other == document:  # both anew: a second window drawn until it fits the first would come less often from large documents
+            (document, start, end), (other, other_start, other_end) = draw(), draw()
         length = min(end - start, other_end - other_start)
         start += int(generator.integers(end - start - length + 1))  # trimmed at a random place: no token is out of reach
         other_start += int(generator.integers(other_end - other_start - length + 1))
@@ -377,12 +366,17 @@ def share(first, count, rank, world_size, micro_batch_size):
     return [range(a, b) for a, b in zip(cuts, cuts[1:])]
 
 
+def _ignore_signals(worker):
+    """A signal to the whole process group asks the trainer to save and stop; its workers serve until it has."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(dataset, steps, batch_size, micro_batch_size, rank=0, world_size=1, workers=1, pin_memory=False):
     """For each step of the range `steps`, the list of this rank's micro-batches, made ahead of time by background processes.
 
     The examples of step s are [s * batch_size, (s + 1) * batch_size), whatever the world size. workers: processes; 0: none, made on demand.
     """
-
 
     def micro_batches(step):
         return share(step * batch_size, batch_size, rank, world_size, micro_batch_size)
@@ -394,7 +388,50 @@ def batches(dataset, steps, batch_size, micro_batch_size, rank=0, world_size=1, 
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # or it would draw from torch's own, whose state is the caller's
     )
     loader = iter(loader)
     for step in steps:
         yield [next(loader) for _ in micro_batches(step)]
+
+
+# ---- what all programs here share ------------------------------------------------------------------------------------------------
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The argument parser of all programs here: a bad flag is one line and exit status 2, not a page of usage."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        """Ends the program."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run(main):
+    """Runs a program: bad input, which is a ValueError or an OSError everywhere here, becomes one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def read_json(path):
+    """The content of a JSON file. Raises ValueError that names the file where it is none."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged ({error})") from None
+
+
+def write_whole(path, content):
+    """Writes text or bytes to `path` such that a reader finds the old content or the new, never half."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(content if isinstance(content, bytes) else content.encode())
+    os.replace(path + ".tmp", path)

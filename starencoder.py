@@ -72,15 +72,20 @@ class StarEncoderConfig:
         entries = {"model_type": "bert", "architectures": [architecture]} | {k: v for k, v in asdict(self).items() if v is not None}
         if self.id2label is not None:
             entries["label2id"] = {label: int(i) for i, label in self.id2label.items()}
-        with open(os.path.join(directory, "config.json"), "w") as f:
+        path = os.path.join(directory, "config.json")
+        with open(path + ".tmp", "w") as f:
             json.dump(entries, f, indent=2)
+        os.replace(path + ".tmp", path)
 
     @classmethod
     def load(cls, directory):
         """Reads config.json of a Bert model; raises ValueError for what this encoder cannot compute."""
         path = os.path.join(directory, "config.json")
         with open(path) as f:
-            entries = json.load(f)
+            try:
+                entries = json.load(f)
+            except ValueError as error:
+                raise ValueError(f"{path}: damaged ({error})") from None
         if entries.get("model_type", "bert") != "bert" or entries.get("is_decoder"):
             raise ValueError(f"{path}: not a Bert encoder (model_type {entries.get('model_type')})")
         if entries.get("position_embedding_type", "absolute") != "absolute":
@@ -147,7 +152,8 @@ class _Bert(nn.Module):
     def from_pretrained(cls, directory, **overrides):
         """Reads any Bert directory of transformers (model.safetensors or pytorch_model.bin); a name that is no directory is fetched
         from the Hugging Face hub. `overrides` replace fields of its config (the classes of a new head: `id2label={0: "O", ...}`).
-        A classification head or pooler that the files lack starts from new weights, and that is said.
+        A classification head or pooler that the files lack starts from new weights, and that is said. As in transformers, the model comes
+        back in evaluation mode, without dropout.
 
         Raises ValueError where files and config do not fit together, FileNotFoundError where they are missing.
         """
@@ -179,7 +185,9 @@ class StarEncoder(_Bert):
         generator. Dropout acts in training mode only. Returns (T, H). Raises ValueError for a sequence longer than the positions
         (looked at where that makes no GPU wait: on a CPU).
         """
-        config, (T,) = self.config, input_ids.shape
+        if input_ids.dim() != 1:
+            raise ValueError(f"input_ids must be (T,), sequences end to end without padding, got {tuple(input_ids.shape)}")
+        config, T = self.config, len(input_ids)
         if cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1:
             _check_length(int(cu_seqlens.diff().max()), config)
         max_seqlen = max_seqlen or config.max_position_embeddings
@@ -242,6 +250,8 @@ class StarEncoderForPreTraining(_Bert):
         labels: (M,) with masked_positions, else (T,) with -100 where nothing is to be predicted. next_sentence_label: (B,) int64,
         1 where B follows A. Returns a `PreTrainingOutput`.
         """
+        if cu_seqlens.device.type == "cpu" and (cu_seqlens.diff() < 1).any():
+            raise ValueError("every sequence needs a token, its <cls>: cu_seqlens must rise at each step")
         h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
         pooled = torch.tanh(self.bert.pooler(h[cu_seqlens[:-1]]))  # (B, H), from each sequence's <cls>
         nsp_logits = self.nsp(pooled)  # (B, 2)
@@ -325,7 +335,7 @@ def _bert_names(name):
 
 
 def _write_files(model, directory):
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     os.makedirs(directory, exist_ok=True)
     weights = {}
@@ -336,7 +346,8 @@ def _write_files(model, directory):
         weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
     model.config.save(directory, model.architecture)
     path = os.path.join(directory, "model.safetensors")
-    save_file(weights, path + ".tmp", metadata={"format": "pt"})
+    with open(path + ".tmp", "wb") as f:
+        f.write(save(weights, metadata={"format": "pt"}))
     os.replace(path + ".tmp", path)  # whoever reads sees the old weights or the new ones, never half
 
 
@@ -345,6 +356,7 @@ def _read_files(cls, directory, overrides):
         directory = _download(directory)
     config = replace(StarEncoderConfig.load(directory), **overrides)
     weights = _read_weights(directory)
+    weights = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): w for n, w in weights.items()}
     if not any(name.startswith("bert.") for name in weights):  # BertModel is saved without the prefix that models with heads have
         weights = {name if name.startswith("classifier.") else "bert." + name: w for name, w in weights.items()}
     words, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
@@ -372,7 +384,7 @@ def _read_files(cls, directory, overrides):
         raise ValueError(f"{directory}: config.json has no place for the weights {extra[0]}")
     if new:
         print(f"{directory}: new weights for {', '.join(new)} (not in the files)", file=sys.stderr)
-    return model
+    return model.eval()
 
 
 def _read_weights(directory):
@@ -385,7 +397,7 @@ def _read_weights(directory):
         if os.path.exists(pickled):
             return torch.load(pickled, map_location="cpu", weights_only=True)  # never runs code from the file
     except Exception as error:  # each library has its own kind for a file cut short
-        raise ValueError(f"{directory}: the weights cannot be read ({str(error).splitlines()[0]}); copy or save them again") from None
+        raise ValueError(f"{directory}: the weights cannot be read ({_first_line(error)}); copy or save them again") from None
     raise FileNotFoundError(f"{directory}: neither model.safetensors nor pytorch_model.bin")
 
 
@@ -399,8 +411,11 @@ def _download(name):
             directory = snapshot_download(name, allow_patterns=files[:2] + ["pytorch_model.bin"])
         return directory
     except Exception as error:  # no such name, no network, no access: all one to the caller
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name}: no such directory, and the Hugging Face hub did not give it ({reason})") from None
+        raise FileNotFoundError(f"{name}: no such directory, and the Hugging Face hub did not give it ({_first_line(error)})") from None
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------------------
@@ -412,8 +427,10 @@ def fill_mask(model, tokenizer, text, top_k=5):
 
     model: a `StarEncoderForPreTraining`. tokenizer: a `data.Tokenizer`. Returns one list for each `<mask>`, of its `top_k` candidates,
     best first: dicts with `token` (id), `token_str` and `score` (probability), as transformers' fill-mask pipeline has them.
-    Raises ValueError for a text without `<mask>`, or longer than the model's positions.
+    Raises ValueError for a text without `<mask>`, or longer than the model's positions, or a top_k below 1.
     """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     pieces = [tokenizer.encode(piece) for piece in text.split("<mask>")]
     if len(pieces) == 1:
         raise ValueError("the text has no <mask>")
@@ -430,7 +447,8 @@ def fill_mask(model, tokenizer, text, top_k=5):
         out = model(torch.tensor(ids, device=device), cu_seqlens, masked_positions=torch.tensor(masked, device=device))
     finally:
         model.train(training)
-    scores, tokens = out.mlm_logits.float().softmax(-1).topk(min(top_k, model.config.vocab_size))
+    probabilities = out.mlm_logits.float().softmax(-1)[:, : tokenizer.vocab_size]  # some models pad their vocabulary
+    scores, tokens = probabilities.topk(min(top_k, tokenizer.vocab_size))
     return [
         [{"score": score, "token": token, "token_str": tokenizer.decode([token])} for score, token in zip(*rows)]
         for rows in zip(scores.tolist(), tokens.tolist())
@@ -444,6 +462,8 @@ def embed(model, tokenizer, texts):
     model: any of the three models here. A text longer than the model's positions is read in windows, and all its tokens count.
     Returns (len(texts), H) fp32 on the CPU. (The original takes the state of the last `<sep>` instead; the mean needs no fine-tuning.)
     """
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of str, got one str")
     model = getattr(model, "bert", model)
     device, training, room = model.word_embeddings.weight.device, model.training, model.config.max_position_embeddings - 2
     vectors = torch.zeros(len(texts), model.config.hidden_size)
@@ -485,7 +505,11 @@ def main(argv=None):
         return
     for path in arguments.files:
         with open(path, encoding="utf-8") as f:
-            print(json.dumps({"file": path, "embedding": embed(model, tokenizer, [f.read()])[0].tolist()}))
+            try:
+                text = f.read()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+        print(json.dumps({"file": path, "embedding": embed(model, tokenizer, [text])[0].tolist()}))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 import corpus
 import kernels
-from data import Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_meta, run, share
+from data import Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_json, read_meta, run, share, write_whole
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, fill_mask
 
 # ---- arguments -------------------------------------------------------------------------------------------------------------------
@@ -88,20 +89,21 @@ class TrainConfig:
     def __post_init__(self):
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name in ("warmup_steps", "workers", "seed", "learning_rate", "weight_decay") else 1
-            if f.type is int and value < least:
+            if f.type is int and not least <= value < 2**62:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}")
-            if f.type is float and not 0 <= value < math.inf:
+            if f.type is float and not 0 <= value < math.inf or f.name == "max_grad_norm" and value == 0:
                 raise ValueError(f"{f.name} must be a number from 0 up, got {value}")
         if self.device not in ("auto", "cpu", "cuda") or self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"device must be auto, cpu or cuda and dtype auto, bfloat16 or float32, got {self.device} and {self.dtype}")
 
 
 PRESETS = {
-    # A CPU, minutes.
+    # A CPU, minutes. Without dropout, since no example comes twice; with wider initial weights, since the model is narrower. Short pairs,
+    # since a place that is seen more often is learned sooner: at length 128, all else equal, context is found only after twice the time.
     "tiny": dict(
-        out="runs/tiny", hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05, max_length=128, steps=2000, batch_size=32, micro_batch_size=32,
-        learning_rate=1e-3, warmup_steps=200, eval_every=500, eval_examples=1024, save_every=500, workers=0,
+        out="runs/tiny", hidden_size=192, num_hidden_layers=3, num_attention_heads=6, intermediate_size=768, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.05, max_length=64, steps=2600, batch_size=32, micro_batch_size=32,
+        learning_rate=1.5e-3, warmup_steps=200, eval_every=650, eval_examples=2048, save_every=650, workers=0,
     ),
     # One GPU, minutes.
     "small": dict(
@@ -122,7 +124,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="default: tiny")
     for f in fields(TrainConfig):
         kind = f.type if isinstance(f.type, type) else int
-        text = f"{f.metadata['help']} ({'published' if f.name not in ('data', 'out') else 'default'}: {f.default})"
+        text = f"{f.metadata['help']} (starencoder: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
     given = vars(parser.parse_args(argv))
     return TrainConfig(**(PRESETS[given.pop("preset")] | given))
@@ -194,10 +196,17 @@ class Ranks:
             dist.all_reduce(values, group=self.control)
         return values.tolist()
 
-    def barrier(self):
-        """Waits for all ranks."""
-        if self.world_size > 1:
-            dist.barrier(group=self.control)
+    @contextlib.contextmanager
+    def together(self):
+        """A part of the set-up that fails on all ranks where it fails on one: the first of those raises, the others end in silence."""
+        failure = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            failure = error
+        failed = self.sum([float(rank == self.rank and failure is not None) for rank in range(self.world_size)])
+        if any(failed):
+            raise failure if failed.index(1.0) == self.rank else SystemExit(2)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------------------
@@ -302,46 +311,56 @@ def save_checkpoint(config, model, optimizer, tokenizer, step):
 
     The checkpoint comes last: where it exists, all that belongs to its step does.
     """
-    model.save_pretrained(config.out)
-    tokenizer.save_pretrained(config.out)
-    folder = os.path.join(config.out, "checkpoints")
-    path = os.path.join(folder, f"{step:08d}.pt")
-    with open(path + ".tmp", "wb") as f:
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-    for old in sorted(glob.glob(os.path.join(folder, "*.pt")))[: -config.keep_checkpoints]:
+    path = os.path.join(config.out, "checkpoints", f"{step:08d}.pt")
+    try:
+        model.save_pretrained(config.out)
+        tokenizer.save_pretrained(config.out)
+        with open(path + ".tmp", "wb") as f:
+            torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise OSError(f"{path} cannot be written ({_first_line(error)}); make room, and the same command goes on") from None
+    for old in checkpoints(config)[: -config.keep_checkpoints]:
         os.remove(old)
+
+
+def checkpoints(config):
+    """The paths of a run's checkpoints, oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(config.out), "checkpoints", "*.pt")))
 
 
 def load_checkpoint(config, device):
     """The newest checkpoint of the run as a dict, or None. Raises ValueError for one that is damaged."""
-    paths = sorted(glob.glob(os.path.join(config.out, "checkpoints", "*.pt")))
+    paths = checkpoints(config)
     if not paths:
         return None
     try:
         return torch.load(paths[-1], map_location=device, weights_only=True)
     except Exception as error:  # a file cut short shows itself in many ways
         before = f"step {int(os.path.basename(paths[-2])[:-3])}" if len(paths) > 1 else "the beginning"
-        raise ValueError(f"{paths[-1]}: damaged ({str(error).splitlines()[0][:80]}); remove it to go on from {before}") from None
+        raise ValueError(f"{paths[-1]}: damaged ({_first_line(error)}); remove it to go on from {before}") from None
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def open_run(config, resolved):
     """Makes the run directory, or checks that the run in it has the same arguments. Raises ValueError where it has not."""
     path = os.path.join(config.out, "train.json")
     if os.path.exists(path):
-        with open(path) as f:
-            before = json.load(f)
+        before = read_json(path)
         for name, value in resolved.items():
             if name not in MACHINE_FIELDS and before.get(name) != value:
                 raise ValueError(f"{config.out} holds a run with {name} {before.get(name)}, not {value}; choose another --out")
     elif os.path.isdir(config.out) and os.listdir(config.out):
         raise ValueError(f"{config.out} is not empty and holds no run; choose another --out")
     os.makedirs(os.path.join(config.out, "checkpoints"), exist_ok=True)
-    with open(path + ".tmp", "w") as f:
-        json.dump(resolved, f, indent=1)
-    os.replace(path + ".tmp", path)
+    write_whole(path, json.dumps(resolved, indent=1))
 
 
 class Metrics:
@@ -353,13 +372,13 @@ class Metrics:
     def __init__(self, path, first_step, ranks, peak):
         self.path, self.ranks, self.peak, self.waiting = path, ranks, peak, []
         if ranks.rank == 0:
-            lines = []
+            kept = []
             if os.path.exists(path):
                 with open(path) as f:
-                    lines = [line for line in f if line.endswith("\n")]  # one that was cut short is computed again
-            with open(path + ".tmp", "w") as f:
-                f.writelines(line for line in lines if json.loads(line)["step"] <= first_step)
-            os.replace(path + ".tmp", path)
+                    for line in f:
+                        with contextlib.suppress(ValueError):  # a line that was cut short belongs to a step after the checkpoint
+                            kept += [line] if json.loads(line)["step"] <= first_step else []
+            write_whole(path, "".join(kept))
         self.start_clock()
 
     def start_clock(self):
@@ -418,52 +437,67 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True)
 
 
-def train(config, stop=()):
-    """Runs, or continues, the training that `config` describes; returns the last held-out figures (None where it was stopped before).
+def until_signal(iterable, stop):
+    """Iterates; meanwhile the first SIGTERM or SIGINT (Ctrl-C) puts its number into the list `stop` and does nothing else."""
 
-    stop: anything in this list asks for a checkpoint and a clean end after the step under way, on all ranks.
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(number, before[number])  # a second one does what it always did
+
+    main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    try:
+        yield from iterable
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config):
+    """Runs, or continues, the training that `config` describes; returns the last held-out figures, or None where a signal stopped it.
+
     Raises ValueError for arguments, a corpus or a run directory that do not fit together.
     """
     ranks = Ranks.start(config.device)
     lead, device = ranks.rank == 0, ranks.device
     say = print if lead else lambda *_: None
 
-    # Data.
-    if lead and config.data == DEFAULT_DATA and not os.path.exists(os.path.join(DEFAULT_DATA, "meta.json")):
-        say(f"No corpus at {DEFAULT_DATA} yet: making it from the standard library of this Python.")
-        say(corpus.summary(corpus.prepare(None, DEFAULT_DATA, vocab_size=config.vocab_size or DEFAULT_VOCAB_SIZE)))
-    ranks.barrier()
-    meta = read_meta(config.data)
-    if config.vocab_size not in (None, meta["vocab_size"]):
-        raise ValueError(f"{config.data} has a vocabulary of {meta['vocab_size']}, not {config.vocab_size}; drop --vocab-size")
-    if config.batch_size < ranks.world_size:
-        raise ValueError(f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a pair")
-    train_set = PairDataset(config.data, "train", config.max_length, config.seed)
-    held_out = PairDataset(config.data, "validation", config.max_length, seed=0)
-    tokenizer = Tokenizer.from_pretrained(config.data)
-
-    # Model.
-    dtype = config.dtype
-    if dtype == "auto":
-        multiplies_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-        dtype = "bfloat16" if device.type == "cuda" or multiplies_bf16 else "float32"
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    shape = {f.name: getattr(config, f.name) for f in fields(StarEncoderConfig) if hasattr(config, f.name)}
-    shape |= {"vocab_size": meta["vocab_size"], "max_position_embeddings": config.max_length, "pad_token_id": tokenizer.pad_id}
-    torch.manual_seed(config.seed)  # for the initial weights; nothing after this draws from torch's generators
-    model = StarEncoderForPreTraining(StarEncoderConfig(**shape)).to(device)
-    optimizer = make_optimizer(model, config)
-
-    # Where were we?
-    corpus_facts = {"tokenizer_sha256": meta["tokenizer_sha256"], "train_tokens": meta["splits"]["train"]["tokens"]}
-    if lead:
-        open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts)
-    ranks.barrier()
-    first, checkpoint = 0, load_checkpoint(config, device)
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        first = checkpoint["step"]
+    with ranks.together():  # the corpus
+        if lead and config.data == DEFAULT_DATA and not os.path.exists(os.path.join(DEFAULT_DATA, "meta.json")):
+            say(f"No corpus at {DEFAULT_DATA} yet: making it from the standard library of this Python.")
+            say(corpus.summary(corpus.prepare(None, DEFAULT_DATA, vocab_size=config.vocab_size or DEFAULT_VOCAB_SIZE)))
+    with ranks.together():  # data, model, optimizer
+        meta = read_meta(config.data)
+        if config.vocab_size not in (None, meta["vocab_size"]):
+            raise ValueError(f"{config.data} has a vocabulary of {meta['vocab_size']}, not {config.vocab_size}; drop --vocab-size")
+        if config.batch_size < ranks.world_size:
+            raise ValueError(f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a pair")
+        train_set = PairDataset(config.data, "train", config.max_length, config.seed)
+        held_out = PairDataset(config.data, "validation", config.max_length, seed=0)
+        tokenizer = Tokenizer.from_pretrained(config.data)
+        dtype = config.dtype
+        if dtype == "auto":
+            multiplies_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+            dtype = "bfloat16" if device.type == "cuda" or multiplies_bf16 else "float32"
+        autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+        shape = {f.name: getattr(config, f.name) for f in fields(StarEncoderConfig) if hasattr(config, f.name)}
+        shape |= {"vocab_size": meta["vocab_size"], "max_position_embeddings": config.max_length, "pad_token_id": tokenizer.pad_id}
+        torch.manual_seed(config.seed)  # for the initial weights; nothing after this draws from torch's generators
+        model = StarEncoderForPreTraining(StarEncoderConfig(**shape)).to(device)
+        optimizer = make_optimizer(model, config)
+    with ranks.together():  # where were we?
+        if lead:
+            corpus_facts = {"tokenizer_sha256": meta["tokenizer_sha256"], "train_tokens": meta["splits"]["train"]["tokens"]}
+            open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts)
+    with ranks.together():
+        first, checkpoint = 0, load_checkpoint(config, device)
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            first = checkpoint["step"]
+            del checkpoint
+    if ranks.sum([first])[0] != first * ranks.world_size:
+        raise ValueError(f"rank {ranks.rank} found a checkpoint of step {first}, another rank a different one: all must share {config.out}")
     peak = peak_flops(device)
     metrics = Metrics(os.path.join(config.out, "metrics.jsonl"), first, ranks, peak)
     ddp = model
@@ -483,9 +517,10 @@ def train(config, stop=()):
     source = batches(train_set, steps, config.batch_size, config.micro_batch_size, ranks.rank, ranks.world_size, config.workers, pin)
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=not lead, desc="training")
     model.train()
-    figures, done = None, first
-    for step, micro_batches in zip(steps, source):
-        # The counts of the whole global batch come first: every micro-batch's loss is divided by them.
+    figures, done, stop = None, first, []
+    for step, micro_batches in until_signal(zip(steps, source), stop):
+        # The counts of the whole global batch come first: every micro-batch's loss is divided by them. With them goes the word that a
+        # rank was asked to stop, so that all stop after this same step.
         masked, pairs, stopping = ranks.sum(
             [sum(len(b.labels) for b in micro_batches), sum(len(b.next_sentence_label) for b in micro_batches), len(stop)]
         )
@@ -555,12 +590,9 @@ def describe(figures):
 
 
 def main():
-    """The command line. SIGTERM and SIGINT (Ctrl-C) save and stop."""
-    config, stop = parse_arguments(), []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))
+    """The command line."""
     try:
-        train(config, stop)
+        train(parse_arguments())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -67,7 +67,7 @@ def write_corpus(directory, tokenizer, documents):
         np.array([t for d in documents for t in d], np.uint16).tofile(os.path.join(directory, f"{split}.bin"))
         np.save(os.path.join(directory, f"{split}.offsets.npy"), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     counts = {"documents": len(documents), "tokens": sum(lengths)}
-    meta = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
+    meta = {"format": 1, "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
     with open(os.path.join(directory, "meta.json"), "w") as f:
         json.dump(meta | {"splits": {"train": counts, "validation": counts}}, f)
     return str(directory)

@@ -60,7 +60,7 @@ def test_directory(tmp_path, tokenizer, small_corpus):
     assert sum(c["bytes"] for c in meta["languages"].values()) == sum(map(len, GOOD.values()))
     assert meta["tokenizer_sha256"] == tokenizer.sha256 and meta["dtype"] == "uint16"
     assert "1 exact duplicate" in corpus.summary(meta) and "python" in corpus.summary(meta)
-    assert not os.path.exists(tmp_path / "out.partial")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
 @pytest.mark.parametrize("ending", [".tar", ".tar.gz", ".tgz", ".tar.xz"])
@@ -72,7 +72,7 @@ def test_archives(tmp_path, small_corpus, ending):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     meta = corpus.prepare([path], str(tmp_path / "out"), tokenizer=small_corpus, workers=1)
-    assert {content.decode() for content in GOOD.values()} <= set(contents(tmp_path / "out"))
+    assert set(contents(tmp_path / "out")) == {content.decode() for content in GOOD.values()}
     assert meta["skipped"] == REASONS
 
 
@@ -80,14 +80,48 @@ def test_archives(tmp_path, small_corpus, ending):
 def test_json_lines(tmp_path, small_corpus, ending):
     lines = [json.dumps({"content": content.decode(), "lang": "X"}) for content in GOOD.values()]
     lines += [json.dumps({"content": "print(1)", "max_stars_repo_path": "src/x.py"}), json.dumps({"content": "y", "ext": "py"}), lines[0]]
-    lines += ["{", "[]", '"text"', '{"text": "no content"}', '{"content": 3}', '{"content": "\\ud800"}']
+    lines += ["{", "[]", '"text"', '{"text": "no content"}', '{"content": 3}', '{"content": "\\ud800"}', "", "[" * 100_000]
+    lines += ['{"content": "odd language", "lang": "\\ud800"}']
     path = str(tmp_path / f"source{ending}")
-    with gzip.open(path, "wt") if ending.endswith("gz") else open(path, "w") as f:
-        f.write("\n".join(lines))
+    with gzip.open(path, "wb") if ending.endswith("gz") else open(path, "wb") as f:
+        f.write("\n".join(lines).encode() + b'\n{"content": "\xff"}')
     meta = corpus.prepare([path], str(tmp_path / "out"), tokenizer=small_corpus, workers=1)
-    assert set(contents(tmp_path / "out")) == {content.decode() for content in GOOD.values()} | {"print(1)"}
-    assert meta["skipped"] == {"no content field": 5, "exact duplicate": 1, "not UTF-8": 1, "under 2 tokens": 1}
-    assert {name: c["documents"] for name, c in meta["languages"].items()} == {"x": 4, "python": 1}
+    assert set(contents(tmp_path / "out")) == {content.decode() for content in GOOD.values()} | {"print(1)", "odd language"}
+    assert meta["skipped"] == {"no content field": 6, "exact duplicate": 1, "not UTF-8": 2, "under 2 tokens": 1}
+    assert {name: c["documents"] for name, c in meta["languages"].items()} == {"x": 4, "python": 1, "?": 1}
+    assert "odd" not in corpus.summary(meta)
+
+
+def test_a_damaged_archive_is_never_read_in_silence(tmp_path, sources):
+    """Cut anywhere or with flipped bytes: an error, or every document as it was."""
+    whole, skipped = str(tmp_path / "whole.tar.gz"), corpus.Counter()
+    with tarfile.open(whole, "w:gz") as archive:
+        archive.add(sources, "pkg")
+    expected = {text for _, _, text in corpus.documents([whole], 0.1, skipped)}
+    assert len(expected) == len(MODULES) and not skipped
+    content, generator = open(whole, "rb").read(), np.random.default_rng(0)
+    plain = gzip.decompress(content)
+    header = bytearray(plain)
+    header[plain.index(b"pkg/dis.py") + 1] ^= 1  # a member's name, which the header's own checksum covers
+    damaged = [content[: generator.integers(1, len(content))] for _ in range(10)]
+    damaged += [gzip.compress(part) for part in (plain[: plain.index(b"pkg/dis.py")], bytes(header))]
+    for _ in range(20):
+        flipped = bytearray(content)
+        flipped[generator.integers(10, len(content))] ^= 1 << generator.integers(8)
+        damaged.append(bytes(flipped))
+    for k, broken in enumerate(damaged):
+        path = str(tmp_path / f"{k}.tar.gz")
+        with open(path, "wb") as f:
+            f.write(broken)
+        with pytest.raises(ValueError, match="damaged"):
+            list(corpus.documents([path], 0.1, corpus.Counter()))
+
+
+def test_the_tokenizer_never_sees_what_is_held_out(sources, tmp_path, monkeypatch):
+    seen, real = [], data.train_tokenizer
+    monkeypatch.setattr(corpus, "train_tokenizer", lambda texts, size: real([seen.append(t) or t for t in texts], size))
+    corpus.prepare([sources], str(tmp_path / "out"), vocab_size=600, validation=0.34, workers=1)
+    assert set(seen) == set(contents(tmp_path / "out", "train"))
 
 
 def test_documents_never_change_sides(sources, tmp_path, small_corpus):
@@ -137,8 +171,9 @@ def test_wide_tokens_where_the_vocabulary_needs_them(sources, tmp_path, tokenize
 
 def test_languages():
     assert len(corpus.LANGUAGES.strip().split("\n")) == 88
-    names = {"x/setup.py": "python", "Dockerfile": "dockerfile", "a.C": "cpp", "a.c": "c", "A.PY": "python"} | {"i.rst.txt": "restructuredtext"}
+    names = {"x/setup.py": "python", "Dockerfile": "dockerfile", "a.C": "cpp", "a.c": "c", "A.PY": "python"}
     assert {name: corpus.language_of(name) for name in names} == names
+    assert corpus.language_of("index.rst.txt") == "restructuredtext"
     assert corpus.language_of("README") is None and corpus.language_of("py") is None
 
 
@@ -146,22 +181,26 @@ def test_refusals(tmp_path, sources, small_corpus):
     out = str(tmp_path / "out")
     empty = tmp_path / "empty"
     empty.mkdir()
+    (tmp_path / "empty.jsonl").write_text("{}")
     torn = tmp_path / "torn.tar.gz"
     with tarfile.open(torn, "w:gz") as archive:
         archive.add(sources)
     os.truncate(torn, os.path.getsize(torn) // 2)
     for given_sources, options, words in [
         ([str(tmp_path / "none")], {}, "no such file"),
-        ([str(empty)], {}, "no documents in"),
+        ([str(empty)], {}, "no documents for training in"),
         ([str(empty)], {"tokenizer": small_corpus}, "no documents in"),
         ([corpus.__file__], {}, "not a source"),
         ([str(torn)], {"tokenizer": small_corpus}, "damaged"),
         ([sources], {"validation": 0.0}, "validation"),
         ([sources], {"vocab_size": 100}, "vocab_size must be at least 279"),
+        ([str(tmp_path / "empty.jsonl")], {"tokenizer": small_corpus}, "skipped: 1 no content field"),
+        ([str(tmp_path)], {}, "lies inside the source"),
+        ([sources], {"workers": 0}, "workers must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=words):
-            corpus.prepare(given_sources, out, workers=1, **options)
-        assert not os.path.exists(out) and not os.path.exists(out + ".partial")
+            corpus.prepare(given_sources, out, **({"workers": 1} | options))
+        assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
     modified = lambda: {name: os.path.getmtime(os.path.join(small_corpus, name)) for name in os.listdir(small_corpus)}
     before = modified()
     with pytest.raises(ValueError, match="exists already"):

@@ -128,7 +128,7 @@ def _swap(spec):
 
 
 def _unreachable(spec):
-    """"ab" + "c" = "abc", but "b" + "c" is joined first: the library never makes "abc", tiktoken would."""
+    """ "ab" + "c" = "abc", but "b" + "c" is joined first: the library never makes "abc", tiktoken would."""
     vocabulary = spec["model"]["vocab"]
     for token, characters in list(vocabulary.items()):
         if characters >= 275:
@@ -149,6 +149,7 @@ def _unreachable(spec):
         (lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "pre-tokenizer"),
         (lambda s: s["added_tokens"][0].update(special=False), "not supported"),
         (lambda s: s["model"].update(dropout=0.1), "dropout"),
+        (lambda s: s["model"]["vocab"].update(orphan=600), "no merge makes its token 'orphan'"),
     ],
 )
 def test_refuses_a_tokenizer_that_tiktoken_cannot_run(tokenizer, tmp_path, change, words):
@@ -236,8 +237,14 @@ def test_pairs_are_what_they_say(tokenizer, tmp_path_factory, lengths, max_lengt
 def test_an_epoch_takes_every_window_once_and_epochs_differ(small_corpus):
     dataset = PairDataset(small_corpus, "train", 64, 3)
     n = len(dataset)
-    orders = [[permute(i, n, data._mix(3) + epoch) for i in range(n)] for epoch in range(2)]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(n)) and orders[0] != orders[1]
+    orders = [[dataset.proposal(i) for i in range(epoch * n, epoch * n + n)] for epoch in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(n))
+    agree = [sum(a == b for a, b in zip(orders[0], other)) for other in (orders[1], range(n))]
+    assert max(agree) < 10  # shuffled, and anew in each epoch
+    begins = [dataset.window(w)[1] for w in orders[0]]  # the pair does begin with that window, but where the partner was of its document
+    base, size = dataset.tokens.__array_interface__["data"][0], dataset.tokens.itemsize
+    starts = [(dataset.pair(i)[0].__array_interface__["data"][0] - base) // size for i in range(n)]
+    assert 0.75 * n < sum(a == b for a, b in zip(begins, starts)) < n
     assert len(list(dataset)) == n
     assert not np.array_equal(dataset[0].input_ids, dataset[n].input_ids)
     assert not np.array_equal(dataset[0].input_ids, PairDataset(small_corpus, "train", 64, 4)[0].input_ids)
@@ -254,6 +261,19 @@ def test_every_token_is_reached(tokenizer, tmp_path):
             start = (part.__array_interface__["data"][0] - base) // size
             seen[start : start + len(part)] = True
     assert seen.all()
+
+
+def test_large_documents_are_no_likelier_in_positive_pairs(tokenizer, tmp_path):
+    """Were only the partner drawn again when it is of the same document, a negative B would rarely be of a large one."""
+    lengths = [1600] + [100] * 8  # one document is two thirds of the windows
+    dataset = PairDataset(write_corpus(tmp_path, tokenizer, unique_documents(lengths)), "train", 23, 0)
+    base, size = dataset.tokens.__array_interface__["data"][0], dataset.tokens.itemsize
+    large = np.zeros((2, 2))
+    for i in range(8000):
+        _, b, follows = dataset.pair(i)
+        large[follows] += ((b.__array_interface__["data"][0] - base) // size < 1600, 1)
+    share_negative, share_positive = large[:, 0] / large[:, 1]
+    assert abs(share_negative - share_positive) < 0.04
 
 
 @pytest.mark.slow
@@ -393,6 +413,15 @@ def test_refuses_a_corpus_that_is_not_whole(small_corpus, sources, tmp_path):
     os.truncate(torn / "train.bin", os.path.getsize(torn / "train.bin") - 2)
     with pytest.raises(ValueError, match="train.bin.*bytes instead of"):
         PairDataset(str(torn), "train", 64, 0)
+    for name, content, words in [
+        ("meta.json", b"{}", "format"),
+        ("meta.json", b'{"for', "meta.json: damaged"),
+        ("train.offsets.npy", b"", "damaged"),
+    ]:
+        broken = shutil.copytree(small_corpus, tmp_path / "broken", dirs_exist_ok=True)
+        (broken / name).write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            PairDataset(str(broken), "train", 64, 0)
     other = shutil.copytree(small_corpus, tmp_path / "other")
     data.train_tokenizer(["another text"], 300).save_pretrained(other)
     with pytest.raises(ValueError, match="another tokenizer"):
@@ -402,4 +431,7 @@ def test_refuses_a_corpus_that_is_not_whole(small_corpus, sources, tmp_path):
     shutil.copy(os.path.join(sources, "ast.py"), one)
     corpus.prepare([str(one)], str(tmp_path / "single"), tokenizer=small_corpus, workers=1)
     with pytest.raises(ValueError, match="documents; pairs need 2"):
-        PairDataset(str(tmp_path / "single"), "train", 64, 0)
+        PairDataset(str(tmp_path / "single"), "validation", 64, 0)
+    giant = write_corpus(one, data.Tokenizer.from_pretrained(small_corpus), unique_documents([5000, 2]))
+    with pytest.raises(ValueError, match="one document is 99.* of train"):
+        PairDataset(giant, "train", 8, 0)

@@ -8,6 +8,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kernels
 from starencoder import (
     StarEncoder,
     StarEncoderConfig,
@@ -83,13 +84,11 @@ def test_full_size_parity_with_bert_for_pretraining():
     labels = torch.where(torch.rand(len(ids), generator=generator) < 0.15, ids, -100)
     pairs = torch.randint(2, (len(lengths),), generator=generator)
 
+    expected = bert(padded(ids, lengths, 0), attention_mask, labels=padded(labels, lengths, -100), next_sentence_label=pairs)
     with torch.no_grad():
-        expected = bert(padded(ids, lengths, 0), attention_mask)
         out = ours(ids, cu_seqlens)
         assert (out.mlm_logits - unpad(expected.prediction_logits, lengths)).abs().max() < 1e-4
         assert (out.nsp_logits - expected.seq_relationship_logits).abs().max() < 1e-4
-        del expected, out
-    expected = bert(padded(ids, lengths, 0), attention_mask, labels=padded(labels, lengths, -100), next_sentence_label=pairs)
     positions = (labels != -100).nonzero().squeeze(1)
     out = ours(ids, cu_seqlens, labels[positions], pairs, positions)
     assert abs(out.loss - expected.loss) < 1e-5
@@ -173,12 +172,13 @@ def test_old_hub_files_load(tmp_path):
     torch.manual_seed(0)
     bert = transformers.BertForPreTraining(bert_config())
     weights = bert.state_dict() | {"bert.embeddings.position_ids": torch.arange(64)[None]}
+    weights = {n.replace("LayerNorm.weight", "LayerNorm.gamma"): w for n, w in weights.items()}  # older still
     bert.config.save_pretrained(tmp_path)
     torch.save(weights, tmp_path / "pytorch_model.bin")
     ours = StarEncoderForPreTraining.from_pretrained(str(tmp_path))
     assert ours.mlm_decoder.weight is ours.bert.word_embeddings.weight
     for name, parameter in ours.named_parameters():
-        assert torch.equal(parameter, torch.cat([weights[n] for n in _bert_names(name)]))
+        assert torch.equal(parameter, torch.cat([bert.state_dict()[n] for n in _bert_names(name)]))
 
 
 def test_pickles_that_run_code_are_refused(tmp_path):
@@ -315,3 +315,62 @@ def test_a_sequence_longer_than_the_model_is_refused():
     ids, cu_seqlens = packed([3, 65], 211, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="65 tokens is longer than the model's 64"):
         StarEncoder(small_config())(ids, cu_seqlens)
+
+
+def test_every_dropout_acts_and_has_a_seed_of_its_own(monkeypatch):
+    """Each probability alone changes the output in training, and no two masks of a step are alike."""
+    ids, cu_seqlens = packed([30, 12], 211, torch.Generator().manual_seed(0))
+    off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
+    torch.manual_seed(0)
+    model = StarEncoderForTokenClassification(small_config(**off))
+    expected = model(ids, cu_seqlens, seed=1).logits
+    assert torch.equal(expected, model.eval()(ids, cu_seqlens).logits)
+    model.train()
+    for name in off:
+        for key, value in (off | {name: 0.2}).items():
+            setattr(model.config, key, value)
+        assert not torch.allclose(expected, model(ids, cu_seqlens, seed=1).logits), name
+        assert torch.equal(expected, model.eval()(ids, cu_seqlens, seed=1).logits)
+        model.train()
+    seeds = []
+    real = kernels.dropout_keep
+    monkeypatch.setattr(kernels, "dropout_keep", lambda seed, *args: seeds.append(seed) or real(seed, *args))
+    model = StarEncoderForTokenClassification(small_config())
+    model(ids, cu_seqlens, seed=1)
+    assert len(set(seeds)) == 3 * 3 + 2  # three in each of three layers, the embeddings', the classifier's
+
+
+def test_embed_reads_the_whole_text(tokenizer):
+    from starencoder import embed
+
+    model = StarEncoder(small_config(vocab_size=600))
+    text = "x = 1\n" * 60 + "def f(a):\n    return a\n" * 20
+    ids = tokenizer.encode(text)
+    assert len(ids) > 3 * 62
+    total = torch.zeros(48)
+    for start in range(0, len(ids), 62):
+        window = torch.tensor([tokenizer.cls_id, *ids[start : start + 62], tokenizer.sep_id])
+        total += model.eval()(window, torch.tensor([0, len(window)], dtype=torch.int32)).detach().sum(0)
+    torch.testing.assert_close(embed(model, tokenizer, [text])[0], total / total.norm())
+    with pytest.raises(ValueError, match="a list"):
+        embed(model, tokenizer, "one str")
+
+
+def test_a_padded_vocabulary_is_no_trouble(tokenizer):
+    from starencoder import fill_mask
+
+    model = StarEncoderForPreTraining(small_config(vocab_size=704))
+    with torch.no_grad():
+        model.mlm_bias[600:] = 100.0
+    assert all(c["token"] < 600 for c in fill_mask(model, tokenizer, "a <mask>", top_k=800)[0])
+    with pytest.raises(ValueError, match="top_k"):
+        fill_mask(model, tokenizer, "a <mask>", top_k=0)
+
+
+def test_inputs_that_make_no_sense_are_refused():
+    model = StarEncoderForPreTraining(small_config())
+    with pytest.raises(ValueError, match="without padding"):
+        model(torch.zeros(2, 5, dtype=torch.int64), torch.tensor([0, 5], dtype=torch.int32))
+    for bounds in ([0, 0, 5], [0, 5, 5]):
+        with pytest.raises(ValueError, match="every sequence needs a token"):
+            model(torch.zeros(5, dtype=torch.int64), torch.tensor(bounds, dtype=torch.int32))
