@@ -188,7 +188,7 @@ class StarEncoder(_Bert):
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids must be (T,), sequences end to end without padding, got {tuple(input_ids.shape)}")
         config, T = self.config, len(input_ids)
-        if cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1:
+        if kernels.lengths_visible(cu_seqlens) and len(cu_seqlens) > 1:
             _check_length(int(cu_seqlens.diff().max()), config)
         max_seqlen = max_seqlen or config.max_position_embeddings
         dropout = float(self.training)  # 0 or 1, times each probability
@@ -250,7 +250,7 @@ class StarEncoderForPreTraining(_Bert):
         labels: (M,) with masked_positions, else (T,) with -100 where nothing is to be predicted. next_sentence_label: (B,) int64,
         1 where B follows A. Returns a `PreTrainingOutput`.
         """
-        if cu_seqlens.device.type == "cpu" and (cu_seqlens.diff() < 1).any():
+        if kernels.lengths_visible(cu_seqlens) and (cu_seqlens.diff() < 1).any():
             raise ValueError("every sequence needs a token, its <cls>: cu_seqlens must rise at each step")
         h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
         pooled = torch.tanh(self.bert.pooler(h[cu_seqlens[:-1]]))  # (B, H), from each sequence's <cls>

@@ -1,0 +1,328 @@
+"""The Triton kernels by their properties: under the interpreter on a CPU, and compiled for chips that need not be here.
+
+On a CUDA device the same tests run on the device itself, in bf16 as well.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import kernels
+import train
+from starencoder import StarEncoderConfig, StarEncoderForPreTraining
+
+if not kernels.HAS_TRITON:
+    pytest.skip("there is no Triton here", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])  # the interpreter's bf16 products are garbage
+
+
+@pytest.fixture(autouse=True)
+def triton_with_poisoned_outputs(monkeypatch):
+    """Whatever a kernel fails to write is NaN."""
+    monkeypatch.setenv("STARENCODER_KERNELS", "triton")
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+# The corners of tiles (blocks are of 32 and 64), of nothing and of much.
+corner = st.sampled_from([0, 1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129])
+lengths_strategy = st.one_of(st.lists(corner, min_size=1, max_size=3), st.lists(st.integers(0, 9), min_size=8, max_size=16))
+few = settings(max_examples=max(8, settings().max_examples // 4))  # the interpreter takes a second for what a chip does in microseconds
+heads = st.integers(1, 3)
+sizes = st.sampled_from([16, 24, 32, 64, 128])
+seeds = st.integers(0, 2**62)
+dropouts = st.sampled_from([0.0, 0.1, 0.5])
+dtypes = st.sampled_from(DTYPES)
+
+
+def packed(lengths, N, D, seed, dtype=torch.float32):
+    torch.manual_seed(seed)
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    return torch.randn(sum(lengths), 3, N, D, device=DEVICE).to(dtype), cu_seqlens, max(max(lengths), 1)
+
+
+def with_gradients(function, inputs, upstream, dtype=None):
+    """The output of function(*inputs) and the gradients of all inputs that are tensors, computed in `dtype`."""
+    inputs = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, [x for x in inputs if x is not None], upstream.to(out.dtype))]
+
+
+def assert_as_good_as_pytorch(ours, same_dtype, exact, dtype):
+    """Error at most 2x (forward) and 3x (gradients) that of PyTorch's formula in the same dtype; and at least what rounding once costs."""
+    for k, (a, b, c) in enumerate(zip(ours, same_dtype, exact, strict=True)):
+        if not c.numel():
+            continue
+        assert a.isfinite().all() and a.shape == c.shape
+        floor = torch.finfo(dtype).eps * (c.abs().max().item() + 1e-3) * 4
+        allowed = (2 if k == 0 else 3) * (b.double() - c).abs().max().item() + floor
+        assert (a.double() - c).abs().max().item() <= allowed, k
+
+
+@given(lengths=lengths_strategy, N=heads, D=sizes, seed=seeds, p=dropouts, dtype=dtypes)
+def test_attention_is_as_good_as_pytorch(lengths, N, D, seed, p, dtype):
+    qkv, cu_seqlens, longest = packed(lengths, N, D, seed, dtype)
+    upstream = torch.randn(sum(lengths), N, D, device=DEVICE).to(dtype)
+    ours = with_gradients(lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed), [qkv], upstream)
+    naive = lambda x: kernels.attention_reference(x, cu_seqlens, longest, dropout_p=p, seed=seed)
+    assert_as_good_as_pytorch(ours, with_gradients(naive, [qkv], upstream), with_gradients(naive, [qkv], upstream, torch.float64), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [[1023], [5, 1024, 1]])
+def test_attention_at_full_length(lengths):
+    qkv, cu_seqlens, longest = packed(lengths, 1, 64, 0)
+    upstream = torch.randn(sum(lengths), 1, 64, device=DEVICE)
+    ours = with_gradients(lambda x: kernels.attention(x, cu_seqlens, 1024, dropout_p=0.1, seed=3), [qkv], upstream)
+    naive = lambda x: kernels.attention_reference(x, cu_seqlens, 1024, dropout_p=0.1, seed=3)
+    assert_as_good_as_pytorch(
+        ours, with_gradients(naive, [qkv], upstream), with_gradients(naive, [qkv], upstream, torch.float64), torch.float32
+    )
+
+
+@few
+@given(lengths=lengths_strategy, seed=seeds)
+def test_weights_sum_to_one(lengths, seed):
+    qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
+    qkv[:, 2] = 1
+    torch.testing.assert_close(kernels.attention(qkv, cu_seqlens, longest), torch.ones_like(qkv[:, 0]))
+
+
+@few
+@given(length=st.integers(2, 130), seed=seeds)
+def test_the_order_of_the_keys_does_not_matter(length, seed):
+    qkv, cu_seqlens, longest = packed([length], 2, 16, seed)
+    other = qkv.clone()
+    other[:, 1:] = qkv[torch.randperm(length, device=DEVICE), 1:]
+    torch.testing.assert_close(
+        kernels.attention(qkv, cu_seqlens, longest), kernels.attention(other, cu_seqlens, longest), rtol=1e-5, atol=1e-6
+    )
+
+
+@few
+@given(lengths=st.lists(corner, min_size=2, max_size=3), seed=seeds, p=dropouts, which=st.integers(0, 3))
+def test_sequences_do_not_touch_each_other(lengths, seed, p, which):
+    """Other content, even NaN, in one sequence changes no bit of the others' output and gradients."""
+    qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
+    upstream = torch.randn(sum(lengths), 2, 16, device=DEVICE)
+    start, end = cu_seqlens.tolist()[which % len(lengths)], cu_seqlens.tolist()[which % len(lengths) + 1]
+    changed, outside = qkv.clone(), torch.ones(sum(lengths), dtype=torch.bool, device=DEVICE)
+    changed[start:end], outside[start:end] = float("nan"), False
+    function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed)
+    for a, b in zip(with_gradients(function, [qkv], upstream), with_gradients(function, [changed], upstream)):
+        assert torch.equal(a[outside], b[outside]) and a.isfinite().all()
+
+
+@few
+@given(lengths=st.lists(corner, min_size=2, max_size=3), seed=seeds)
+def test_the_order_of_sequences_only_permutes(lengths, seed):
+    qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
+    parts = list(qkv.split(lengths))[::-1]
+    backwards = torch.tensor([0, *torch.tensor(lengths[::-1]).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    out = kernels.attention(qkv, cu_seqlens, longest).split(lengths)
+    assert torch.equal(torch.cat(out[::-1]), kernels.attention(torch.cat(parts), backwards, longest))
+
+
+@few
+@given(lengths=lengths_strategy, seed=seeds, dtype=dtypes)
+def test_huge_scores_stay_finite(lengths, seed, dtype):
+    qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed, dtype)
+    qkv[:, 0] *= 1e4
+    upstream = torch.randn(sum(lengths), 2, 16, device=DEVICE).to(dtype)
+    for value in with_gradients(lambda x: kernels.attention(x, cu_seqlens, longest), [qkv], upstream):
+        assert not value.isnan().any()
+
+
+@few
+@given(lengths=st.lists(corner, min_size=1, max_size=3), seed=seeds, p=dropouts)
+def test_gradient_is_the_slope(lengths, seed, p):
+    """<gradient, direction> is the central difference along the direction, of the kernel itself."""
+    qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
+    upstream, direction = torch.randn(sum(lengths), 2, 16, device=DEVICE), torch.randn_like(qkv)
+    function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed)
+    _, gradient = with_gradients(function, [qkv], upstream)
+    step = 1e-2
+    ahead, behind = (function(qkv + sign * step * direction).double() for sign in (1, -1))
+    slope = ((ahead - behind) * upstream).sum() / (2 * step)
+    scale = gradient.double().norm() * direction.norm() + 1e-6
+    assert abs(slope - (gradient.double() * direction).sum()) <= 2e-3 * scale
+
+
+@given(length=st.sampled_from([1, 3, 16, 33, 64]), seed=seeds, p=st.sampled_from([0.1, 0.5]))
+def test_forward_and_backward_drop_the_same_weights(length, seed, p):
+    """V = 1 shows the forward's mask in the output, dO = 1 the backward's in dV; both are `dropout_keep`."""
+    qkv, cu_seqlens, longest = packed([7, length], 1, 64, seed)
+    qkv[:, :2] = 0  # uniform weights, 1 / length
+    qkv[7:, 2, 0] = torch.eye(length, 64, device=DEVICE)
+    upstream = torch.zeros(7 + length, 1, 64, device=DEVICE)
+    upstream[7:, 0] = torch.eye(length, 64, device=DEVICE)
+    function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed)
+    out, gradient = with_gradients(function, [qkv], upstream)
+    query = torch.arange(7, 7 + length, device=DEVICE)[:, None]
+    keep = kernels.dropout_keep(seed, p, length, query, torch.zeros_like(query))
+    expected = keep / (1 - p) / length
+    torch.testing.assert_close(out[7:, 0, :length], expected.float())
+    torch.testing.assert_close(gradient[7:, 2, 0, :length], expected.T.float())
+
+
+@given(
+    rows=st.sampled_from([0, 1, 2, 5, 33]),
+    H=st.sampled_from([1, 5, 48, 64, 192, 768, 1024]),
+    seed=seeds,
+    p=dropouts,
+    dtype=dtypes,
+    plus=st.booleans(),
+)
+def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus):
+    torch.manual_seed(seed)
+    x, weight, bias = torch.randn(rows, H, device=DEVICE).to(dtype), torch.randn(H, device=DEVICE), torch.randn(H, device=DEVICE)
+    residual = torch.randn(rows, H, device=DEVICE).to(dtype) if plus else None
+    upstream = torch.randn(rows, H, device=DEVICE).to(dtype)
+    runs = []
+    for function in (kernels.layer_norm, kernels.layer_norm_reference):
+        call = lambda x, w, b, r, f=function: f(x, w, b, 1e-6, residual=r, dropout_p=p, seed=seed)
+        runs.append(with_gradients(call, [x, weight, bias, residual], upstream))
+    exact = with_gradients(call, [x, weight, bias, residual], upstream, torch.float64)
+    assert_as_good_as_pytorch(runs[0], runs[1], exact, dtype if H > 1 else torch.float16)  # of one column, all is cancellation
+
+
+@few
+@given(H=st.sampled_from([64, 192, 768]), seed=seeds, offset=st.sampled_from([0.0, 1.0, 1e4]))
+def test_layer_norm_of_shifted_and_constant_rows(H, seed, offset):
+    """At an offset of 1e4 the mean itself is rounded to 1e-3, and no sum in fp32 can do better."""
+    torch.manual_seed(seed)
+    x, one, zero = torch.randn(6, H, device=DEVICE), torch.ones(H, device=DEVICE), torch.zeros(H, device=DEVICE)
+    x[3] = 0
+    x = (x + offset - offset).requires_grad_()  # so that adding the offset again is exact
+    shifted = kernels.layer_norm(x + offset, one, zero, 1e-6)
+    tolerance = 5e-3 if offset > 10 else 1e-4
+    torch.testing.assert_close(shifted, kernels.layer_norm(x, one, zero, 1e-6), rtol=tolerance, atol=tolerance)
+    assert shifted[3].abs().max() < 1e-2  # a constant row
+    (gradient,) = torch.autograd.grad(shifted, x, torch.randn_like(x))
+    assert (gradient.sum(1).abs() <= tolerance * gradient.abs().sum(1) + 1e-6).all()  # a shift of the row changes nothing
+
+
+@given(seed=seeds, p=st.sampled_from([0.1, 0.5]), H=st.sampled_from([5, 64, 768]), dtype=dtypes)
+def test_layer_norm_and_dropout_drop_by_the_same_rule(seed, p, H, dtype):
+    torch.manual_seed(seed)
+    x = torch.randn(9, H, device=DEVICE).to(dtype).requires_grad_()
+    y = kernels.dropout(x, p, seed)
+    assert torch.equal(y, kernels.dropout_reference(x.float(), p, seed).to(dtype))
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(x))
+    assert torch.equal(gradient != 0, y != 0) or (x == 0).any()
+
+
+@few
+@given(lengths=lengths_strategy, seed=seeds)
+def test_two_runs_have_the_same_bits(lengths, seed):
+    qkv, cu_seqlens, longest = packed(lengths, 2, 32, seed)
+    upstream = torch.randn(sum(lengths), 2, 32, device=DEVICE)
+    function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=0.1, seed=seed)
+    for a, b in zip(with_gradients(function, [qkv], upstream), with_gradients(function, [qkv], upstream)):
+        assert torch.equal(a, b)
+
+
+def test_strided_inputs_are_read_where_they_lie():
+    qkv, cu_seqlens, longest = packed([5, 40], 4, 16, 0)
+    wide = torch.randn(45, 3, 4, 32, device=DEVICE)
+    wide[..., :16] = qkv
+    assert torch.equal(kernels.attention(wide[..., :16], cu_seqlens, longest), kernels.attention(qkv, cu_seqlens, longest))
+    with pytest.raises(ValueError, match="stride 1"):
+        kernels.attention(qkv.transpose(2, 3), cu_seqlens, longest)
+    with pytest.raises(ValueError, match="D <= 128"):
+        kernels.attention(torch.zeros(45, 3, 1, 129, device=DEVICE), cu_seqlens, longest)
+    for dtype in [torch.float64] + ([torch.bfloat16] if DEVICE == "cpu" else []):
+        with pytest.raises(ValueError, match="must be torch.float16"):
+            kernels.attention(qkv.to(dtype), cu_seqlens, longest)
+
+
+def model_and_batch(**config):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2)
+    model = StarEncoderForPreTraining(StarEncoderConfig(**shape, max_position_embeddings=32, pad_token_id=0)).to(DEVICE)
+    ids, masked = torch.randint(100, (33,)), torch.tensor([1, 5, 30])
+    batch = data.Batch(ids, torch.tensor([0, 20, 33], dtype=torch.int32), ids[masked], torch.tensor([0, 1]), masked)
+    return model, data.Batch(*(t.to(DEVICE) for t in batch))
+
+
+def loss_and_gradients(model, batch, seed):
+    model.zero_grad()
+    loss, *_ = train.loss_on(model, batch, 3, 2, seed=seed)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def test_a_model_with_triton_is_the_model_with_pytorch(monkeypatch):
+    """Loss and gradients, with all dropouts on."""
+    model, batch = model_and_batch()
+    ours = loss_and_gradients(model, batch, 5)
+    monkeypatch.setenv("STARENCODER_KERNELS", "torch")
+    for a, b in zip(ours, loss_and_gradients(model, batch, 5)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_is_eager(monkeypatch):
+    """torch.compile traces through the kernels without a break, and another seed does not compile again."""
+    monkeypatch.undo()
+    monkeypatch.setenv("STARENCODER_KERNELS", "triton")
+    model, batch = model_and_batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    for seed in (5, 6, 2**40):
+        seed = torch.tensor(seed, device=DEVICE)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 5):
+            results = loss_and_gradients(compiled, batch, seed)
+        for a, b in zip(loss_and_gradients(model, batch, seed), results):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_operators_are_what_they_declare():
+    """Schema, fake kernels and autograd registration, by PyTorch's own check."""
+    qkv, cu_seqlens, longest = packed([3, 20], 2, 16, 0)
+    x, vector, seed = torch.randn(6, 48, device=DEVICE), torch.randn(48, device=DEVICE), torch.tensor(5, device=DEVICE)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(kernels._attention_op, (qkv.requires_grad_(), cu_seqlens, longest, 0.1, seed), test_utils=checks)
+    torch.library.opcheck(kernels._layer_norm_op, (x.requires_grad_(), x.detach(), vector, vector, 1e-6, 0.1, seed), test_utils=checks)
+    torch.library.opcheck(kernels._dropout_op, (x, 0.1, seed), test_utils=checks)
+
+
+@pytest.mark.slow
+def test_a_training_run_with_triton(small_corpus, tmp_path, monkeypatch):
+    """A few steps of the loop: the losses of the PyTorch backend to 1e-3."""
+    monkeypatch.undo()
+    lines = []
+    for backend in ("torch", "triton"):
+        flags = f"--data {small_corpus} --out {tmp_path / backend} --dtype float32 --hidden-size 64 --num-attention-heads 2 --steps 4 "
+        flags += "--hidden-dropout-prob 0.1 --attention-probs-dropout-prob 0.1 --batch-size 4 --eval-examples 4 --log-every 1"
+        result = command("train.py", *flags.split(), env=os.environ | {"STARENCODER_KERNELS": backend})
+        assert result.returncode == 0 and f"kernels: {backend}" in result.stdout, result.stderr
+        with open(tmp_path / backend / "metrics.jsonl") as f:
+            lines.append([json.loads(line) for line in f])
+    for a, b in zip(*lines, strict=True):
+        for key in a.keys() & {"loss", "mlm_loss", "nsp_loss", "grad_norm"}:
+            assert abs(a[key] - b[key]) < 1e-3 * max(1, abs(b[key])), key
+
+
+@pytest.mark.slow
+def test_compiled_for_chips_that_are_not_here(tmp_path):
+    """Every kernel with its own launch settings: nothing spills, shared memory fits, and Hopper's attention uses wgmma."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "STARENCODER_KERNELS")}
+    result = command("bench.py", "kernels", "--resources", "--out", str(tmp_path / "resources.json"), env=environment)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "resources.json").read_text())["rows"]
+    assert len({(row["chip"], row["kernel"], row["dtype"], row["D or H"], row["dropout"]) for row in rows}) == len(rows) >= 100
+    for row in rows:
+        assert row["spills (bytes)"] == 0 and row["registers"] <= 255, row
+        assert row["shared (KB)"] <= (163 if row["chip"] == "sm_80" else 227), row
+        if row["chip"] == "sm_90" and row["kernel"] in ("forward", "dk_dv", "dq"):
+            assert row["wgmma"], row
