@@ -9,7 +9,7 @@ import sysconfig
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
@@ -20,6 +20,7 @@ import data
 common = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 settings.register_profile("default", max_examples=25, **common)
 settings.register_profile("thorough", max_examples=500, **common)
+settings.register_profile("first_failure", max_examples=25, phases=[Phase.explicit, Phase.generate], **common)  # without shrinking it
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -65,6 +65,7 @@ def _gradient(rank, world_size, micro_batch_size, directory, out):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_same_gradient_whole_in_micro_batches_and_on_ranks(small_corpus, tmp_path):
     """Whole, in 4 micro-batches of unequal token counts, on 2 and 4 ranks: 1e-6 relative in fp64 (it is far below)."""
     results = {}
@@ -180,6 +181,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(small_corpus, undi
     assert_same(list(finished(config)), list(finished(undisturbed)))
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(small_corpus, tmp_path):
     """SIGTERM, to the process or to its group with the loader's workers, saves and ends with status 0; SIGKILL loses what came after the
     last checkpoint; the end is the same."""

@@ -182,15 +182,16 @@ def test_forward_and_backward_drop_the_same_weights(length, seed, p):
     p=dropouts,
     dtype=dtypes,
     plus=st.booleans(),
+    eps=st.sampled_from([1e-12, 1e-6, 0.1]),
 )
-def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus):
+def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus, eps):
     torch.manual_seed(seed)
     x, weight, bias = torch.randn(rows, H, device=DEVICE).to(dtype), torch.randn(H, device=DEVICE), torch.randn(H, device=DEVICE)
     residual = torch.randn(rows, H, device=DEVICE).to(dtype) if plus else None
     upstream = torch.randn(rows, H, device=DEVICE).to(dtype)
     runs = []
     for function in (kernels.layer_norm, kernels.layer_norm_reference):
-        call = lambda x, w, b, r, f=function: f(x, w, b, 1e-6, residual=r, dropout_p=p, seed=seed)
+        call = lambda x, w, b, r, f=function: f(x, w, b, eps, residual=r, dropout_p=p, seed=seed)
         runs.append(with_gradients(call, [x, weight, bias, residual], upstream))
     exact = with_gradients(call, [x, weight, bias, residual], upstream, torch.float64)
     assert_as_good_as_pytorch(runs[0], runs[1], exact, dtype if H > 1 else torch.float16)  # of one column, all is cancellation
