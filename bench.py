@@ -1,12 +1,15 @@
 """Every speed that this project claims, measured beside its peers in one run.
 
     python bench.py data                    the loader, one core, beside tokenizing on the fly with a transformers collator
+    python bench.py kernels                 each kernel beside its peers, and beside what the GPU can do at best (needs one)
+    python bench.py kernels --tune          other launch settings, and a table of the best (needs a GPU)
     python bench.py kernels --resources     what each kernel takes of a chip that need not be here: registers, spills, shared memory
 
 Each figure is the median of several repetitions that take turns, so that a machine that slows down slows all of them; on a shared machine
 only the ratios mean anything. A table goes to the screen, the same as JSON with machine, versions and commit to results/.
 """
 
+import functools
 import glob
 import itertools
 import json
@@ -18,13 +21,22 @@ import statistics
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import corpus
 import kernels
 from data import CommandLine, PairDataset, Tokenizer, batches, run, write_whole
+
+if kernels.HAS_TRITON:
+    import triton
+    from triton.backends.compiler import GPUTarget
 
 REPETITIONS = 7
 
@@ -40,15 +52,19 @@ def medians(contenders, repetitions=REPETITIONS):
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def report(path, rows, **facts):
-    """Prints rows (dicts with the same keys) as a table and writes them, with the machine and the versions, to the file `path`."""
+def report(path, name, rows, **facts):
+    """Prints rows (dicts with the same keys) as a table and writes them, with the machine and the versions, as JSON.
+
+    path: the file, or None for results/NAME-DEVICE.json.
+    """
     import transformers
 
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
     for row in [{key: key for key in widths}, *rows]:
         print("  ".join(f"{str(row[key]):{width}}" for key, width in widths.items()).rstrip())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    path = path or f"results/{name}-{device.split(',')[0].replace(' ', '-').lower()}.json"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     heads = json.dumps({"device": device, "commit": commit, "versions": versions, **facts}, indent=1)
@@ -94,7 +110,8 @@ def bench_data(path=None, directory="data/bench", max_length=1024, batch_size=64
     slowest = min(speeds.values())
     rows = [{"loader, one core": n, "tokens/s": f"{speed:,.0f}", "ratio": f"{speed / slowest:.1f}"} for n, speed in speeds.items()]
     report(
-        path or "results/data-cpu.json",
+        path,
+        "data",
         rows,
         max_length=max_length,
         batch_size=batch_size,
@@ -106,64 +123,227 @@ def bench_data(path=None, directory="data/bench", max_length=1024, batch_size=64
 # ---- kernels ---------------------------------------------------------------------------------------------------------------------
 
 
+def attention_work(B, L, N, D, dtype, dropout_p, device):
+    """The two attention operators on B sequences of L random tokens: functions without arguments, forward and backward."""
+    qkv = torch.randn(B * L, 3, N, D, device=device).to(dtype)
+    cu_seqlens = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=device)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    out, lse = torch.empty_like(qkv[:, 0]), torch.ones(N, B * L, device=device)
+    return (
+        lambda: kernels._attention_op(qkv, cu_seqlens, L, dropout_p, seed),
+        lambda: kernels._attention_backward_op(out, qkv, out, lse, cu_seqlens, L, dropout_p, seed),
+    )
+
+
+def norm_work(T, H, dtype, dropout_p, device):
+    """The two LayerNorm operators, with a residual, and dropout alone, on T random rows: functions without arguments."""
+    x, w = torch.randn(T, H, device=device).to(dtype), torch.ones(H, device=device)
+    seed, statistics = torch.zeros((), dtype=torch.int64, device=device), torch.ones(T, device=device)
+    return (
+        lambda: kernels._layer_norm_op(x, x, w, w, 1e-12, dropout_p, seed),
+        lambda: kernels._layer_norm_backward_op(x, x, x, w, statistics, statistics, dropout_p, seed),
+        lambda: kernels._dropout_op(x, dropout_p, seed),
+    )
+
+
+def compile_launches(works, **replaced):
+    """Compiles, on all cores, every kernel that the functions in `works` would launch, and launches nothing.
+
+    replaced: names of kernels.py and what stands in for them meanwhile. Returns [(kernel's name, its constants, compiled kernel), ...].
+    """
+    launches = []
+
+    def compile_only(kernel, grid, *arguments, **constants):
+        launches.append((kernel.fn.__name__.lstrip("_"), constants, kernel.warmup(*arguments, grid=grid, **constants)))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        with mock.patch.multiple(kernels, _launch=compile_only, **replaced):
+            for work in works:
+                work()
+        return [
+            (name, constants, kernel.result(ignore_errors=True) if isinstance(kernel, triton.FutureKernel) else kernel)
+            for name, constants, kernel in tqdm(launches, desc="compiling", unit="kernel")
+        ]
+
+
+class Chip:
+    """Stands in for Triton's driver where there is no GPU: names the chip to compile for."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
 def bench_resources(path=None):
-    """Compiles every kernel ahead of time, with the launch settings that it would have, for three chips, and reads the machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if kernels.INTERPRETED:
-        raise ValueError("TRITON_INTERPRET=1 is set, and interpreted kernels have no machine code; unset it")
+    """Compiles every kernel just as it would be launched, for three chips that need not be here, and reads the machine code."""
     (cuobjdump,) = glob.glob(os.path.join(os.path.dirname(triton.__file__), "**", "cuobjdump"), recursive=True)
-    fp32 = {"lse_ptr", "delta_ptr", "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"}
-    scalars = {"scale": "fp32", "keep_scale": "fp32", "eps": "fp32", "threshold": "i64"}  # the others are i32
-    aligned = {"stride_t", "stride_3", "stride_n", "H"}  # multiples of 16 in all presets, as are the addresses
+    rows = []
+    for capability in (80, 90, 100):
+        triton.runtime.driver.set_active(Chip(capability))
+        for dtype, dropout_p in itertools.product((torch.bfloat16, torch.float16), (0.0, 0.1)):
+            works = [work for D in (64, 128) for work in attention_work(1, 1000, 12, D, dtype, dropout_p, "cpu")]
+            works += norm_work(1000, 768, dtype, dropout_p, "cpu")[: 3 if dropout_p else 2]
+            for name, constants, kernel in compile_launches(works, _capability=lambda x, c=capability: divmod(c, 10)):
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+                    f.write(kernel.asm["cubin"])
+                    f.flush()
+                    usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
+                registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+                blocks = [str(constants[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_R", "BLOCK_H") if k in constants]
+                row = {"chip": f"sm_{capability}", "kernel": name, "dtype": str(dtype)[6:], "D or H": constants.get("D", 768)}
+                row |= {"dropout": dropout_p, "tile": "x".join(blocks), "warps": kernel.metadata.num_warps, "registers": registers}
+                row |= {"spills (bytes)": stack, "shared (KB)": kernel.metadata.shared // 1024, "wgmma": "wgmma" in kernel.asm["ptx"]}
+                rows.append(row)
+    report(path or "results/resources.json", "resources", rows, triton=triton.__version__)
 
-    def row(chip, name, kernel, dtype, size, dropout, num_warps, num_stages=3, **constants):
-        constants |= {"DROPOUT": dropout} if "DROPOUT" in kernel.arg_names else {}
-        types, attributes = {}, {}
-        for i, argument in enumerate(kernel.arg_names):
-            pointed = "i32" if argument == "cu_seqlens_ptr" else "i64" if argument == "seed_ptr" else "fp32" if argument in fp32 else dtype
-            types[argument] = (
-                "constexpr" if argument in constants else f"*{pointed}" if argument.endswith("_ptr") else scalars.get(argument, "i32")
-            )
-            if argument.endswith("_ptr") or argument in aligned:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, types, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-            f.write(compiled.asm["cubin"])
-            f.flush()
-            usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        return {
-            "chip": f"sm_{chip}", "kernel": name, "dtype": dtype, "D or H": size, "dropout": dropout,
-            "tile": "x".join(str(v) for k, v in constants.items() if k in ("BLOCK_M", "BLOCK_N", "BLOCK_R", "BLOCK_H")), "warps": num_warps,
-            "registers": registers, "spills (bytes)": stack, "shared (KB)": compiled.metadata.shared // 1024,
-            "wgmma": "wgmma" in compiled.asm["ptx"],
-        }  # fmt: skip
 
-    wanted = []
-    attention = {"forward": kernels._attention_forward, "dk_dv": kernels._attention_backward_dk_dv, "dq": kernels._attention_backward_dq}
-    for chip, dtype, dropout in itertools.product((80, 90, 100), ("bf16", "fp16"), (False, True)):
-        for (name, kernel), D in itertools.product(attention.items(), (64, 128)):
-            m, n, warps, stages = kernels.tile(name, divmod(chip, 10), D)
-            wanted.append(((chip, name, kernel, dtype, D, dropout, warps, stages), dict(D=D, BLOCK_D=D, BLOCK_M=m, BLOCK_N=n)))
-        for name, kernel, elements in (
-            ("ln forward", kernels._layer_norm_forward, 4096),
-            ("ln backward", kernels._layer_norm_backward, 2048),
-        ):
-            tile = kernels.rows(768, elements)
-            wanted.append(((chip, name, kernel, dtype, 768, dropout, tile.pop("num_warps")), tile | {"RESIDUAL": True}))
-        if dropout:
-            tile = kernels.rows(768, 4096)
-            wanted.append(((chip, "dropout", kernels._dropout_kernel, dtype, 768, True, tile.pop("num_warps")), tile))
+def on_gpu(function, amount, launches=10):
+    """For `medians`: calls the function `launches` times, waits for the GPU, and says how much was done, `amount` by each call."""
+
+    def work():
+        for _ in range(launches):
+            function()
+        torch.cuda.synchronize()
+        return launches * amount
+
+    return work
+
+
+def available(contenders):
+    """Those contenders that run here, each run once (and so compiled); why not, in a line, of the others."""
+    running = {}
+    for name, work in contenders.items():
+        try:
+            work()
+            running[name] = work
+        except Exception as error:  # no such backend, no such library, or a tile that takes too much of the chip
+            torch.cuda.synchronize()
+            print(f"{name}: not available here ({str(error).strip().splitlines()[0][:120]})")
+    return running
+
+
+def forward_and_backward(function, inputs, upstream):
+    """function(*inputs), and its gradients with respect to the inputs, as two functions without arguments."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = functools.cache(lambda: function(*inputs))  # not before it is asked for: a contender may not be available
+    return lambda: function(*inputs), lambda: torch.autograd.grad(out(), inputs, upstream, retain_graph=True)
+
+
+def bench_kernels(path=None):
+    """Each kernel, forward and backward, beside its peers in PyTorch and Liger: bf16, a micro-batch of the published run."""
+    torch._functorch.config.donated_buffer = False  # a compiled backward pass is run many times
+    bf16 = dict(device="cuda", dtype=torch.bfloat16)
+    a, source, copied = torch.randn(8192, 8192, **bf16), torch.empty(2**29, **bf16), torch.empty(2**29, **bf16)
+    ceilings = medians({"matmul": on_gpu(lambda: a @ a, 2 * 8192**3), "copy": on_gpu(lambda: copied.copy_(source), 2**31)})
+    print(f"ceilings: matmul {ceilings['matmul'] / 1e12:,.0f} TFLOP/s, copy {ceilings['copy'] / 1e9:,.0f} GB/s")
+    rows = []
+
+    def compare(operation, ceiling, amounts, contenders):
+        unit, scale = ("TFLOP/s", 1e12) if ceiling == "matmul" else ("GB/s", 1e9)
+        for direction, amount in enumerate(amounts):
+            speeds = medians(available({name: on_gpu(pair[direction], amount) for name, pair in contenders.items()}))
+            for name, speed in speeds.items():
+                row = {"operation": operation, "pass": ("forward", "backward")[direction], "by": name, "ms": f"{amount / speed * 1e3:.3f}"}
+                row |= {"speed": f"{speed / scale:,.0f} {unit}", "of ceiling": f"{speed / ceilings[ceiling]:.0%}"}
+                rows.append(row | {"here / it": f"{speeds[next(iter(speeds))] / speed:.2f}"})
+
+    generator = random.Random(0)
+    mixed = [generator.randint(32, 1024) for _ in range(124)]  # lengths that differ: without padding, only varlen is a peer
+    for D, lengths, p in (
+        (64, [1024] * 64, 0.0),
+        (64, [1024] * 64, 0.1),
+        (64, [128] * 512, 0.0),
+        (128, [1024] * 64, 0.0),
+        (64, mixed, 0.0),
+    ):
+        N, T, L = 768 // D, sum(lengths), max(lengths)
+        qkv, upstream = torch.randn(T, 3, N, D, **bf16), torch.randn(T, N, D, **bf16)
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+        def varlen(q, k, v, cu_seqlens=cu_seqlens, L=L):
+            from torch.nn.attention.varlen import varlen_attn
+
+            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, L, L)
+
+        def sdpa(q, k, v, backend, p=p):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+
+        here = functools.partial(kernels.attention, cu_seqlens=cu_seqlens, max_seqlen=L, dropout_p=p)
+        contenders = {"kernels.attention": forward_and_backward(here, [qkv], upstream)}
+        if lengths is not mixed:
+            *heads, wanted = (x.unflatten(0, (-1, L)).transpose(1, 2) for x in (*qkv.unbind(1), upstream))  # (B, N, L, D)
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+                contenders[f"SDPA {backend.name}"] = forward_and_backward(functools.partial(sdpa, backend=backend), heads, wanted)
+        if p == 0.0:
+            contenders["varlen_attn"] = forward_and_backward(varlen, qkv.unbind(1), upstream)
+        flops = 4 * sum(length**2 for length in lengths) * N * D  # two products; five in the backward pass, which makes one again
+        shown = "32 to 1,024" if lengths is mixed else f"{L:,}"
+        compare(f"attention, D {D}, length {shown}, dropout {p}", "matmul", (flops, 2.5 * flops), contenders)
+
+    T, H, eps = 2**18, 768, 1e-12
+    x, residual, upstream, weight = (torch.randn(*shape, **bf16) for shape in ((T, H), (T, H), (T, H), (H,)))
+    for p, plus in ((0.0, False), (0.0, True), (0.1, True)):
+
+        def eager(x, w, b, r=None, p=p):
+            return F.layer_norm(x if r is None else F.dropout(x, p) + r, (H,), w, b, eps)
+
+        def liger(x, w, b):
+            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+            return LigerLayerNormFunction.apply(x, w, b, eps)
+
+        here = lambda x, w, b, r=None, p=p: kernels.layer_norm(x, w, b, eps, residual=r, dropout_p=p)
+        functions = {"kernels.layer_norm": here, "PyTorch": eager, "PyTorch, compiled": torch.compile(eager)}
+        functions |= {} if plus else {"Liger": liger}
+        leaves = [x, weight, weight] + [residual] * plus
+        contenders = {name: forward_and_backward(function, leaves, upstream) for name, function in functions.items()}
+        # What has to be moved, in rows: x (and residual) in, y out; dy, x (and residual) in, dx (and, with dropout, dresidual) out.
+        moved = (2 + plus, 3 + plus + (p > 0))
+        compare(f"LayerNorm, H {H}{f', residual, dropout {p}' * plus}", "copy", [2 * T * H * n for n in moved], contenders)
+    report(path, "kernels", rows, ceilings=ceilings, repetitions=REPETITIONS, triton=triton.__version__)
+
+
+def bench_tune(path=None):
+    """Tries launch settings for every kernel on this GPU, without dropout and with 0.1, and prints an entry for `kernels.TILES`."""
+    capability = torch.cuda.get_device_capability()
+    current = kernels.TILES.get(capability, kernels.TILES["default"])
+    best, rows = dict(current), []
+    attention = list(itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)))
+    norm = list(itertools.product((1024, 2048, 4096, 8192), (4, 8), (0,)))
+    norm_backward = list(itertools.product((1024, 2048, 4096), (4, 8), (256, 512, 1024)))
+    searches = [(kernel, D, attention) for D in (64, 128) for kernel in ("forward", "dk_dv", "dq")]
+    for kernel, D, settings in [*searches, ("norm", 0, norm), ("norm_backward", 0, norm_backward)]:
+        key = f"{kernel}, D > 64" if D > 64 else kernel
+        which = int(kernel not in ("forward", "norm"))
+        if D:
+            works = [attention_work(64, 1024, 768 // D, D, torch.bfloat16, p, "cuda")[which] for p in (0.0, 0.1)]
         else:
-            delta = dict(D=64, BLOCK_D=64, BLOCK_M=64)
-            wanted.append(((chip, "delta", kernels._attention_backward_delta, dtype, 64, False, 4), delta))
-    rows = [row(*positional, **constants) for positional, constants in tqdm(wanted, desc="compiling", unit="kernel")]
-    report(path or "results/resources.json", rows, triton=triton.__version__)
+            works = [norm_work(2**18, 768, torch.bfloat16, p, "cuda")[which] for p in (0.0, 0.1)]
+
+        def with_tile(setting, works=works, key=key):
+            with mock.patch.object(kernels, "TILES", {"default": best | {key: setting}}):
+                for work in works:
+                    work()
+
+        now = current.get(key, current[kernel])
+        settings = [now, *(s for s in settings if s != now)]
+        compile_launches([functools.partial(with_tile, setting) for setting in settings])
+        contenders = {setting: on_gpu(functools.partial(with_tile, setting), 1, launches=3) for setting in settings}
+        speeds = medians(available(contenders), 5)
+        best[key] = max(speeds, key=speeds.get)
+        gain = speeds[best[key]] / speeds[now] if now in speeds else float("nan")
+        rows.append({"kernel": key, "was": now, "best": best[key], "speed": f"{gain:.2f}"})
+    report(path, "tiles", rows, tiles={str(capability): best}, triton=triton.__version__)
+    print(f"    {capability}: {best},")
 
 
 def main(argv=None):
@@ -171,14 +351,23 @@ def main(argv=None):
     parser = CommandLine(prog="bench.py", description="Measure the speeds that the README claims.")
     parser.add_argument("what", choices=["data", "kernels"])
     parser.add_argument("--resources", action="store_true", help="kernels: compile for sm_80, sm_90 and sm_100 and show what they take")
+    parser.add_argument("--tune", action="store_true", help="kernels: try other launch settings on this GPU and print a table of the best")
     parser.add_argument("--out", metavar="FILE", help="the JSON file to write (default: one in results/)")
     arguments = parser.parse_args(argv)
     if arguments.what == "data":
-        bench_data(arguments.out)
-    elif arguments.resources:
-        bench_resources(arguments.out)
+        return bench_data(arguments.out)
+    if not kernels.HAS_TRITON or kernels.INTERPRETED:
+        raise ValueError("kernels: needs Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset")
+    if arguments.tune and not torch.cuda.is_available():
+        raise ValueError("--tune: needs a CUDA device")
+    if arguments.tune:
+        bench_tune(arguments.out)
+    elif torch.cuda.is_available() and not arguments.resources:
+        bench_kernels(arguments.out)
     else:
-        raise ValueError("kernels: the speed of the kernels is not measured yet; --resources shows what they take of a chip")
+        if not arguments.resources:
+            print("There is no CUDA device here, and on a CPU the speed of these kernels means nothing. What they take of a chip:")
+        bench_resources(arguments.out)
 
 
 if __name__ == "__main__":

@@ -95,18 +95,37 @@ def lengths_visible(cu_seqlens):
     return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_dropout(dropout_p):
+def _check_dropout(dropout_p, seed):
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if isinstance(seed, torch.Tensor):
+        if seed.shape != () or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+
+
+def _check_device(name, tensor, other_name, other):
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must lie on the device of {other_name}, {other.device}, got {tensor.device}")
+
+
+def _check_matrix(x):
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be (T, H) floating point, got {tuple(x.shape)} {x.dtype}")
 
 
 def dropout(x, dropout_p, seed):
-    """Dropout alone, where no LayerNorm follows (the embeddings, a classifier). x (T, H) -> (T, H) of the same dtype."""
-    _check_dropout(dropout_p)
+    """Dropout alone, where no LayerNorm follows (the embeddings, a classifier). x (T, H) -> (T, H) of the same dtype.
+
+    Raises ValueError where x is not (T, H) floating point or dropout_p or seed out of range.
+    """
+    _check_matrix(x)
+    _check_dropout(dropout_p, seed)
     if dropout_p == 0.0:
         return x
     if backend(x) == "triton":
-        _check_triton("x", x)
+        _check_triton("x", x, x.shape[1])
         return _dropout_op(x, dropout_p, _seed_tensor(seed, x.device))
     return dropout_reference(x, dropout_p, seed)
 
@@ -135,19 +154,22 @@ def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
         raise ValueError(f"qkv must be floating point, got {qkv.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens must be (B+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    if cu_seqlens.device != qkv.device:
-        raise ValueError(f"cu_seqlens must lie on the device of qkv, {qkv.device}, got {cu_seqlens.device}")
+    _check_device("cu_seqlens", cu_seqlens, "qkv", qkv)
+    if isinstance(max_seqlen, torch.Tensor) or max_seqlen < 0:
+        raise ValueError(f"max_seqlen must be an int, at least 0, got {max_seqlen!r}")
     if lengths_visible(cu_seqlens):
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(qkv) or (lengths < 0).any():
             raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}")
         if len(lengths) and lengths.max() > max_seqlen:
             raise ValueError(f"max_seqlen = {max_seqlen} is below the longest sequence, {int(lengths.max())}")
-    _check_dropout(dropout_p)
+    _check_dropout(dropout_p, seed)
     if backend(qkv) == "triton":
         _check_triton("qkv", qkv)
-        if qkv.shape[3] > 128 or qkv.stride(3) != 1:
-            raise ValueError(f"qkv must have D <= 128 with stride 1, got shape {tuple(qkv.shape)} and strides {qkv.stride()}")
+        if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
+            raise ValueError(f"qkv must have 1 <= D <= 128 with stride 1, got shape {tuple(qkv.shape)} and strides {qkv.stride()}")
+        if max(len(cu_seqlens) - 1, qkv.shape[2]) > GRID_LIMIT:
+            raise ValueError(f"cu_seqlens and qkv: at most {GRID_LIMIT:,} sequences and heads, got {len(cu_seqlens) - 1}, {qkv.shape[2]}")
         return _attention_op(qkv, cu_seqlens, max_seqlen, dropout_p, _seed_tensor(seed, qkv.device))[0]
     return attention_reference(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed)
 
@@ -182,15 +204,16 @@ def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
     dropout_p, seed: as in `attention`. Returns (T, H) in the dtype of x; the statistics are of fp32 at least.
     Raises ValueError for shapes that do not fit together.
     """
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be (T, H) floating point, got {tuple(x.shape)} {x.dtype}")
+    _check_matrix(x)
     if weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
         raise ValueError(f"weight and bias must be ({x.shape[1]},), got {tuple(weight.shape)} and {tuple(bias.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must be like x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    _check_dropout(dropout_p)
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", x if residual is None else residual)):
+        _check_device(name, tensor, "x", x)
+    _check_dropout(dropout_p, seed)
     if backend(x) == "triton":
-        _check_triton("x", x)
+        _check_triton("x", x, x.shape[1])
         return _layer_norm_op(x, residual, weight, bias, eps, dropout_p, _seed_tensor(seed, x.device))[0]
     return layer_norm_reference(x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed)
 
@@ -491,26 +514,37 @@ if HAS_TRITON:
 # torch.library makes each launch an operator that autograd and torch.compile know: a function, the shapes of what it returns, and its
 # backward pass, which is an operator as well.
 
-# Tile of each attention kernel by compute capability: queries, keys, warps, stages. Fixed, so that results do not depend on what a tuner
-# saw, and such that nothing spills (`python bench.py kernels --resources`).
+# Launch settings by compute capability. Attention: queries, keys, warps, stages. LayerNorm: elements of a tile, warps, and programs of the
+# backward pass, each of which has its own partial sums. Fixed, so that results do not depend on what a tuner saw, and such that nothing
+# spills (`python bench.py kernels --resources`; `--tune` measures others and prints a new entry).
+NORM = {"norm": (4096, 4, 0), "norm_backward": (2048, 4, 512)}
 TILES = {
-    "default": {"forward": (64, 32, 4, 2), "dk_dv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
-    (8, 0): {"forward": (128, 32, 8, 3), "dk_dv": (32, 128, 8, 2), "dk_dv, D > 64": (64, 64, 8, 2), "dq": (128, 32, 8, 2)},
-    (9, 0): {"forward": (128, 64, 8, 3), "dk_dv": (64, 64, 8, 2), "dq": (128, 32, 8, 2)},
+    "default": {"forward": (64, 32, 4, 2), "dk_dv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)} | NORM,
+    (8, 0): {"forward": (128, 32, 8, 3), "dk_dv": (32, 128, 8, 2), "dk_dv, D > 64": (64, 64, 8, 2), "dq": (128, 32, 8, 2)} | NORM,
+    (9, 0): {"forward": (128, 64, 8, 3), "dk_dv": (64, 64, 8, 2), "dq": (128, 32, 8, 2)} | NORM,
 }
-LAYER_NORM_PROGRAMS = 512  # of the backward pass; each has its own partial sums
+GRID_LIMIT = 65535  # of CUDA, in the second and third dimension of a grid
+WIDTH_LIMIT = 65536  # of a row, which is one tile
 
 
-def tile(kernel, capability, D):
-    """The entry of TILES for an attention kernel and head size D on a device of this compute capability (None: a CPU)."""
-    table = TILES.get(capability, TILES["default"])
+def _tile(kernel, x, D=0):
+    """The entry of TILES for a kernel, and head size D, on the device of x."""
+    table = TILES.get(_capability(x), TILES["default"])
     return (D > 64 and table.get(f"{kernel}, D > 64")) or table[kernel]
 
 
-def _check_triton(name, x):
+def _check_triton(name, x, width=0):
     allowed = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in allowed:  # the interpreter's tl.dot of bf16 gives garbage
         raise ValueError(f"{name} must be {' or '.join(str(d) for d in allowed)} for the Triton kernels, got {x.dtype}")
+    if width > WIDTH_LIMIT:
+        raise ValueError(f"{name} must be at most {WIDTH_LIMIT:,} wide for the Triton kernels, got {width}")
+
+
+def _launch(kernel, grid, *arguments, **constants):
+    """Triton launches on the current device, which need not be that of the arguments."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
 
 
 def _seed_tensor(seed, device):
@@ -535,11 +569,11 @@ def _attention_op(
     T, _, N, D = qkv.shape
     out, lse = qkv.new_empty(T, N, D), qkv.new_empty(N, T, dtype=torch.float32)
     scalars, shapes = _attention_arguments(qkv, dropout_p)
-    block_m, block_n, warps, stages = tile("forward", _capability(qkv), D)
+    block_m, block_n, warps, stages = _tile("forward", qkv, D)
     grid = (-(-max_seqlen // block_m), N, len(cu_seqlens) - 1)
     if T:
         tiles = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
-        _attention_forward[grid](qkv, out, lse, cu_seqlens, seed, *scalars, **shapes, **tiles)
+        _launch(_attention_forward, grid, qkv, out, lse, cu_seqlens.contiguous(), seed, *scalars, **shapes, **tiles)
     return out, lse
 
 
@@ -555,15 +589,15 @@ def _attention_backward_op(
     cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float, seed: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     T, _, N, D = qkv.shape
-    dout, dqkv, delta = dout.contiguous(), qkv.new_empty(T, 3, N, D), torch.empty_like(lse)
+    dout, dqkv, delta, cu_seqlens = dout.contiguous(), qkv.new_empty(T, 3, N, D), torch.empty_like(lse), cu_seqlens.contiguous()
     scalars, shapes = _attention_arguments(qkv, dropout_p)
     if T:
-        _attention_backward_delta[(-(-T // 64), N)](out, dout, delta, T, N, D=D, BLOCK_D=shapes["BLOCK_D"], BLOCK_M=64)
+        _launch(_attention_backward_delta, (-(-T // 64), N), out, dout, delta, T, N, D=D, BLOCK_D=shapes["BLOCK_D"], BLOCK_M=64)
         for kernel, name in ((_attention_backward_dk_dv, "dk_dv"), (_attention_backward_dq, "dq")):
-            block_m, block_n, warps, stages = tile(name, _capability(qkv), D)
+            block_m, block_n, warps, stages = _tile(name, qkv, D)
             grid = (-(-max_seqlen // (block_m if name == "dq" else block_n)), N, len(cu_seqlens) - 1)
             tiles = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
-            kernel[grid](qkv, dout, lse, delta, dqkv, cu_seqlens, seed, *scalars, **shapes, **tiles)
+            _launch(kernel, grid, qkv, dout, lse, delta, dqkv, cu_seqlens, seed, *scalars, **shapes, **tiles)
     return dqkv
 
 
@@ -585,10 +619,11 @@ def _attention_gradient(ctx, dout, dlse):
 _attention_op.register_autograd(_attention_gradient, setup_context=_attention_context)
 
 
-def rows(H, elements):
-    """The tile of a LayerNorm kernel at width H, and its warps: several rows at once where they are short, about `elements` in all."""
-    block_h = max(4, 1 << (H - 1).bit_length())
-    return dict(BLOCK_R=max(1, elements // block_h), BLOCK_H=block_h, num_warps=4 if block_h <= 2048 else 8)
+def _rows(kernel, x):
+    """The tile of a LayerNorm kernel, with its warps, and its programs: whole rows, several at once where they are short."""
+    elements, warps, programs = _tile(kernel, x)
+    block_h = max(4, 1 << (x.shape[1] - 1).bit_length())
+    return dict(BLOCK_R=max(1, elements // block_h), BLOCK_H=block_h, num_warps=warps if block_h <= 2048 else 8), programs
 
 
 @torch.library.custom_op("starencoder::layer_norm", mutates_args=())
@@ -600,10 +635,11 @@ def _layer_norm_op(
     y, mean, rstd = torch.empty_like(x), x.new_empty(T, dtype=torch.float32), x.new_empty(T, dtype=torch.float32)
     flags = dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
     residual = x if residual is None else residual.contiguous()
-    shapes = rows(H, 4096)
+    shapes, _ = _rows("norm", x)
     if T:
+        pointers = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
         scalars = (T, H, eps, round(dropout_p * 2**32), 1 / (1 - dropout_p))
-        _layer_norm_forward[(-(-T // shapes["BLOCK_R"]),)](x, residual, weight, bias, y, mean, rstd, seed, *scalars, **shapes, **flags)
+        _launch(_layer_norm_forward, (-(-T // shapes["BLOCK_R"]),), *pointers, *scalars, **shapes, **flags)
     return y, mean, rstd
 
 
@@ -618,17 +654,17 @@ def _layer_norm_backward_op(
     dy: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
     dropout_p: float, seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    (T, H), shapes = x.shape, rows(x.shape[1], 2048)
+    (T, H), (shapes, programs) = x.shape, _rows("norm_backward", x)
     x, dy = x.contiguous(), dy.contiguous()
     flags = dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
     residual = x if residual is None else residual.contiguous()
     dx, dresidual = torch.empty_like(x), torch.empty_like(residual) if all(flags.values()) else residual.new_empty(0)
-    programs = min(-(-T // shapes["BLOCK_R"]), LAYER_NORM_PROGRAMS)
+    programs = min(-(-T // shapes["BLOCK_R"]), programs)
     dweight, dbias = (x.new_empty(programs, H, dtype=torch.float32) for _ in range(2))
     if T:
-        pointers = (dy, x, residual, weight, mean, rstd, dx, dresidual, dweight, dbias, seed)
+        pointers = (dy, x, residual, weight.contiguous(), mean, rstd, dx, dresidual, dweight, dbias, seed)
         scalars = (T, H, round(dropout_p * 2**32), 1 / (1 - dropout_p))
-        _layer_norm_backward[(programs,)](*pointers, *scalars, **shapes, **flags)
+        _launch(_layer_norm_backward, (programs,), *pointers, *scalars, **shapes, **flags)
     return dx, dresidual, dweight.sum(0), dbias.sum(0)
 
 
@@ -659,10 +695,11 @@ _layer_norm_op.register_autograd(_layer_norm_gradient, setup_context=_layer_norm
 
 @torch.library.custom_op("starencoder::dropout", mutates_args=())
 def _dropout_op(x: torch.Tensor, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
-    (T, H), x, shapes = x.shape, x.contiguous(), rows(x.shape[1], 4096)
+    (T, H), x, (shapes, _) = x.shape, x.contiguous(), _rows("norm", x)
     y = torch.empty_like(x)
     if T:
-        _dropout_kernel[(-(-T // shapes["BLOCK_R"]),)](x, y, seed, T, H, round(dropout_p * 2**32), 1 / (1 - dropout_p), **shapes)
+        scalars = (T, H, round(dropout_p * 2**32), 1 / (1 - dropout_p))
+        _launch(_dropout_kernel, (-(-T // shapes["BLOCK_R"]),), x, y, seed, *scalars, **shapes)
     return y
 
 

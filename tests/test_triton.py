@@ -21,6 +21,8 @@ if not kernels.HAS_TRITON:
     pytest.skip("there is no Triton here", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+on_a_gpu_only = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])  # the interpreter's bf16 products are garbage
 
 
@@ -79,15 +81,14 @@ def test_attention_is_as_good_as_pytorch(lengths, N, D, seed, p, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [[1023], [5, 1024, 1]])
-def test_attention_at_full_length(lengths):
-    qkv, cu_seqlens, longest = packed(lengths, 1, 64, 0)
-    upstream = torch.randn(sum(lengths), 1, 64, device=DEVICE)
+def test_attention_at_full_length(lengths, dtype):
+    qkv, cu_seqlens, longest = packed(lengths, 1, 64, 0, dtype)
+    upstream = torch.randn(sum(lengths), 1, 64, device=DEVICE).to(dtype)
     ours = with_gradients(lambda x: kernels.attention(x, cu_seqlens, 1024, dropout_p=0.1, seed=3), [qkv], upstream)
     naive = lambda x: kernels.attention_reference(x, cu_seqlens, 1024, dropout_p=0.1, seed=3)
-    assert_as_good_as_pytorch(
-        ours, with_gradients(naive, [qkv], upstream), with_gradients(naive, [qkv], upstream, torch.float64), torch.float32
-    )
+    assert_as_good_as_pytorch(ours, with_gradients(naive, [qkv], upstream), with_gradients(naive, [qkv], upstream, torch.float64), dtype)
 
 
 @few
@@ -235,16 +236,66 @@ def test_two_runs_have_the_same_bits(lengths, seed):
 
 def test_strided_inputs_are_read_where_they_lie():
     qkv, cu_seqlens, longest = packed([5, 40], 4, 16, 0)
-    wide = torch.randn(45, 3, 4, 32, device=DEVICE)
+    wide, cu_wide = torch.randn(45, 3, 4, 32, device=DEVICE), torch.stack([cu_seqlens, cu_seqlens + 7], dim=1)
     wide[..., :16] = qkv
-    assert torch.equal(kernels.attention(wide[..., :16], cu_seqlens, longest), kernels.attention(qkv, cu_seqlens, longest))
-    with pytest.raises(ValueError, match="stride 1"):
-        kernels.attention(qkv.transpose(2, 3), cu_seqlens, longest)
-    with pytest.raises(ValueError, match="D <= 128"):
-        kernels.attention(torch.zeros(45, 3, 1, 129, device=DEVICE), cu_seqlens, longest)
-    for dtype in [torch.float64] + ([torch.bfloat16] if DEVICE == "cpu" else []):
+    upstream = torch.randn(4, 45, 16, device=DEVICE).transpose(0, 1)
+    a = with_gradients(lambda x: kernels.attention(x[..., :16], cu_wide[:, 0], longest), [wide], upstream)
+    b = with_gradients(lambda x: kernels.attention(x, cu_seqlens, longest), [qkv], upstream)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1][..., :16], b[1])
+    x, vectors = torch.randn(16, 9, device=DEVICE).T, torch.randn(16, 2, device=DEVICE)
+    function = lambda x, w, b: kernels.layer_norm(x, w, b, 1e-6, residual=x, dropout_p=0.1, seed=1)
+    a = with_gradients(function, [x, vectors[:, 0], vectors[:, 1]], x)
+    b = with_gradients(function, [x.contiguous(), vectors[:, 0].contiguous(), vectors[:, 1].contiguous()], x)
+    assert all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(qkv=torch.zeros(5, 2, 3, 16).transpose(1, 2).transpose(2, 3)), "qkv must have"),
+        (dict(qkv=torch.zeros(5, 3, 1, 129)), "1 <= D <= 128"),
+        (dict(qkv=torch.zeros(5, 3, 1, 0)), "1 <= D <= 128"),
+        (dict(qkv=torch.zeros(5, 3, 1, 16, dtype=torch.float64)), "qkv must be torch.float16"),
+        (dict(qkv=torch.zeros(0, 3, 1, 16), cu_seqlens=torch.zeros(65537, dtype=torch.int32)), "65,535 sequences"),
+        (dict(max_seqlen=torch.tensor(5)), "max_seqlen must be an int"),
+        (dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")), "cu_seqlens must lie on the device of qkv"),
+        (dict(seed=2**63), "seed must fit in 64 bits"),
+        (dict(seed=torch.tensor([5])), "seed must be an int or a 0-d int64"),
+        (dict(seed=torch.tensor(5, dtype=torch.int32)), "seed must be an int or a 0-d int64"),
+    ],
+)
+def test_attention_refuses(change, words):
+    arguments = dict(qkv=torch.zeros(5, 3, 2, 16), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), max_seqlen=5) | change
+    on_device = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x
+    with pytest.raises(ValueError) as error:
+        kernels.attention(**{name: on_device(value) for name, value in arguments.items()})
+    assert words in str(error.value)
+
+
+def test_what_the_interpreter_gets_wrong_is_refused():
+    """Its products of bf16 are garbage (a chip's are not)."""
+    qkv, cu_seqlens, longest = packed([5], 1, 16, 0, torch.bfloat16)
+    if DEVICE == "cpu":
         with pytest.raises(ValueError, match="must be torch.float16"):
-            kernels.attention(qkv.to(dtype), cu_seqlens, longest)
+            kernels.attention(qkv, cu_seqlens, longest)
+    else:
+        kernels.attention(qkv, cu_seqlens, longest)
+
+
+def test_layer_norm_refuses():
+    x, w = torch.zeros(2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
+    for name, arguments in (
+        ("weight", (x, w.to("meta"), w, 1e-6)),
+        ("bias", (x, w, w.to("meta"), 1e-6)),
+        ("x must be torch.float16", (x.double(), w, w, 1e-6)),
+        ("x must be at most 65,536 wide", (x[:, :1].expand(2, 65537), w[:1].expand(65537), w[:1].expand(65537), 1e-6)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            kernels.layer_norm(*arguments)
+    with pytest.raises(ValueError, match="residual must lie on the device of x"):
+        kernels.layer_norm(x, w, w, 1e-6, residual=x.to("meta"))
+    with pytest.raises(ValueError, match="floating point"):
+        kernels.dropout(x.long(), 0.1, 0)
 
 
 def model_and_batch(**config):
@@ -325,5 +376,67 @@ def test_compiled_for_chips_that_are_not_here(tmp_path):
     for row in rows:
         assert row["spills (bytes)"] == 0 and row["registers"] <= 255, row
         assert row["shared (KB)"] <= (163 if row["chip"] == "sm_80" else 227), row
-        if row["chip"] == "sm_90" and row["kernel"] in ("forward", "dk_dv", "dq"):
+        if row["chip"] == "sm_90" and row["kernel"] in ("attention_forward", "attention_backward_dk_dv", "attention_backward_dq"):
             assert row["wgmma"], row
+
+
+# ---- what only a GPU can show ----------------------------------------------------------------------------------------------------
+
+
+def every_kernel(lengths, N, D, dtype, p):
+    """Outputs and gradients of attention, LayerNorm and dropout on the same packed batch."""
+    qkv, cu_seqlens, longest = packed(lengths, N, D, 1, dtype)
+    upstream, vector = torch.randn(len(qkv), N, D, device=DEVICE).to(dtype), torch.randn(N * D, device=DEVICE)
+    x = qkv[:, 0].flatten(1)
+    return [
+        *with_gradients(lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=3), [qkv], upstream),
+        *with_gradients(
+            lambda x, w, b, r: kernels.layer_norm(x, w, b, 1e-6, residual=r, dropout_p=p, seed=4),
+            [x, vector, vector, x],
+            upstream.flatten(1),
+        ),
+        *with_gradients(lambda x: kernels.dropout(x, p, 5), [x], upstream.flatten(1)),
+    ]
+
+
+class TestOnAGpu:
+    pytestmark = on_a_gpu_only
+
+    def test_small_case_of_every_kernel(self):
+        """Small enough for `compute-sanitizer python -m pytest -m gpu -k small_case`."""
+        for D in (24, 64):
+            assert all(t.isfinite().all() for t in every_kernel([33, 0, 70], 2, D, torch.bfloat16, 0.1))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_a_thousand_runs_have_the_same_bits(self, dtype):
+        first = every_kernel([1, 1024, 0, 77, 500], 12, 64, dtype, 0.1)
+        different = torch.zeros((), dtype=torch.bool, device=DEVICE)
+        for _ in range(1000):
+            for a, b in zip(first, every_kernel([1, 1024, 0, 77, 500], 12, 64, dtype, 0.1), strict=True):
+                different |= (a != b).any()
+        assert not different
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_step_of_the_full_model_is_as_good_as_pytorch(self, monkeypatch, compiled):
+        """In bf16, the gradient of 125 M parameters with all dropouts on: its distance to the fp32 gradient is at most 1.5x PyTorch's."""
+        monkeypatch.undo()
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = StarEncoderForPreTraining(StarEncoderConfig()).to(DEVICE)
+        cu_seqlens = torch.tensor([0, 1, 1025, 1325, 1402], dtype=torch.int32)
+        ids, masked = torch.randint(49000, (1402,)), torch.arange(3, 1400, 7)
+        batch = data.Batch(*(t.to(DEVICE) for t in (ids, cu_seqlens, ids[masked], torch.tensor([0, 1, 1, 0]), masked)))
+
+        def step(backend, dtype, model=model):
+            monkeypatch.setenv("STARENCODER_KERNELS", backend)
+            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+                loss, *gradients = loss_and_gradients(model, batch, torch.tensor(7, device=DEVICE))
+            return loss.item(), torch.cat([g.flatten() for g in gradients])
+
+        loss, exact = step("torch", torch.float32)
+        pytorch_loss, pytorch = step("torch", torch.bfloat16)
+        ours_loss, ours = step("triton", torch.bfloat16, torch.compile(model) if compiled else model)
+        assert abs(ours_loss - loss) < 1e-2 * loss and abs(pytorch_loss - loss) < 1e-2 * loss
+        assert (ours - exact).norm() <= 1.5 * (pytorch - exact).norm() < 0.2 * exact.norm()
+        loss_fp32, ours_fp32 = step("triton", torch.float32)
+        assert abs(loss_fp32 - loss) < 1e-5 * loss and (ours_fp32 - exact).norm() < 1e-4 * exact.norm()
