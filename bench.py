@@ -1,6 +1,8 @@
 """Every speed that this project claims, measured beside its peers in one run.
 
     python bench.py data                    the loader, one core, beside tokenizing on the fly with a transformers collator
+    python bench.py model                   a training step of the full model beside those of transformers
+    python bench.py model --ablate          the same step with one of its savings undone
     python bench.py kernels                 each kernel beside its peers, and beside what the GPU can do at best (needs one)
     python bench.py kernels --tune          other launch settings, and a table of the best (needs a GPU)
     python bench.py kernels --resources     what each kernel takes of a chip that need not be here: registers, spills, shared memory
@@ -24,6 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import numpy as np
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
@@ -32,7 +35,10 @@ from tqdm import tqdm
 
 import corpus
 import kernels
+import plan
+import starencoder
 from data import CommandLine, PairDataset, Tokenizer, batches, run, write_whole
+from starencoder import StarEncoder, StarEncoderConfig, StarEncoderForPreTraining
 
 if kernels.HAS_TRITON:
     import triton
@@ -346,20 +352,159 @@ def bench_tune(path=None):
     print(f"    {capability}: {best},")
 
 
+# ---- model -----------------------------------------------------------------------------------------------------------------------
+
+
+def original_lengths(directory, max_length, count):
+    """`count` sequence lengths as the original's data gives them: the tokens of each file's first 10,000 characters, cut at max_length.
+
+    They are evenly spaced quantiles over (up to 512 of) the files of a corpus, so that even a small batch is a fair sample of them.
+    """
+    tokenizer, split = Tokenizer.from_pretrained(directory), PairDataset(directory, "train", max_length, seed=0)
+    documents = list(zip(split.offsets[:-1], split.offsets[1:]))
+    documents = random.Random(0).sample(documents, min(512, len(documents)))
+    texts = [tokenizer.decode(split.tokens[a : min(b, a + 10_000)])[:10_000] for a, b in documents]
+    lengths = sorted(min(max_length, len(tokenizer.encode(text))) for text in texts)
+    return [lengths[(2 * i + 1) * len(lengths) // (2 * count)] for i in range(count)]
+
+
+def training_steps(config, lengths, device, ablate):
+    """{name: function that makes a model and returns its training step} on one batch of sequences of these lengths.
+
+    A step is forward, backward, clipping and AdamW in bf16 autocast. Ours takes the batch packed, the others padded to its longest
+    sequence with labels everywhere, as the original trained. Compiled ones on a GPU only. ablate: ours with single savings undone instead.
+    """
+    import transformers
+
+    generator = torch.Generator().manual_seed(0)
+    V, T = config.vocab_size, sum(lengths)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    ids, masked = torch.randint(V - 20, (T,), generator=generator), torch.randperm(T, generator=generator)[: round(0.15 * T)].sort().values
+    neighbours = torch.randint(2, (len(lengths),), generator=generator)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    labels = torch.full((T,), -100).index_copy(0, masked, ids[masked])
+    padded = {"input_ids": pad(ids.split(lengths)), "attention_mask": pad([torch.ones(n, dtype=torch.int64) for n in lengths])}
+    padded |= {"labels": pad(labels.split(lengths), padding_value=-100)}
+    packed = (ids, cu_seqlens, ids[masked], neighbours, masked)
+    packed, padded = tuple(t.to(device) for t in packed), {name: t.to(device) for name, t in padded.items()}
+    pairs, seed = padded | {"next_sentence_label": neighbours.to(device)}, torch.tensor(5, device=device)
+
+    def step_of(make, call, compiled=False):
+        model = make().to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        run_model = torch.compile(model) if compiled else model
+
+        def step():
+            with torch.autocast(device, torch.bfloat16):
+                loss = call(run_model)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return T
+
+        return step
+
+    shape = dict(vocab_size=V, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers)
+    shape |= dict(num_attention_heads=config.num_attention_heads, intermediate_size=config.intermediate_size)
+    bert = transformers.BertConfig(**shape, max_position_embeddings=config.max_position_embeddings, attn_implementation="sdpa")
+    specials = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    modern = transformers.ModernBertConfig(vocab_size=V, attn_implementation="sdpa", **specials)
+    if config.hidden_size != StarEncoderConfig.hidden_size:
+        modern = transformers.ModernBertConfig(**shape, attn_implementation="sdpa", **specials)
+    here = (
+        lambda: StarEncoderForPreTraining(config),
+        lambda model: model(*packed, max_seqlen=config.max_position_embeddings, seed=seed).loss,
+    )
+    there = (lambda: transformers.BertForPreTraining(bert), lambda model: model(**pairs).loss)
+    makers = {
+        "transformers BertForPreTraining, sdpa": lambda: step_of(*there),
+        "StarEncoder": lambda: step_of(*here),
+        "ModernBERT-base, sdpa": lambda: step_of(lambda: transformers.ModernBertForMaskedLM(modern), lambda model: model(**padded).loss),
+    }
+    if ablate:  # the step with one of its savings undone
+        encode = StarEncoder.forward
+
+        def every_row(self, *inputs, rows=None, **options):
+            h = encode(self, *inputs, **options)
+            return h if rows is None else h[rows]
+
+        def without(target, name, stand_in):
+            def call(model):
+                with mock.patch.object(target, name, stand_in):
+                    return here[1](model)
+
+            return lambda: step_of(here[0], call)
+
+        everywhere = labels.to(device)
+
+        def head_everywhere(model):
+            out = model(*packed[:2], max_seqlen=config.max_position_embeddings, seed=seed)
+            return F.cross_entropy(out.mlm_logits.float(), everywhere) + F.cross_entropy(out.nsp_logits.float(), packed[3])
+
+        in_fp32 = lambda logits, labels: F.cross_entropy(logits.float(), labels)
+        return {
+            "StarEncoder": makers["StarEncoder"],
+            "last layer for every token": without(StarEncoder, "forward", every_row),
+            "cross-entropy by PyTorch, in fp32": without(starencoder, "_cross_entropy", in_fp32),
+            "both, and the head for every token": lambda: step_of(here[0], head_everywhere),
+        }
+    if device == "cuda":
+        makers["transformers BertForPreTraining, sdpa, compiled"] = lambda: step_of(*there, compiled=True)
+        makers["StarEncoder, --compile"] = lambda: step_of(*here, compiled=True)
+    return makers
+
+
+def bench_model(path=None, config=None, sizes=None, directory="data/bench", repetitions=5, ablate=False):
+    """A training step of the full model beside the models of transformers, on full sequences and on lengths as the original's."""
+    device, config = "cuda" if torch.cuda.is_available() else "cpu", config or StarEncoderConfig()
+    full, real = sizes or ((64, 64) if device == "cuda" else (2, 4))  # sequences of the two batches
+    if not os.path.exists(os.path.join(directory, "meta.json")):
+        corpus.prepare(None, directory, vocab_size=config.vocab_size)
+    L, peak, rows = config.max_position_embeddings, plan.peak_flops(torch.device(device)), []
+    for what, lengths in (("full", [L] * full), ("as the original's", original_lengths(directory, L, real))):
+        steps, memory = {}, {}
+        for name, make in training_steps(config, lengths, device, ablate).items():
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+            torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
+            try:
+                step = make()
+                step(), step()
+            except torch.OutOfMemoryError as error:
+                print(f"{name}: not available here ({str(error).splitlines()[0][:100]})")
+                continue
+            steps[name] = step
+            if device == "cuda":
+                memory[name] = f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.1f}"
+                torch.cuda.empty_cache()
+        speeds, reference = medians(steps, repetitions), next(iter(steps))
+        flops = plan.model_flops(config, lengths, round(0.15 * sum(lengths))) / sum(lengths)
+        for name, speed in speeds.items():
+            row = {"lengths": f"{what}: {len(lengths)} x {np.mean(lengths):,.0f}", "by": name, "tokens/s": f"{speed:,.1f}"}
+            row |= {"ratio": f"{speed / speeds[reference]:.2f}", "peak memory (GB)": memory.get(name, "-")}
+            rows.append(row | {"MFU": f"{speed * flops / peak:.1%}" if peak and "ModernBERT" not in name else "-"})
+    report(path, "ablation" if ablate else "model", rows, parameters=plan.count_parameters(config), max_length=L, repetitions=repetitions)
+
+
 def main(argv=None):
     """The command line."""
     parser = CommandLine(prog="bench.py", description="Measure the speeds that the README claims.")
-    parser.add_argument("what", choices=["data", "kernels"])
+    parser.add_argument("what", choices=["data", "kernels", "model"])
     parser.add_argument("--resources", action="store_true", help="kernels: compile for sm_80, sm_90 and sm_100 and show what they take")
     parser.add_argument("--tune", action="store_true", help="kernels: try other launch settings on this GPU and print a table of the best")
+    parser.add_argument("--ablate", action="store_true", help="model: what each saving of the step is worth")
     parser.add_argument("--out", metavar="FILE", help="the JSON file to write (default: one in results/)")
     arguments = parser.parse_args(argv)
     if arguments.what == "data":
         return bench_data(arguments.out)
-    if not kernels.HAS_TRITON or kernels.INTERPRETED:
-        raise ValueError("kernels: needs Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset")
+    if arguments.what == "model":
+        return bench_model(arguments.out, ablate=arguments.ablate)
     if arguments.tune and not torch.cuda.is_available():
         raise ValueError("--tune: needs a CUDA device")
+    if not kernels.HAS_TRITON or kernels.INTERPRETED:
+        raise ValueError("kernels: needs Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset")
     if arguments.tune:
         bench_tune(arguments.out)
     elif torch.cuda.is_available() and not arguments.resources:

@@ -366,9 +366,12 @@ def share(first, count, rank, world_size, micro_batch_size):
     return [range(a, b) for a, b in zip(cuts, cuts[1:])]
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # Windows has two
+
+
 def _ignore_signals(worker):
     """A signal to the whole process group asks the trainer to save and stop; its workers serve until it has."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -419,6 +422,11 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def first_line(error):
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def read_json(path):

@@ -7,18 +7,19 @@ Sequences are packed: the tokens of a micro-batch stand end to end in one axis o
 each begins, so no padding token is ever computed. Letters: B sequences, T tokens, N heads, D head size, H = N*D hidden.
 
 **Dropout by counter.** A mask is never stored and never drawn from a global generator: whether an element is kept is a pure function of
-(seed, coordinates of the element), by the counter-based generator Philox 4x32-10. A backward pass, a second machine or a GPU kernel
+(seed, coordinates of the element), by the counter-based generator Philox 4x32-7. A backward pass, a second machine or a GPU kernel
 makes the same bits again from the seed alone, and training needs no generator state to resume exactly.
-One Philox call gives four 32-bit words, and they serve four neighbouring elements:
+One Philox call gives four 32-bit words, and their halves serve eight neighbouring elements:
 
-    word(seed, c0, c1, c2)[lane]   key = the 64 bits of seed, counter = (c0, c1, c2, 0)
-    layer_norm, dropout            x[row, column]:                    c0 = column // 4, c1 = row,   c2 = 0,    lane = column % 4
-    attention                      P[head, query, key] of a sequence: c0 = key // 4,    c1 = query, c2 = head, lane = key % 4
+    half(seed, c0, c1, c2)[lane]   key = the 64 bits of seed, counter = (c0, c1, c2, 0); the low half of a word comes first
+    layer_norm, dropout            x[row, column]:                    c0 = column // 8, c1 = row,   c2 = 0,    lane = column % 8
+    attention                      P[head, query, key] of a sequence: c0 = key // 8,    c1 = query, c2 = head, lane = key % 8
                                    (query: its row in the packed batch; key: its position in its sequence)
-    kept if word >= p * 2**32, and then scaled by 1 / (1 - p)
+    kept if half >= p * 2**16 - 2**15, as signed 16-bit numbers, and then scaled by 1 / (1 - p)
 
 References: Vaswani et al., Attention Is All You Need, 2017, section 3.2; Ba et al., Layer Normalization, 2016; Salmon et al., Parallel
-Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox; the same words as `tl.philox` of Triton and `Philox4x32-10` of Random123).
+Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox; the same words as `tl.philox` of Triton and `Philox4x32` of Random123; 7 rounds are the
+fewest that pass all of TestU01's BigCrush, table 2 there).
 
 Two implementations of one signature each: Triton on CUDA devices, and the formulas in PyTorch below them, which serve everywhere else and
 are what the tests hold the kernels to (`..._reference`). `STARENCODER_KERNELS=torch|triton` overrides; triton on a CPU is its interpreter.
@@ -65,29 +66,45 @@ PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
 LOW = 0xFFFFFFFF
 
 
-def philox(seed, c0, c1, c2):
-    """Philox 4x32-10 of Salmon et al., section 3.3: four random 32-bit words for each counter (c0, c1, c2, 0) under the key `seed`.
+PHILOX_ROUNDS = 7
+
+
+def philox(seed, c0, c1, c2, rounds=PHILOX_ROUNDS):
+    """Philox 4x32 of Salmon et al., section 3.3: four random 32-bit words for each counter (c0, c1, c2, 0) under the key `seed`.
 
     seed: int or 0-d int64 tensor. c0, c1, c2: int64 tensors with values below 2**32 that broadcast together to a shape S.
-    Returns int64 (*S, 4) with values in [0, 2**32). PyTorch has no uint32 arithmetic: words live in int64, where a product wraps
-    modulo 2**64 just as the hardware's does, and `& LOW` after each step keeps 32 bits.
+    Returns four int64 tensors that broadcast to S, with values in [0, 2**32). PyTorch has no uint32 arithmetic: words live in int64,
+    where a product wraps modulo 2**64 just as the hardware's does, and `& LOW` keeps 32 bits.
     """
-    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
-    c3 = torch.zeros_like(c0)
-    k0, k1 = seed & LOW, (seed >> 32) & LOW
-    for _ in range(10):
+    c3, k0, k1 = torch.zeros_like(c0), seed & LOW, (seed >> 32) & LOW
+    for _ in range(rounds):  # in the first two, few words depend on all of the counter yet, and broadcasting saves their work
         product_a, product_b = c0 * PHILOX_ROUND_A, c2 * PHILOX_ROUND_B
-        c0, c1, c2, c3 = ((product_b >> 32) & LOW) ^ c1 ^ k0, product_b & LOW, ((product_a >> 32) & LOW) ^ c3 ^ k1, product_a & LOW
+        c0, c1, c2, c3 = ((product_b >> 32) ^ c1 ^ k0) & LOW, product_b & LOW, ((product_a >> 32) ^ c3 ^ k1) & LOW, product_a & LOW
         k0, k1 = (k0 + PHILOX_KEY_A) & LOW, (k1 + PHILOX_KEY_B) & LOW
-    return torch.stack([c0, c1, c2, c3], dim=-1)
+    return c0, c1, c2, c3
 
 
-def dropout_keep(seed, dropout_p, columns, row, head):
-    """Which elements dropout keeps: bool, `columns` wide. row, head: int64 tensors that broadcast to the shape of a column, with a
-    last axis of 1; an element is kept with probability 1 - dropout_p."""
-    group = torch.arange((columns + 3) // 4, device=row.device)  # one counter serves four neighbouring columns
-    words = philox(seed, group, row, head)  # (..., columns / 4, 4)
-    return words.flatten(-2)[..., :columns] >= round(dropout_p * 2**32)
+def _threshold(dropout_p):
+    return min(round(dropout_p * 2**16), 2**16 - 1) - 2**15
+
+
+@torch.compiler.disable  # its loop depends on the number of rows
+def dropout_keep(seed, dropout_p, columns, row, head, dtype=torch.bool):
+    """Which elements dropout keeps, each with probability 1 - dropout_p: 1 or 0 of `dtype`, `columns` wide.
+
+    row, head: int64 tensors that broadcast to the shape of a column, with a last axis of 1.
+    """
+    group = torch.arange((columns + 7) // 8, device=row.device)  # one counter serves eight neighbouring columns
+    shape = torch.broadcast_shapes(row.shape, head.shape)[:-1]
+    row, head = (x.expand(*shape, 1).reshape(-1, 1) for x in (row, head))
+    keep = torch.empty(len(row), columns, dtype=dtype, device=row.device)
+    some = max(1, 2**16 // max(1, len(group)))  # rows at once: as many as stay in a CPU's cache
+    for rows, heads, part in zip(row.split(some), head.split(some), keep.split(some)):
+        words = torch.empty(len(rows), len(group), 4, dtype=torch.int32, device=row.device)
+        for i, word in enumerate(philox(seed, group, rows, heads)):
+            words[..., i] = word
+        part.copy_(words.view(torch.int16).flatten(1)[:, :columns] >= _threshold(dropout_p))
+    return keep.view(*shape, columns)
 
 
 def lengths_visible(cu_seqlens):
@@ -133,7 +150,7 @@ def dropout(x, dropout_p, seed):
 def dropout_reference(x, dropout_p, seed):
     """The naive twin of `dropout`, in any float dtype."""
     row = torch.arange(x.shape[0], device=x.device)[:, None]
-    keep = dropout_keep(seed, dropout_p, x.shape[1], row, torch.zeros_like(row))
+    keep = dropout_keep(seed, dropout_p, x.shape[1], row, torch.zeros_like(row), x.dtype)
     return x * keep * (1 / (1 - dropout_p))
 
 
@@ -181,16 +198,18 @@ def attention_reference(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
     """
     (_, _, N, D), outputs, start = qkv.shape, [qkv[:0, 0]], 0
     for L, run in groupby(cu_seqlens.diff().tolist()):
-        B = len(list(run))
-        q, k, v = qkv[start : start + B * L].reshape(B, L, 3, N, D).permute(2, 0, 3, 1, 4)  # each (B, N, L, D)
-        scores = (q * D**-0.5) @ k.transpose(-1, -2)  # (B, N, L, L)
-        weights = scores.softmax(-1)  # PyTorch accumulates in fp32 at least
-        if dropout_p > 0.0:
-            query = torch.arange(start, start + B * L, device=qkv.device).view(B, 1, L, 1)
-            keep = dropout_keep(seed, dropout_p, L, query, torch.arange(N, device=qkv.device).view(1, N, 1, 1))
-            weights = weights * keep * (1 / (1 - dropout_p))
-        outputs.append((weights @ v).transpose(1, 2).reshape(B * L, N, D))
-        start += B * L
+        run, some = len(list(run)), max(1, 2**23 // max(1, N * L * L))  # sequences at once: more would not stay in a CPU's cache
+        for B in [min(some, run - i) for i in range(0, run, some)]:
+            q, k, v = qkv[start : start + B * L].reshape(B, L, 3, N, D).permute(2, 0, 3, 1, 4)  # each (B, N, L, D)
+            scores = (q * D**-0.5) @ k.transpose(-1, -2)  # (B, N, L, L)
+            weights = scores.softmax(-1)  # PyTorch accumulates in fp32 at least
+            if dropout_p > 0.0:
+                query = torch.arange(start, start + B * L, device=qkv.device).view(B, 1, L, 1)
+                head = torch.arange(N, device=qkv.device).view(1, N, 1, 1)
+                weights = weights * dropout_keep(seed, dropout_p, L, query, head, qkv.dtype)
+                v = v * (1 / (1 - dropout_p))
+            outputs.append((weights @ v).transpose(1, 2).reshape(B * L, N, D))
+            start += B * L
     return torch.cat(outputs)
 
 
@@ -232,14 +251,15 @@ def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, 
 # does no harm. Products of tl.dot accumulate in fp32; what goes into them is of the input's dtype, as tensor cores take it.
 
 if HAS_TRITON:
-    LN_2 = tl.constexpr(1 / LOG2_E)
+    LN_2, ROUNDS = tl.constexpr(1 / LOG2_E), tl.constexpr(PHILOX_ROUNDS)
 
     @triton.jit
     def _keep_tile(seed, threshold, group, row, head):
-        """dropout_keep for a tile: group, row (int32) broadcast to (R, G) -> bool (R, G, 2, 2), whose last two axes are the lane."""
+        """dropout_keep for a tile: group, row (int32) broadcast to (R, G) -> bool (R, G, 2, 2, 2), whose last three axes are the lane."""
         zero = group * 0 + row * 0
-        w0, w1, w2, w3 = tl.philox(seed, group + zero, row + zero, head + zero, zero)
-        return tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.uint32, bitcast=True) >= threshold
+        w0, w1, w2, w3 = tl.philox(seed, group + zero, row + zero, head + zero, zero, n_rounds=ROUNDS)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)  # (R, G, 2, 2): word 2 i + j at [i, j]
+        return tl.join((words << 16) >> 16 >= threshold, words >> 16 >= threshold)  # both halves as signed numbers
 
     @triton.jit
     def _attention_forward(
@@ -287,7 +307,7 @@ if HAS_TRITON:
             shrink = tl.exp2(m - m_new)
             l = l * shrink + tl.sum(p, 1)  # before dropout: the softmax is normalized, then dropped
             if DROPOUT:
-                group = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+                group = first_key // 8 + tl.arange(0, BLOCK_N // 8)
                 keep = _keep_tile(seed, threshold, group[None, :], (start + query)[:, None], head)
                 p = tl.where(tl.reshape(keep, [BLOCK_M, BLOCK_N]), p, 0.0)
             o = o * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -358,9 +378,9 @@ if HAS_TRITON:
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             dropped = p
             if DROPOUT:
-                group = first_key // 4 + tl.arange(0, BLOCK_N // 4)
-                keep = _keep_tile(seed, threshold, group[:, None], (start + query)[None, :], head)  # (BLOCK_N / 4, BLOCK_M, 2, 2)
-                keep = tl.reshape(tl.permute(keep, (0, 2, 3, 1)), [BLOCK_N, BLOCK_M])
+                group = first_key // 8 + tl.arange(0, BLOCK_N // 8)
+                keep = _keep_tile(seed, threshold, group[:, None], (start + query)[None, :], head)  # (BLOCK_N / 8, BLOCK_M, 2, 2, 2)
+                keep = tl.reshape(tl.permute(keep, (0, 2, 3, 4, 1)), [BLOCK_N, BLOCK_M])
                 dropped = tl.where(keep, p * keep_scale, 0.0)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             dv += tl.dot(dropped.to(do.dtype), do, input_precision="ieee")
@@ -405,7 +425,7 @@ if HAS_TRITON:
             p = tl.exp2(tl.where(key_in[None, :], s - lse[:, None], float("-inf")))
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             if DROPOUT:
-                group = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+                group = first_key // 8 + tl.arange(0, BLOCK_N // 8)
                 keep = _keep_tile(seed, threshold, group[None, :], (start + query)[:, None], head)
                 dp = tl.where(tl.reshape(keep, [BLOCK_M, BLOCK_N]), dp * keep_scale, 0.0)
             dq += tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision="ieee")
@@ -422,7 +442,7 @@ if HAS_TRITON:
         h = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
         factor = tl.full([BLOCK_R, BLOCK_H], 1.0, tl.float32)
         if DROPOUT:
-            keep = _keep_tile(seed, threshold, tl.arange(0, BLOCK_H // 4)[None, :], row[:, None], 0)
+            keep = _keep_tile(seed, threshold, tl.arange(0, BLOCK_H // 8)[None, :], row[:, None], 0)
             factor = tl.where(tl.reshape(keep, [BLOCK_R, BLOCK_H]), keep_scale, 0.0)
             h = h * factor
         if RESIDUAL:
@@ -559,7 +579,7 @@ def _capability(x):
 def _attention_arguments(qkv, dropout_p):
     T, _, N, D = qkv.shape
     shapes = dict(D=D, BLOCK_D=max(16, 1 << (D - 1).bit_length()), DROPOUT=dropout_p > 0)  # tl.dot wants 16 columns, tiles powers of two
-    return (*qkv.stride()[:3], T, N, D**-0.5 * LOG2_E, round(dropout_p * 2**32), 1 / (1 - dropout_p)), shapes
+    return (*qkv.stride()[:3], T, N, D**-0.5 * LOG2_E, _threshold(dropout_p), 1 / (1 - dropout_p)), shapes
 
 
 @torch.library.custom_op("starencoder::attention", mutates_args=())
@@ -622,7 +642,7 @@ _attention_op.register_autograd(_attention_gradient, setup_context=_attention_co
 def _rows(kernel, x):
     """The tile of a LayerNorm kernel, with its warps, and its programs: whole rows, several at once where they are short."""
     elements, warps, programs = _tile(kernel, x)
-    block_h = max(4, 1 << (x.shape[1] - 1).bit_length())
+    block_h = max(8, 1 << (x.shape[1] - 1).bit_length())
     return dict(BLOCK_R=max(1, elements // block_h), BLOCK_H=block_h, num_warps=warps if block_h <= 2048 else 8), programs
 
 
@@ -638,7 +658,7 @@ def _layer_norm_op(
     shapes, _ = _rows("norm", x)
     if T:
         pointers = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
-        scalars = (T, H, eps, round(dropout_p * 2**32), 1 / (1 - dropout_p))
+        scalars = (T, H, eps, _threshold(dropout_p), 1 / (1 - dropout_p))
         _launch(_layer_norm_forward, (-(-T // shapes["BLOCK_R"]),), *pointers, *scalars, **shapes, **flags)
     return y, mean, rstd
 
@@ -663,7 +683,7 @@ def _layer_norm_backward_op(
     dweight, dbias = (x.new_empty(programs, H, dtype=torch.float32) for _ in range(2))
     if T:
         pointers = (dy, x, residual, weight.contiguous(), mean, rstd, dx, dresidual, dweight, dbias, seed)
-        scalars = (T, H, round(dropout_p * 2**32), 1 / (1 - dropout_p))
+        scalars = (T, H, _threshold(dropout_p), 1 / (1 - dropout_p))
         _launch(_layer_norm_backward, (programs,), *pointers, *scalars, **shapes, **flags)
     return dx, dresidual, dweight.sum(0), dbias.sum(0)
 
@@ -698,7 +718,7 @@ def _dropout_op(x: torch.Tensor, dropout_p: float, seed: torch.Tensor) -> torch.
     (T, H), x, (shapes, _) = x.shape, x.contiguous(), _rows("norm", x)
     y = torch.empty_like(x)
     if T:
-        scalars = (T, H, round(dropout_p * 2**32), 1 / (1 - dropout_p))
+        scalars = (T, H, _threshold(dropout_p), 1 / (1 - dropout_p))
         _launch(_dropout_kernel, (-(-T // shapes["BLOCK_R"]),), x, y, seed, *scalars, **shapes)
     return y
 

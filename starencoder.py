@@ -101,7 +101,10 @@ class StarEncoderConfig:
 
 
 class Layer(nn.Module):
-    """One post-LayerNorm block: attention, then feed-forward, each followed by dropout + residual + LayerNorm. (T, H) -> (T, H)."""
+    """One post-LayerNorm block: attention, then feed-forward, each followed by dropout + residual + LayerNorm. (T, H) -> (T, H).
+
+    With `rows` (R,), (T, H) -> (R, H): every token is attended to, but only these go on from there.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -113,14 +116,16 @@ class Layer(nn.Module):
         self.feed_forward_down = nn.Linear(config.intermediate_size, H)
         self.feed_forward_norm = nn.LayerNorm(H, config.layer_norm_eps)
 
-    def forward(self, h, cu_seqlens, max_seqlen, dropout, seed):
+    def forward(self, h, cu_seqlens, max_seqlen, dropout, seeds, rows=None):
         N = self.config.num_attention_heads
         qkv = self.qkv(h).unflatten(-1, (3, N, -1))  # (T, 3, N, D)
         p = self.config.attention_probs_dropout_prob * dropout
-        a = kernels.attention(qkv, cu_seqlens, max_seqlen, dropout_p=p, seed=seed).flatten(1)  # (T, H)
-        h = _norm(self.attention_norm, self.attention_output(a), h, self.config.hidden_dropout_prob * dropout, seed + 1)
+        a = kernels.attention(qkv, cu_seqlens, max_seqlen, dropout_p=p, seed=seeds[0]).flatten(1)  # (T, H)
+        if rows is not None:
+            a, h = a[rows], h[rows]  # (R, H)
+        h = _norm(self.attention_norm, self.attention_output(a), h, self.config.hidden_dropout_prob * dropout, seeds[1])
         f = self.feed_forward_down(F.gelu(self.feed_forward_up(h)))  # (T, 4H) -> (T, H)
-        return _norm(self.feed_forward_norm, f, h, self.config.hidden_dropout_prob * dropout, seed + 2)
+        return _norm(self.feed_forward_norm, f, h, self.config.hidden_dropout_prob * dropout, seeds[2])
 
 
 def _norm(norm, x, residual=None, dropout_p=0.0, seed=0):
@@ -177,13 +182,14 @@ class StarEncoder(_Bert):
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self._initialize(*self.modules())
 
-    def forward(self, input_ids, cu_seqlens, *, max_seqlen=None, seed=None):
+    def forward(self, input_ids, cu_seqlens, *, max_seqlen=None, seed=None, rows=None):
         """Encodes a packed micro-batch.
 
         input_ids: (T,) int64. cu_seqlens: (B+1,) int32, from 0 to T. max_seqlen: int, an upper bound on the lengths; the config's
         max_position_embeddings where None. seed: int or 0-d int64 tensor that fixes the dropout masks; None draws one from torch's
-        generator. Dropout acts in training mode only. Returns (T, H). Raises ValueError for a sequence longer than the positions
-        (looked at where that makes no GPU wait: on a CPU).
+        generator. Dropout acts in training mode only. rows: (R,) int64, the tokens whose states are asked for; all where None.
+        Returns (T, H), or (R, H) with rows. Raises ValueError for a sequence longer than the positions (looked at where that makes no
+        GPU wait: on a CPU).
         """
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids must be (T,), sequences end to end without padding, got {tuple(input_ids.shape)}")
@@ -194,20 +200,53 @@ class StarEncoder(_Bert):
         dropout = float(self.training)  # 0 or 1, times each probability
         if seed is None:
             seed = torch.randint(2**62, (), device=input_ids.device) if self.training else 0
+        seeds = seed + torch.arange(3 * len(self.layers) + 1, device=input_ids.device)  # each mask of the step has a Philox key of its own
         token = torch.arange(T, device=input_ids.device, dtype=torch.int32)
         sequence = torch.bucketize(token, cu_seqlens[1:], right=True)  # (T,): which sequence each token is in; nobody waits for a GPU
         position = token - cu_seqlens[sequence]  # (T,)
         h = self.word_embeddings(input_ids) + self.position_embeddings(position) + self.token_type_embeddings.weight[0]  # (T, H)
-        h = kernels.dropout(_norm(self.embeddings_norm, h), config.hidden_dropout_prob * dropout, seed)
+        h = kernels.dropout(_norm(self.embeddings_norm, h), config.hidden_dropout_prob * dropout, seeds[0])
         for i, layer in enumerate(self.layers):
-            h = layer(h, cu_seqlens, max_seqlen, dropout, seed + 3 * i + 1)  # each mask of the step has a Philox key of its own
+            last = i == len(self.layers) - 1
+            h = layer(h, cu_seqlens, max_seqlen, dropout, seeds[3 * i + 1 : 3 * i + 4], rows if last else None)
         return h
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies in fp32, 256 rows at a time: the logits are never copied to fp32 whole, and their gradient takes their place.
+
+    Of a vocabulary of 49,156 the logits are the largest tensor of the step, and F.cross_entropy of bf16 makes four more, of fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        total = torch.zeros((), device=logits.device)
+        gradient = logits.detach()
+        for rows, targets in zip(gradient.split(256), labels.split(256)):
+            counted, targets = (targets != -100).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)  # (256, 1)
+            log_p = rows.float().log_softmax(1)
+            total -= (log_p.gather(1, targets) * counted).sum()
+            rows.copy_(
+                log_p.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=log_p.dtype)).mul_(counted)
+            )  # softmax - one-hot
+        ctx.save_for_backward(logits)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(upstream.to(gradient.dtype)), None
 
 
 def _cross_entropy(logits, labels):
     """Mean over the labels that are not -100, in fp32 at least; 0 where there is none (a batch may have no mask), not 0 / 0."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
+    half = logits.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and logits.requires_grad and not logits.is_leaf
+    if half and not torch.compiler.is_compiling():  # torch.compile fuses the formula itself, and makes no copy either
+        total = _SummedCrossEntropy.apply(logits, labels)
+    else:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(logits, labels, reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)
 
 
 class PreTrainingOutput(NamedTuple):
@@ -252,15 +291,16 @@ class StarEncoderForPreTraining(_Bert):
         """
         if kernels.lengths_visible(cu_seqlens) and (cu_seqlens.diff() < 1).any():
             raise ValueError("every sequence needs a token, its <cls>: cu_seqlens must rise at each step")
-        h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
-        pooled = torch.tanh(self.bert.pooler(h[cu_seqlens[:-1]]))  # (B, H), from each sequence's <cls>
-        nsp_logits = self.nsp(pooled)  # (B, 2)
         if labels is not None and masked_positions is None:  # convenient; on a GPU this waits, so the training loop names the positions
             masked_positions = (labels != -100).nonzero().squeeze(1)
             labels = labels[masked_positions]
-        if masked_positions is not None:
-            h = h[masked_positions]  # (M, H): the head is a quarter of the model's work, and 15 % of it is enough
-        mlm_logits = self.mlm_head(h)
+        cls, rows = cu_seqlens[:-1].long(), None  # (B,): each sequence begins with its <cls>
+        if masked_positions is not None:  # the head is a quarter of the model's work, the last layer's second half a twentieth, and
+            rows = torch.cat([cls, masked_positions])  # what they compute of other tokens nobody reads
+        h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed, rows=rows)  # (T, H) or (B + M, H)
+        pooled = torch.tanh(self.bert.pooler(h[cls] if rows is None else h[: len(cls)]))  # (B, H)
+        nsp_logits = self.nsp(pooled)  # (B, 2)
+        mlm_logits = self.mlm_head(h if rows is None else h[len(cls) :])
         if labels is None and next_sentence_label is None:
             return PreTrainingOutput(mlm_logits=mlm_logits, nsp_logits=nsp_logits)
         mlm_loss = nsp_loss = None

@@ -17,25 +17,26 @@ A run directory is a Hugging Face model directory, with metrics.jsonl (a line fo
 import argparse
 import contextlib
 import functools
-import glob
-import json
 import math
 import os
 import signal
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import corpus
 import kernels
-from data import Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_json, read_meta, run, share, write_whole
+import plan
+from data import STOP_SIGNALS, Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_meta, run, share
+from ranks import Ranks
+from run_directory import Metrics, draw_curves, newest_sound_checkpoint, open_run, save_checkpoint, step_of, warn
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, fill_mask
 
 # ---- arguments -------------------------------------------------------------------------------------------------------------------
@@ -79,11 +80,16 @@ class TrainConfig:
     # the machine, and what is written when
     device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
     dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it")
+    compile: bool = option(False, "run the steps through torch.compile (a minute to begin with; for GPUs)")
     workers: int = option(1, "background processes that make batches, for each rank; 0: none")
     eval_every: int = option(1000, "steps between evaluations")
     eval_examples: int = option(4096, "held-out pairs of an evaluation, always the same ones")
     save_every: int = option(1000, "steps between checkpoints")
     keep_checkpoints: int = option(2, "the newest to keep")
+    keep_every: int = option(10_000, "checkpoints of multiples of this step are kept for good")
+    timeout: int = option(600, "seconds after which a rank that does not answer is given up")
+    bf16_gradients: bool = option(False, "GPUs exchange gradients in bf16: half the traffic, and not the same bits")
+    tensorboard: bool = option(False, "write RUN/tensorboard as well (needs the tensorboard package)")
     log_every: int = option(10, "steps between lines written to metrics.jsonl")
 
     def __post_init__(self):
@@ -115,45 +121,50 @@ PRESETS = {
 }  # fmt: skip
 
 # What may differ between the starts of one run: it changes where and how fast it is computed, not what.
-MACHINE_FIELDS = {"data", "out", "micro_batch_size", "device", "workers", "log_every", "keep_checkpoints", "save_every"}
+MACHINE_FIELDS = set(
+    "data out micro_batch_size device compile workers log_every save_every keep_checkpoints keep_every timeout tensorboard".split()
+)
 
 
 def parse_arguments(argv=None):
     """The command line as a `TrainConfig`: the preset, and over it each flag that was given."""
     parser = CommandLine(prog="train.py", description="Pretrain a StarEncoder.")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="default: tiny")
+    plan_help = "print what the run would cost on N GPUs of this name (64xA100; without a value: those of this machine), and end"
+    parser.add_argument("--plan", metavar="NxGPU", nargs="?", const="", help=plan_help)
+    parser.add_argument("--plan-mfu", metavar="FLOAT", type=float, default=0.4, help="share of the peak that it assumes (default: 0.4)")
     for f in fields(TrainConfig):
         kind = f.type if isinstance(f.type, type) else int
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
         text = f"{f.metadata['help']} (starencoder: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
-    return TrainConfig(**(PRESETS[given.pop("preset")] | given))
+    gpus, mfu = given.pop("plan"), given.pop("plan_mfu")
+    config = TrainConfig(**(PRESETS[given.pop("preset")] | given))
+    if gpus is not None:
+        print(plan_of(config, gpus, mfu))
+        raise SystemExit(0)
+    return config
 
 
-# ---- arithmetic of a run ---------------------------------------------------------------------------------------------------------
+def plan_of(config, gpus, mfu):
+    """The text of `--plan`: gpus is "64xA100", or "" for the GPUs of this machine. Raises ValueError for what is not known."""
+    if not gpus and torch.cuda.is_available():
+        gpus = f"{torch.cuda.device_count()}x{torch.cuda.get_device_name()}"
+    number, _, name = gpus.partition("x")
+    if not number.isdecimal() or not name or not 0 < mfu <= 1:
+        raise ValueError("--plan: name the GPUs, as in 64xA100 (there is none here); --plan-mfu lies between 0 and 1")
+    vocab_size = config.vocab_size
+    if vocab_size is None:
+        vocab_size = StarEncoderConfig.vocab_size if config.data == DEFAULT_DATA else read_meta(config.data)["vocab_size"]
+    schedule = (config.steps, config.batch_size, config.micro_batch_size, config.max_length)
+    return plan.describe(StarEncoderConfig(**model_shape(config, vocab_size)), int(number), name, *schedule, mfu)
 
-# Dense bf16 peak in FLOP/s by a part of the device's name, from the vendors' data sheets; the first that fits counts.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
-
-def peak_flops(device):
-    """Peak bf16 FLOP/s of a torch device, or None where it is not known (no MFU is then shown, rather than a wrong one)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def model_flops(config, lengths, masked):
-    """FLOPs that forward and backward need for sequences of these lengths (an int array) with `masked` tokens to predict.
-
-    6 for each weight of a matrix and token (2 forward, 4 backward), 12 L H for each token's attention in a layer; elementwise work and
-    recomputation are not counted.
-    """
-    H, layers = config.hidden_size, config.num_hidden_layers
-    lengths = np.asarray(lengths, np.float64)
-    linear = 6 * layers * (4 * H * H + 2 * H * config.intermediate_size) * lengths.sum()
-    attention = 12 * layers * H * (lengths**2).sum()
-    heads = 6 * (H * config.vocab_size + H * H) * masked + 6 * (H * H + 2 * H) * len(lengths)
-    return linear + attention + heads
+def model_shape(config, vocab_size):
+    """Those fields of a `StarEncoderConfig` that the arguments of a run fix, as a dict."""
+    shape = {f.name: getattr(config, f.name) for f in fields(StarEncoderConfig) if hasattr(config, f.name)}
+    return shape | {"vocab_size": vocab_size, "max_position_embeddings": config.max_length}
 
 
 def learning_rate(config, step):
@@ -161,52 +172,6 @@ def learning_rate(config, step):
     rise = (step + 1) / max(config.warmup_steps, 1)
     fall = (config.steps - step) / max(config.steps - config.warmup_steps, 1)
     return config.learning_rate * min(rise, fall, 1.0)
-
-
-# ---- ranks -----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Ranks:
-    """Which process this is among those that torchrun started; alone without it."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = torch.device("cpu")
-    control: object = None  # a gloo group: small sums on the CPU, for which no GPU has to be waited for
-
-    @classmethod
-    def start(cls, device):
-        """Joins the process group where torchrun asks for one. device: auto, cpu or cuda."""
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda was asked for, and torch sees none; use --device cpu")
-        device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        if "RANK" not in os.environ:
-            return cls(device=torch.device(device, 0 if device == "cuda" else None))
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device(device, int(os.environ["LOCAL_RANK"]) if device == "cuda" else None)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
-        return cls(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
-
-    def sum(self, values):
-        """The sum over ranks of a list of numbers, or of a CPU tensor."""
-        values = torch.as_tensor(values, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(values, group=self.control)
-        return values.tolist()
-
-    @contextlib.contextmanager
-    def together(self):
-        """A part of the set-up that fails on all ranks where it fails on one: the first of those raises, the others end in silence."""
-        failure = None
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            failure = error
-        failed = self.sum([float(rank == self.rank and failure is not None) for rank in range(self.world_size)])
-        if any(failed):
-            raise failure if failed.index(1.0) == self.rank else SystemExit(2)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------------------
@@ -262,157 +227,6 @@ def show_filled_masks(model, tokenizer, dataset, count=3):
         shown += 1
 
 
-def draw_curves(run):
-    """Draws RUN/curves.png from RUN/metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(os.path.join(run, "metrics.jsonl")) as f:
-        lines = [json.loads(line) for line in f]
-    train, held_out = [m for m in lines if "loss" in m], [m for m in lines if "mlm_accuracy" in m]
-    figure, ((losses, accuracies), (rate, speed)) = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
-    steps = [m["step"] for m in train]
-    width = max(1, len(train) // 100)  # the curve of single steps is noise: a running mean over 1 % of them
-    smooth = lambda name: np.convolve([m[name] for m in train], np.ones(width) / width, "valid")  # noqa: E731
-    losses.plot(steps[width - 1 :], smooth("mlm_loss"), label="MLM, training", color="0.2")
-    losses.plot(steps[width - 1 :], smooth("nsp_loss"), label="NSP, training", color="0.6")
-    losses.plot([m["step"] for m in held_out], [m["mlm_loss"] for m in held_out], "o--", label="MLM, held out", color="0.2")
-    losses.set(ylabel="loss (nats)", ylim=(0, None))
-    for name, style, label in [
-        ("mlm_accuracy", "o-", "MLM"),
-        ("majority_accuracy", ":", "most frequent token"),
-        ("nsp_accuracy", "s-", "NSP"),
-        ("coin_flip", "--", "coin flip"),
-    ]:
-        accuracies.plot([m["step"] for m in held_out], [m[name] for m in held_out], style, label=label, color="0.3")
-    accuracies.set(ylabel="held-out accuracy", ylim=(0, 1))
-    rate.plot(steps, [m["learning_rate"] for m in train], label="learning rate", color="0.2")
-    rate.set(xlabel="step", ylabel="learning rate")
-    norm = rate.twinx()
-    norm.plot(steps[width - 1 :], smooth("grad_norm"), label="gradient norm", color="0.6")
-    norm.set(ylabel="gradient norm (grey)", ylim=(0, None))
-    speed.plot(steps, [m["tokens_per_second"] for m in train], color="0.2")
-    speed.set(xlabel="step", ylabel="tokens / s", ylim=(0, None))
-    losses.legend()
-    accuracies.legend()
-    figure.tight_layout()
-    figure.savefig(os.path.join(run, "curves.tmp.png"), dpi=100)
-    os.replace(os.path.join(run, "curves.tmp.png"), os.path.join(run, "curves.png"))
-    plt.close(figure)
-
-
-# ---- files of a run --------------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(config, model, optimizer, tokenizer, step):
-    """Writes the model and checkpoints/STEP.pt, each whole or not at all, and drops the oldest checkpoints.
-
-    The checkpoint comes last: where it exists, all that belongs to its step does.
-    """
-    path = os.path.join(config.out, "checkpoints", f"{step:08d}.pt")
-    try:
-        model.save_pretrained(config.out)
-        tokenizer.save_pretrained(config.out)
-        with open(path + ".tmp", "wb") as f:
-            torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise OSError(f"{path} cannot be written ({_first_line(error)}); make room, and the same command goes on") from None
-    for old in checkpoints(config)[: -config.keep_checkpoints]:
-        os.remove(old)
-
-
-def checkpoints(config):
-    """The paths of a run's checkpoints, oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(config.out), "checkpoints", "*.pt")))
-
-
-def load_checkpoint(config, device):
-    """The newest checkpoint of the run as a dict, or None. Raises ValueError for one that is damaged."""
-    paths = checkpoints(config)
-    if not paths:
-        return None
-    try:
-        return torch.load(paths[-1], map_location=device, weights_only=True)
-    except Exception as error:  # a file cut short shows itself in many ways
-        before = f"step {int(os.path.basename(paths[-2])[:-3])}" if len(paths) > 1 else "the beginning"
-        raise ValueError(f"{paths[-1]}: damaged ({_first_line(error)}); remove it to go on from {before}") from None
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-
-
-def open_run(config, resolved):
-    """Makes the run directory, or checks that the run in it has the same arguments. Raises ValueError where it has not."""
-    path = os.path.join(config.out, "train.json")
-    if os.path.exists(path):
-        before = read_json(path)
-        for name, value in resolved.items():
-            if name not in MACHINE_FIELDS and before.get(name) != value:
-                raise ValueError(f"{config.out} holds a run with {name} {before.get(name)}, not {value}; choose another --out")
-    elif os.path.isdir(config.out) and os.listdir(config.out):
-        raise ValueError(f"{config.out} is not empty and holds no run; choose another --out")
-    os.makedirs(os.path.join(config.out, "checkpoints"), exist_ok=True)
-    write_whole(path, json.dumps(resolved, indent=1))
-
-
-class Metrics:
-    """metrics.jsonl: a line for each step and each evaluation, none missing and none twice, however often the run was stopped.
-
-    Steps wait on the device, and are read, summed over the ranks and written at each `flush`, so that no step waits for a GPU.
-    """
-
-    def __init__(self, path, first_step, ranks, peak):
-        self.path, self.ranks, self.peak, self.waiting = path, ranks, peak, []
-        if ranks.rank == 0:
-            kept = []
-            if os.path.exists(path):
-                with open(path) as f:
-                    for line in f:
-                        with contextlib.suppress(ValueError):  # a line that was cut short belongs to a step after the checkpoint
-                            kept += [line] if json.loads(line)["step"] <= first_step else []
-            write_whole(path, "".join(kept))
-        self.start_clock()
-
-    def start_clock(self):
-        """Called after an evaluation or a checkpoint: their time is not the training's."""
-        self.clock, self.tokens, self.flops = time.perf_counter(), 0, 0.0
-
-    def add(self, step, mlm_loss, nsp_loss, grad_norm, learning_rate):
-        """A step: this rank's parts of the two losses and the norm as 0-d tensors on the device."""
-        self.waiting.append((step, learning_rate, torch.stack([mlm_loss, nsp_loss, grad_norm / self.ranks.world_size])))
-
-    def flush(self):
-        """Writes the lines of all waiting steps and returns the last one, on every rank."""
-        values = self.ranks.sum(torch.stack([values for *_, values in self.waiting]).double().cpu())  # this waits for the device
-        tokens, flops = self.ranks.sum([self.tokens, self.flops])
-        elapsed = time.perf_counter() - self.clock
-        speed = {"tokens_per_second": round(tokens / elapsed, 1)}
-        if self.peak:
-            speed["mfu"] = round(flops / elapsed / self.peak / self.ranks.world_size, 4)
-        lines = [
-            {"step": step, "loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, "grad_norm": norm, "learning_rate": rate} | speed
-            for (step, rate, _), (mlm, nsp, norm) in zip(self.waiting, values)
-        ]
-        self.write(*lines)
-        self.waiting = []
-        self.start_clock()
-        return lines[-1]
-
-    def write(self, *lines):
-        """Appends lines (dicts) on the first rank."""
-        if self.ranks.rank == 0:
-            with open(self.path, "a") as f:
-                f.writelines(json.dumps(line) + "\n" for line in lines)
-
-
 # ---- training --------------------------------------------------------------------------------------------------------------------
 
 
@@ -438,14 +252,14 @@ def make_optimizer(model, config):
 
 
 def until_signal(iterable, stop):
-    """Iterates; meanwhile the first SIGTERM or SIGINT (Ctrl-C) puts its number into the list `stop` and does nothing else."""
+    """Iterates; meanwhile the first SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) puts its number into the list `stop` and does nothing else."""
 
     def note(number, frame):
         stop.append(number)
         signal.signal(number, before[number])  # a second one does what it always did
 
     main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS} if main_thread else {}
     try:
         yield from iterable
     finally:
@@ -458,7 +272,12 @@ def train(config):
 
     Raises ValueError for arguments, a corpus or a run directory that do not fit together.
     """
-    ranks = Ranks.start(config.device)
+    ranks = Ranks.start(config.device, config.timeout)
+    with ranks.watched():
+        return _train(config, ranks)
+
+
+def _train(config, ranks):
     lead, device = ranks.rank == 0, ranks.device
     say = print if lead else lambda *_: None
 
@@ -472,6 +291,8 @@ def train(config):
             raise ValueError(f"{config.data} has a vocabulary of {meta['vocab_size']}, not {config.vocab_size}; drop --vocab-size")
         if config.batch_size < ranks.world_size:
             raise ValueError(f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a pair")
+        if config.bf16_gradients and device.type != "cuda":
+            raise ValueError("--bf16-gradients: needs GPUs, whose NCCL adds up bf16")
         train_set = PairDataset(config.data, "train", config.max_length, config.seed)
         held_out = PairDataset(config.data, "validation", config.max_length, seed=0)
         tokenizer = Tokenizer.from_pretrained(config.data)
@@ -480,30 +301,42 @@ def train(config):
             multiplies_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
             dtype = "bfloat16" if device.type == "cuda" or multiplies_bf16 else "float32"
         autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-        shape = {f.name: getattr(config, f.name) for f in fields(StarEncoderConfig) if hasattr(config, f.name)}
-        shape |= {"vocab_size": meta["vocab_size"], "max_position_embeddings": config.max_length, "pad_token_id": tokenizer.pad_id}
         torch.manual_seed(config.seed)  # for the initial weights; nothing after this draws from torch's generators
-        model = StarEncoderForPreTraining(StarEncoderConfig(**shape)).to(device)
+        shape = model_shape(config, meta["vocab_size"])
+        model = StarEncoderForPreTraining(StarEncoderConfig(**shape, pad_token_id=tokenizer.pad_id)).to(device)
         optimizer = make_optimizer(model, config)
     with ranks.together():  # where were we?
         if lead:
             corpus_facts = {"tokenizer_sha256": meta["tokenizer_sha256"], "train_tokens": meta["splits"]["train"]["tokens"]}
-            open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts)
+            open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts, MACHINE_FIELDS)
     with ranks.together():
-        first, checkpoint = 0, load_checkpoint(config, device)
-        if checkpoint is not None:
+        path = newest_sound_checkpoint(config) if lead else None
+    first = int(ranks.sum([step_of(path) if path else 0])[0])  # the first rank's word
+    with ranks.together():
+        if first:
+            path = os.path.join(config.out, "checkpoints", f"{first:08d}.pt")
+            if not os.path.exists(path):
+                raise ValueError(f"rank {ranks.rank} does not see {path}: all ranks must share {config.out}")
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            first = checkpoint["step"]
             del checkpoint
-    if ranks.sum([first])[0] != first * ranks.world_size:
-        raise ValueError(f"rank {ranks.rank} found a checkpoint of step {first}, another rank a different one: all must share {config.out}")
-    peak = peak_flops(device)
-    metrics = Metrics(os.path.join(config.out, "metrics.jsonl"), first, ranks, peak)
+        tensorboard = None
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter as tensorboard
+            except ImportError:
+                raise ValueError("--tensorboard: needs the tensorboard package (pip install tensorboard)") from None
+    peak = plan.peak_flops(device)
+    metrics = Metrics(os.path.join(config.out, "metrics.jsonl"), first, ranks, peak, tensorboard)
     ddp = model
     if ranks.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
-        ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        if config.bf16_gradients:
+            ddp.register_comm_hook(None, bf16_compress_hook)
+    if config.compile:  # after DDP, so that its buckets stay overlapped; evaluation goes on with `model`, whose shapes vary
+        ddp = torch.compile(ddp)
 
     parameters, epoch = sum(p.numel() for p in model.parameters()), len(train_set) / config.batch_size
     say(f"{parameters / 1e6:.2f} M parameters; {config.steps:,} steps of {config.batch_size:,} pairs of up to {config.max_length:,} tokens")
@@ -527,16 +360,18 @@ def train(config):
         terms = torch.zeros(2, device=device)
         for j, batch in enumerate(micro_batches):
             metrics.tokens += len(batch.input_ids)
-            metrics.flops += model_flops(model.config, batch.cu_seqlens.diff().numpy(), len(batch.labels))
+            metrics.flops += plan.model_flops(model.config, batch.cu_seqlens.diff().numpy(), len(batch.labels))
             batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
             key = np.random.SeedSequence((config.seed, step, ranks.rank, j)).generate_state(1, np.uint64)[0]
-            last = j == len(micro_batches) - 1
-            with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():  # gradients meet once a step
+            alone = ranks.world_size == 1 or j == len(micro_batches) - 1
+            with contextlib.nullcontext() if alone else ddp.no_sync():  # gradients meet once a step
                 with autocast():
-                    loss, *parts = loss_on(ddp, batch, masked, pairs, seed=int(key >> 2))
+                    seed = torch.full((), int(key >> 2), dtype=torch.int64, device=device)  # a tensor: an int would be compiled in
+                    loss, *parts = loss_on(ddp, batch, masked, pairs, seed=seed)
                 (loss * ranks.world_size).backward()  # DDP takes the mean over the ranks; the loss is a sum over them
             terms += torch.stack(parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, AdamW's kernel leaves out the step, and no CPU has to look
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -551,20 +386,35 @@ def train(config):
         if evaluating or saving or done % config.log_every == 0:
             line = metrics.flush()
             mfu = f"{line['mfu']:.1%}" if peak else "unknown"
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}")
+            loss = f"{line['loss']:.3f}" if "loss" in line else "not finite"
+            bar.set_postfix_str(f"loss {loss}, {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}")
         if evaluating:
             figures = evaluate(model, held_out, config.eval_examples, config.micro_batch_size, ranks, autocast)
             metrics.write({"step": done} | figures)
             if lead:
-                draw_curves(config.out)
                 bar.write(f"step {done:6}: held-out {describe(figures)}", file=sys.stderr)
+                try:
+                    draw_curves(config.out)
+                except OSError as error:
+                    warn(f"{config.out}/curves.png cannot be drawn ({error})")
         if saving and lead:
-            save_checkpoint(config, model, optimizer, tokenizer, done)
+            try:
+                if metrics.unwritten:  # no checkpoint without the lines of its steps
+                    raise OSError(
+                        f"no checkpoint of step {done}: {metrics.path} cannot be written; make room, and the same command goes on"
+                    )
+                save_checkpoint(config, model, optimizer, tokenizer, done)
+            except OSError as error:
+                if ending:
+                    raise
+                warn(error)
         if evaluating or saving:
             metrics.start_clock()
         if stopping:
             break
     bar.close()
+    if metrics.skipped:
+        say(f"{metrics.skipped} of {done} steps were skipped: their gradient was not finite.")
     if done < config.steps:
         say(f"Stopped after step {done} of {config.steps}; the same command goes on from there.")
         return None

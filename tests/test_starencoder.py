@@ -4,11 +4,15 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kernels
+import starencoder
 from starencoder import (
     StarEncoder,
     StarEncoderConfig,
@@ -249,6 +253,67 @@ def test_labels_may_be_given_by_position_or_by_token():
     assert model(ids, cu_seqlens, next_sentence_label=pairs).mlm_loss is None
     nothing = model(ids, cu_seqlens, torch.full_like(ids, -100), pairs)
     assert nothing.mlm_loss == 0 and nothing.loss == nothing.nsp_loss  # a batch may have no mask
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.bfloat16, 1e-2)])
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), share=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_the_fast_step_is_the_plain_one(dtype, tolerance, lengths, share, seed):
+    """Last layer and head on the asked positions alone, cross-entropy in place: the loss and gradient of computing everything."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = StarEncoderForPreTraining(small_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1))
+    model = model.to(torch.float64 if dtype is torch.float64 else torch.float32)
+    ids, cu_seqlens = packed(lengths, model.config.vocab_size, generator)
+    masked = (torch.rand(len(ids), generator=generator) <= share).nonzero().squeeze(1)
+    labels, neighbours = ids.flip(0)[masked], torch.randint(2, (len(lengths),), generator=generator)
+    results = []
+    for fast in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            if fast:
+                loss = model(ids, cu_seqlens, labels, neighbours, masked).loss
+            else:
+                out = model(ids, cu_seqlens)
+                terms = [(out.mlm_logits[masked], labels), (out.nsp_logits, neighbours)]
+                wide = torch.promote_types(dtype, torch.float32)
+                loss = sum(F.cross_entropy(logits.to(wide), targets) for logits, targets in terms if len(targets))
+        loss.backward()
+        results.append(
+            (loss.item(), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]))
+        )
+    (fast_loss, fast), (plain_loss, plain) = results
+    assert abs(fast_loss - plain_loss) <= tolerance * plain_loss
+    assert (fast - plain).norm() <= tolerance * plain.norm()
+
+
+@given(rows=st.integers(0, 700), columns=st.integers(2, 40), seed=st.integers(0, 2**31), ignored=st.booleans())
+def test_cross_entropy_in_place_is_that_of_pytorch(rows, columns, seed, ignored):
+    torch.manual_seed(seed)
+    x = torch.randn(rows, columns).to(torch.bfloat16).requires_grad_()
+    labels = torch.randint(-1 if ignored else 0, columns, (rows,))
+    labels[labels == -1] = -100
+    loss = starencoder._cross_entropy(x * 4, labels)
+    expected = F.cross_entropy((x * 4).float(), labels) if (labels >= 0).any() else 0 * x.sum()
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, x), torch.autograd.grad(3 * expected, x)):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max() if rows else 0))
+
+
+def test_logits_are_never_copied_whole():
+    """No tensor of fp32 as large as the logits is made, forward or backward, and their gradient needs no second one of bf16."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.extend((t.numel(), t.dtype, t.untyped_storage().data_ptr()) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    hidden, weight = torch.randn(1000, 8, dtype=torch.bfloat16), torch.randn(300, 8, dtype=torch.bfloat16, requires_grad=True)
+    with Watch():
+        starencoder._cross_entropy(hidden @ weight.T, torch.randint(300, (1000,))).backward()
+    large = [(dtype, place) for size, dtype, place in made if size >= 300_000]
+    assert large and {dtype for dtype, _ in large} == {torch.bfloat16} and len({place for _, place in large}) == 1
 
 
 def test_dropout_is_a_function_of_the_seed():

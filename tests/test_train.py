@@ -1,9 +1,12 @@
 """The loop: the same gradient however a batch is split, the same bits however often a run is stopped, and what it refuses."""
 
+import errno
+import glob
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +22,11 @@ from conftest import ROOT, assert_refused, command
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import run_directory
 import train
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, embed, fill_mask
 
+TWO_RANKS = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 MODEL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
@@ -93,7 +98,7 @@ class Crash(Exception):
 
 
 def finished(config):
-    checkpoint = train.load_checkpoint(config, "cpu")
+    checkpoint = torch.load(run_directory.newest_sound_checkpoint(config), weights_only=True)
     with open(os.path.join(config.out, "metrics.jsonl")) as f:
         lines = [json.loads(line) for line in f]
     for line in lines:
@@ -183,8 +188,8 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(small_corpus, undi
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(small_corpus, tmp_path):
-    """SIGTERM, to the process or to its group with the loader's workers, saves and ends with status 0; SIGKILL loses what came after the
-    last checkpoint; the end is the same."""
+    """SIGTERM to the process, or SIGUSR1 to its group with the loader's workers, saves and ends with status 0; SIGKILL loses what came
+    after the last checkpoint; the end is the same."""
     flags = "--device cpu --dtype float32 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --intermediate-size 64 "
     flags += "--max-length 48 --steps 120 --batch-size 8 --eval-every 1000 --eval-examples 16 --save-every 20 --log-every 1 --workers 1 "
     flags += "--hidden-dropout-prob 0.1 --warmup-steps 10"
@@ -196,16 +201,16 @@ def test_a_killed_process_goes_on(small_corpus, tmp_path):
 
     outs = [str(tmp_path / name) for name in ("whole", "stopped")]
     assert subprocess.run([*arguments, "--out", outs[0]], cwd=ROOT, capture_output=True).returncode == 0
-    for number, kill, after in ((signal.SIGTERM, os.kill, 5), (signal.SIGTERM, os.killpg, 30), (signal.SIGKILL, os.kill, 60)):
+    for number, kill, after in ((signal.SIGTERM, os.kill, 5), (signal.SIGUSR1, os.killpg, 30), (signal.SIGKILL, os.kill, 60)):
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         process = subprocess.Popen([*arguments, "--out", outs[1]], cwd=ROOT, **pipes)
         while steps_written(outs[1]) < after and process.poll() is None:
             time.sleep(0.005)
         kill(process.pid, number)
         said, errors = process.communicate()
-        assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL), errors
+        assert process.returncode == (-number if number == signal.SIGKILL else 0), errors
         assert "Traceback" not in errors
-        if number == signal.SIGTERM:
+        if number != signal.SIGKILL:
             assert "the same command goes on from there" in said
     done = subprocess.run([*arguments, "--out", outs[1]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "Continuing" in done.stdout
@@ -213,26 +218,24 @@ def test_a_killed_process_goes_on(small_corpus, tmp_path):
     assert_same(list(a), list(b))
 
 
-@pytest.mark.slow
-def test_two_ranks_train_as_one(small_corpus, tmp_path):
-    """torchrun with 2 processes: the losses of 1 process to 1e-5, without dropout; figures are those of the whole batch."""
-    arguments = ["--data", small_corpus, "--device", "cpu", "--dtype", "float32", "--hidden-size", "32", "--num-hidden-layers", "2"]
-    arguments += ["--num-attention-heads", "4", "--intermediate-size", "64", "--max-length", "48", "--steps", "20", "--batch-size", "10"]
-    arguments += ["--micro-batch-size", "3", "--eval-every", "10", "--eval-examples", "33", "--hidden-dropout-prob", "0"]
-    lines = []
-    for world_size in (1, 2):
-        out = str(tmp_path / str(world_size))
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        result = command(*(launch if world_size == 2 else []), "train.py", *arguments, "--out", out)
-        assert result.returncode == 0, result.stderr
-        lines.append([json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))])
-    for a, b in zip(*lines, strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"tokens_per_second"}:
-            assert abs(a[key] - b[key]) <= 1e-5 * max(1, abs(a[key])), key
-
-
 # ---- figures ----
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_plain_one(small_corpus, tmp_path):
+    """`--compile` under DistributedDataParallel: the losses of every step."""
+    lines = []
+    for name in ("plain", "compiled"):
+        config = tiny(small_corpus, tmp_path / name, compile=name == "compiled", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v is not None and not isinstance(v, bool)]
+        flags += ["--compile"] * config.compile
+        result = command(*TWO_RANKS, "train.py", *flags)
+        assert result.returncode == 0, result.stderr
+        with open(tmp_path / name / "metrics.jsonl") as f:
+            lines.append([json.loads(line) for line in f])
+    for a, b in zip(*lines, strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "mlm_loss"}:
+            assert abs(a[key] - b[key]) < 1e-4 * max(1, abs(b[key]))
 
 
 def test_evaluation_is_the_mean_over_its_pairs(small_corpus):
@@ -250,23 +253,8 @@ def test_evaluation_is_the_mean_over_its_pairs(small_corpus):
         assert abs(value - figures[1][key]) < 1e-6
 
 
-def test_flops_are_those_that_pytorch_counts():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, **MODEL)
-    model = StarEncoderForPreTraining(config).eval()
-    lengths, masked = [48, 7, 30], 11
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    ids = torch.randint(600, (sum(lengths),))
-    with FlopCounterMode(display=False) as counter:
-        model(ids, cu_seqlens, ids[:masked], torch.ones(3, dtype=torch.int64), torch.arange(masked)).loss.backward()
-    assert counter.get_total_flops() == train.model_flops(config, lengths, masked)
-
-
 def test_published_arithmetic():
-    """657.4 M FLOPs per token at length 1,024, with the head on 15 % of the tokens; the schedule's corners."""
-    per_token = train.model_flops(StarEncoderConfig(), [1024], 0.15 * 1024) / 1024
-    assert abs(per_token / 657.4e6 - 1) < 1e-3
+    """The schedule's corners."""
     config = train.parse_arguments(["--preset", "starencoder"])
     assert (config.steps, config.batch_size, config.max_length, config.micro_batch_size) == (100_000, 4096, 1024, 64)
     corners = {0: 6e-4 / 24_000, 23_999: 6e-4, 24_000: 6e-4, 62_000: 3e-4, 99_999: 6e-4 / 76_000}
@@ -275,7 +263,7 @@ def test_published_arithmetic():
 
 def test_no_two_dropout_masks_of_a_run_are_alike(small_corpus, tmp_path, monkeypatch):
     seeds, real = [], train.loss_on
-    monkeypatch.setattr(train, "loss_on", lambda *a, seed: seeds.append(seed) or real(*a, seed=seed))
+    monkeypatch.setattr(train, "loss_on", lambda *a, seed: seeds.append(seed.item()) or real(*a, seed=seed))
     train.train(tiny(small_corpus, tmp_path / "run"))
     assert len(seeds) == len(set(seeds)) == 6 * 3  # 3 micro-batches in each of 6 steps
 
@@ -366,25 +354,153 @@ def test_refuses_a_run_that_does_not_fit(small_corpus, undisturbed, tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         train.train(replace(undisturbed, out=str(tmp_path)))
     assert os.listdir(tmp_path) == ["file"]
-    torn = shutil.copytree(undisturbed.out, tmp_path / "torn")
-    newest = torn / "checkpoints" / "00000006.pt"
-    os.truncate(newest, os.path.getsize(newest) * 2 // 3)
-    with pytest.raises(ValueError, match="00000006.pt: damaged.*remove it to go on from step 4"):
-        train.train(replace(undisturbed, out=str(torn)))
-    os.remove(newest)
-    train.train(replace(undisturbed, out=str(torn)))
-    assert_same(list(finished(replace(undisturbed, out=str(torn)))), list(before))
+    assert_same(list(finished(undisturbed)), list(before))
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "a bit flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(undisturbed, tmp_path, capsys, damage):
+    before, torn = finished(undisturbed), shutil.copytree(undisturbed.out, tmp_path / "torn")
+    newest, config = torn / "checkpoints" / "00000006.pt", replace(undisturbed, out=str(torn))
+    content = bytearray(newest.read_bytes())
+    place = len(content) * 2 // 3
+    content[place] ^= 1
+    newest.write_bytes({"cut": content[:place], "emptied": b"", "a bit flipped": content}[damage])
+    train.train(config)
+    output = capsys.readouterr()
+    assert "00000006.pt: damaged" in output.err and "after step 4." in output.out and os.path.exists(f"{newest}.damaged")
+    assert_same(list(finished(config)), list(before))
+    for path in run_directory.checkpoints(config):
+        os.truncate(path, 10)
+    with pytest.raises(ValueError, match="all of its checkpoints are damaged"):
+        train.train(config)
+
+
+def test_checkpoints_that_are_kept(small_corpus, undisturbed, tmp_path):
+    """The newest k, and every n-th for good."""
+    names = lambda config: [os.path.basename(path) for path in run_directory.checkpoints(config)]
+    assert names(undisturbed) == ["00000004.pt", "00000006.pt"]
+    config = tiny(small_corpus, tmp_path / "run", save_every=1, keep_checkpoints=1, keep_every=3, eval_every=6)
+    train.train(config)
+    assert names(config) == ["00000003.pt", "00000006.pt"]
+    config = tiny(small_corpus, tmp_path / "other", save_every=1, keep_checkpoints=2, keep_every=2, eval_every=6)
+    train.train(config)
+    assert names(config) == ["00000002.pt", "00000004.pt", "00000005.pt", "00000006.pt"]
+
+
+def test_a_full_disk_costs_a_warning(small_corpus, undisturbed, tmp_path, monkeypatch, capsys):
+    """Neither the run nor what was saved before; lines that could not be written come later, each once and in order."""
+    config, real_save, real_open, failures = tiny(small_corpus, tmp_path / "run"), torch.save, open, []
+
+    def full_save(state, f):
+        if state["step"] == 4:
+            f.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_save(state, f)
+
+    def full_open(path, mode="r", *a, **k):
+        if str(path).endswith("metrics.jsonl") and mode == "a" and not failures:
+            failures.append(path)
+            with real_open(path, "a") as f:
+                f.write('{"step": 1, "lo')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_open(path, mode, *a, **k)
+
+    monkeypatch.setattr(torch, "save", full_save)
+    monkeypatch.setattr(run_directory, "open", full_open, raising=False)
+    train.train(config)
+    warnings = capsys.readouterr().err
+    assert "metrics.jsonl cannot be written" in warnings and "00000004.pt cannot be written" in warnings
+    assert [run_directory.step_of(path) for path in run_directory.checkpoints(config)] == [6]  # at step 2 the lines were still waiting
+    assert os.listdir(os.path.join(config.out, "checkpoints")) == ["00000006.pt"]
+    assert_same(list(finished(config)), list(finished(undisturbed)))
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(small_corpus, tmp_path, monkeypatch, capsys):
+    config, real, weights = tiny(small_corpus, tmp_path / "run", save_every=1, keep_checkpoints=9), train.loss_on, {}
+
+    def planted(model, batch, masked, pairs, seed):
+        loss, *parts = real(model, batch, masked, pairs, seed=seed)
+        weights.setdefault(len(weights), model.nsp.weight.detach().clone())
+        return (loss * float("nan") if len(weights) == 5 else loss), *parts  # in the second micro-batch of the second step
+
+    monkeypatch.setattr(train, "loss_on", planted)
+    train.train(config)
+    assert "1 of 6 steps were skipped" in capsys.readouterr().out
+    saved = [torch.load(path, weights_only=True) for path in run_directory.checkpoints(config)]
+    for name in saved[0]["model"]:
+        assert torch.equal(saved[0]["model"][name], saved[1]["model"][name]) and saved[2]["model"][name].isfinite().all()
+    assert_same(saved[0]["optimizer"]["state"], saved[1]["optimizer"]["state"])
+    assert not torch.equal(saved[1]["model"]["nsp.weight"], saved[2]["model"]["nsp.weight"])
+    with open(os.path.join(config.out, "metrics.jsonl")) as f:
+        lines = [json.loads(line, parse_constant=pytest.fail) for line in f]
+    assert [line["step"] for line in lines if "skipped" in line] == [2] and len([line for line in lines if "loss" in line]) == 5
+
+
+def test_ten_gradients_in_a_row_that_are_not_finite_end_the_run(small_corpus, tmp_path, monkeypatch):
+    """Also where a restart lies between them."""
+    config, real = tiny(small_corpus, tmp_path / "run", steps=20, log_every=1, save_every=1), train.loss_on
+    bad = lambda *a, seed: [part * float("nan") for part in real(*a, seed=seed)]
+    rate = train.learning_rate
+    stop = lambda config, step: (os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None) or rate(config, step)
+    monkeypatch.setattr(train, "learning_rate", stop)
+    monkeypatch.setattr(train, "loss_on", bad)
+    assert train.train(config) is None  # stopped, and four steps were skipped
+    monkeypatch.setattr(train, "learning_rate", rate)
+    with pytest.raises(ValueError, match="10 steps in a row, up to step 10"):
+        train.train(config)
+    assert run_directory.step_of(run_directory.checkpoints(config)[-1]) == 9
+
+
+def _with_nan_on_one_rank(rank, corpus_directory, out):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": out[-5:]}
+    torch.set_num_threads(1)
+    real, calls = train.loss_on, []
+
+    def planted(*a, seed):
+        calls.append(seed)
+        loss, *parts = real(*a, seed=seed)
+        return (loss * float("nan") if rank == 1 and len(calls) == 6 else loss), *parts  # two micro-batches a step: in the third step
+
+    train.loss_on = planted
+    train.train(tiny(corpus_directory, out, steps=6, save_every=1, keep_checkpoints=9))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_is_skipped_by_all(small_corpus, tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        out = str(tmp_path / f"run{s.getsockname()[1]:05d}")
+    mp.spawn(_with_nan_on_one_rank, (small_corpus, out), nprocs=2)
+    saved = [torch.load(path, weights_only=True)["model"] for path in sorted(glob.glob(f"{out}/checkpoints/*.pt"))]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(saved, saved[1:])]
+    assert same == [False, True, False, False, False] and all(t.isfinite().all() for t in saved[-1].values())
+    with open(f"{out}/metrics.jsonl") as f:
+        assert [line["step"] for line in map(json.loads, f) if "skipped" in line] == [3]
+
+
+def test_tensorboard_is_optional(small_corpus, tmp_path):
+    config = tiny(small_corpus, tmp_path / "run", tensorboard=True)
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="needs the tensorboard package"):
+            train.train(config)
+    else:
+        train.train(config)
+        assert glob.glob(os.path.join(config.out, "tensorboard", "events*"))
 
 
 def test_programs_end_with_one_line(small_corpus, undisturbed, tmp_path):
     torn = shutil.copytree(undisturbed.out, tmp_path / "torn")
-    newest = torn / "checkpoints" / "00000006.pt"
-    os.truncate(newest, 0)
+    for path in (torn / "checkpoints").iterdir():
+        os.truncate(path, 0)
     # the arguments of the run, from its own file
     with open(torn / "train.json") as f:
-        fields = [(k, v) for k, v in json.load(f).items() if k not in ("tokenizer_sha256", "train_tokens")]
+        fields = [(k, v) for k, v in json.load(f).items() if k not in ("tokenizer_sha256", "train_tokens") and not isinstance(v, bool)]
     arguments = [x for k, v in fields for x in ("--" + k.replace("_", "-"), str(v))]
-    assert_refused(command("train.py", *arguments, "--out", str(torn)), "00000006.pt", "damaged", "remove it")
+    assert_refused(command("train.py", *arguments, "--out", str(torn)), "all of its checkpoints are damaged")
+    assert_refused(command("train.py", "--data", small_corpus, "--device", "cpu", "--bf16-gradients"), "--bf16-gradients: needs GPUs")
     assert_refused(command("train.py", "--colour"), "--colour")
     assert_refused(command("train.py", "--preset", "huge"), "huge")
     assert_refused(command("train.py", "--steps", "many"), "many")

@@ -1,0 +1,146 @@
+"""Crash drills: `python tests/drills.py [COUNT]`, 50 by default.
+
+Each starts a run of two ranks, disturbs it at a random moment in one of the ways that a cluster knows, starts it again by the same command,
+and compares the end bit for bit with that of a run that nobody touched. Exits with status 1 where they differ.
+"""
+
+import functools
+import glob
+import json
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from tqdm import tqdm
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+WAYS = ("kill a rank", "kill all", "SIGTERM", "disk full", "checkpoint cut")
+STEPS, SAVE_EVERY = 300, 20
+FLAGS = (
+    "--device cpu --dtype float32 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --intermediate-size 64 --max-length 48 "
+    "--batch-size 4 --micro-batch-size 1 --learning-rate 1e-2 --warmup-steps 20 --hidden-dropout-prob 0.1 --eval-every 100 "
+    f"--attention-probs-dropout-prob 0.1 --eval-examples 8 --log-every 7 --timeout 60 --workers 1 --steps {STEPS} --save-every {SAVE_EVERY}"
+)
+
+
+def start(corpus, out, most_bytes=None, world_size=2, flags=""):
+    """The ranks as processes. most_bytes: no file can grow beyond, as on a disk that is full. flags: over those above."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most_bytes, most_bytes)) if most_bytes else None
+    command = [sys.executable, "train.py", *FLAGS.split(), "--data", corpus, "--out", out, *flags.split()]
+    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    return [subprocess.Popen(command, cwd=ROOT, env=common | rank, **pipes) for rank in ranks]
+
+
+def finish(processes, timeout=120):
+    """[(exit status, standard output, standard error)] of the ranks."""
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
+
+
+def ends_of(out):
+    """All that a run leaves: the lines of its metrics without speeds, the bytes of its model, the tensors of its last checkpoint."""
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        lines = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in f]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1)), (
+        "a step is missing in metrics.jsonl, or is there twice"
+    )
+    with open(os.path.join(out, "model.safetensors"), "rb") as f:
+        model = f.read()
+    return lines, model, torch.load(os.path.join(out, "checkpoints", f"{STEPS:08d}.pt"), weights_only=True)
+
+
+def equal(a, b):
+    """Equality of nested lists and dicts of tensors and plain values, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def undisturbed(corpus, out):
+    """What a run leaves that nobody touches, and the seconds it takes."""
+    begin = time.time()
+    results = finish(start(corpus, out))
+    assert all(status == 0 for status, *_ in results), results
+    return ends_of(out), time.time() - begin
+
+
+def saved_steps(out):
+    return sorted(int(os.path.basename(path)[:-3]) for path in glob.glob(os.path.join(glob.escape(out), "checkpoints", "*.pt")))
+
+
+def drill(corpus, out, way, expected, seconds, generator):
+    """One drill; raises AssertionError where the run does not come out as the undisturbed one."""
+    full = os.path.getsize(glob.glob(os.path.join(glob.escape(corpus), "train.bin"))[0]) // 1000 + 150_000  # below a checkpoint's size
+    processes = start(corpus, out, full if way == "disk full" else None)
+    time.sleep(generator.uniform(0.2, 1.0) * seconds)
+    if way == "kill a rank":
+        victim = generator.randrange(2)
+        processes[victim].kill()
+        status, _, words = finish(processes)[1 - victim]
+        running = saved_steps(out)[-1:] != [STEPS] and "training" in words
+        assert not running or status == 1 and f"rank {victim} of 2 is gone" in words and "Traceback" not in words, words
+    elif way == "SIGTERM":
+        for process in processes:
+            process.terminate()
+        assert all("Traceback" not in words for *_, words in finish(processes))
+    else:
+        for process in processes:
+            process.kill()
+        words = finish(processes)[0][2]
+        if way == "disk full" and f" {SAVE_EVERY + 7}/{STEPS}" in words:
+            assert "cannot be written" in words and not saved_steps(out), words
+    saved = saved_steps(out)
+    if way == "checkpoint cut" and saved:
+        newest = os.path.join(out, "checkpoints", f"{saved[-1]:08d}.pt")
+        os.truncate(newest, generator.randrange(os.path.getsize(newest)))
+        if len(saved) == 1:  # all are damaged: that is said, not begun anew in silence
+            results = finish(start(corpus, out))
+            assert results[0][0] == 2 and "all of its checkpoints are damaged" in results[0][2], results
+            os.remove(newest + ".damaged")
+        saved.pop()
+    (status, words, errors), _ = finish(start(corpus, out))
+    assert status == 0, errors
+    assert not saved or f"after step {saved[-1]}." in words, words  # nothing that was saved is lost
+    assert equal(ends_of(out), expected)
+
+
+def main():
+    import corpus
+
+    count, failures = int(sys.argv[1]) if len(sys.argv) > 1 else 50, []
+    with tempfile.TemporaryDirectory() as directory:
+        data = os.path.join(directory, "corpus")
+        library = os.path.dirname(os.__file__)
+        corpus.prepare([os.path.join(library, name) for name in ("asyncio", "email", "json", "unittest")], data, vocab_size=600)
+        expected, seconds = undisturbed(data, os.path.join(directory, "undisturbed"))
+        generator, bar = random.Random(0), tqdm(range(count), unit="drill")
+        for i in bar:
+            way = WAYS[i % len(WAYS)]
+            bar.set_postfix_str(way)
+            try:
+                drill(data, os.path.join(directory, str(i)), way, expected, seconds, generator)
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                failures.append(f"drill {i}, {way}: {error}")
+                bar.write(failures[-1][-3000:])
+    print(f"{count - len(failures)} of {count} drills ended with the bits of the undisturbed run")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, ROOT)
+    sys.exit(main())

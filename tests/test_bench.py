@@ -1,0 +1,33 @@
+"""The benchmarks run, at a size that takes seconds, and say what they must; speeds themselves are never asserted."""
+
+import json
+
+import torch
+from conftest import assert_refused, command
+
+import bench
+from starencoder import StarEncoderConfig
+
+
+def test_model_bench_compares_the_same_tokens(small_corpus, tmp_path):
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, **shape)
+    bench.bench_model(str(tmp_path / "model.json"), config, sizes=(2, 3), directory=small_corpus, repetitions=2)
+    result = json.loads((tmp_path / "model.json").read_text())
+    rows = result["rows"]
+    assert {row["by"] for row in rows} >= {"transformers BertForPreTraining, sdpa", "StarEncoder", "ModernBERT-base, sdpa"}
+    assert len({row["lengths"] for row in rows}) == 2 and result["versions"]["torch"] and result["commit"]
+    assert all(float(row["tokens/s"].replace(",", "")) > 0 for row in rows)
+    bench.bench_model(str(tmp_path / "ablation.json"), config, sizes=(2, 3), directory=small_corpus, repetitions=2, ablate=True)
+    assert len(json.loads((tmp_path / "ablation.json").read_text())["rows"]) == 8
+
+
+def test_original_lengths_are_quantiles(small_corpus):
+    lengths = bench.original_lengths(small_corpus, 48, 8)
+    assert lengths == sorted(lengths) and len(lengths) == 8 and 1 <= lengths[0] <= lengths[-1] <= 48
+
+
+def test_refusals():
+    if not torch.cuda.is_available():
+        assert_refused(command("bench.py", "kernels", "--tune"), "needs a CUDA device")
+    assert_refused(command("bench.py", "speed"), "invalid choice")

@@ -1,0 +1,168 @@
+"""Runs of several processes, disturbed as a cluster disturbs them. The long form: `python tests/drills.py`."""
+
+import glob
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import drills
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+ELASTIC = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_corpus, tmp_path_factory):
+    return drills.undisturbed(small_corpus, str(tmp_path_factory.mktemp("drills") / "undisturbed"))
+
+
+@pytest.mark.parametrize("way", drills.WAYS)
+def test_a_drill(small_corpus, tmp_path, undisturbed, way):
+    drills.drill(small_corpus, str(tmp_path / "run [1]"), way, *undisturbed, random.Random(way))
+
+
+def metrics_of(out):
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def test_one_run_on_any_number_of_ranks(small_corpus, tmp_path):
+    """The same losses to 1e-5 over 50 steps on 1, 2 and 4 ranks, and on 4 that become 2."""
+    flags = "--steps 50 --save-every 10 --hidden-dropout-prob 0 --attention-probs-dropout-prob 0 --eval-every 25 --batch-size 9"
+    runs = {}
+    for name, world_sizes in {"1": [1], "2": [2], "4": [4], "4, then 2": [4, 2]}.items():
+        out = runs[name] = str(tmp_path / name)
+        for i, world_size in enumerate(world_sizes):
+            processes = drills.start(small_corpus, out, world_size=world_size, flags=flags)
+            if len(world_sizes) == 2 and i == 0:
+                while not drills.saved_steps(out):
+                    time.sleep(0.01)
+                for process in processes:
+                    process.kill()
+            results = drills.finish(processes)
+        assert results[0][0] == 0, results
+    for name in ("2", "4", "4, then 2"):
+        lines = list(zip(metrics_of(runs["1"]), metrics_of(runs[name]), strict=True))
+        assert len([a for a, _ in lines if "loss" in a]) == 50
+        for a, b in lines:
+            assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 1e-5 * max(1, abs(a[k])) for k in a.keys() - {"tokens_per_second"}), (
+                name
+            )
+
+
+def test_a_rank_that_hangs_is_given_up(small_corpus, tmp_path):
+    """The other ends after `--timeout`, with status 1 and one sentence."""
+    processes = drills.start(small_corpus, str(tmp_path / "run"), flags="--timeout 6 --steps 100000")
+    while not drills.saved_steps(str(tmp_path / "run")):
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGSTOP)
+    begin = time.time()
+    _, words = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1 and 5 < time.time() - begin < 30
+    assert "rank 1 of 2 is gone" in words and "Traceback" not in words and words.count("error:") == 1, words
+    processes[1].kill()
+    processes[1].communicate()
+
+
+def workers_of(out):
+    """Process ids of the ranks that write into `out`, the first rank first."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        try:
+            with open(path) as f, open(path.replace("cmdline", "environ")) as e:
+                words, environment = f.read().split("\0"), e.read().split("\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        rank = [entry[5:] for entry in environment if entry.startswith("RANK=")]
+        if out in words and rank and "torch.distributed.run" not in words and not any("multiprocessing" in word for word in words):
+            found.append((int(rank[0]), int(path.split("/")[2])))
+    return [pid for _, pid in sorted(found)]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc to find the workers")
+def test_torchrun_carries_a_run_over_two_deaths(small_corpus, tmp_path, undisturbed):
+    """`--max-restarts 3`: a rank is killed twice, and nobody lends a hand."""
+    out = str(tmp_path / "run")
+    launch = [*ELASTIC, "--nproc_per_node", "2", "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = [*launch, "train.py", *drills.FLAGS.split(), "--data", small_corpus, "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for victim, step in ((1, 40), (0, 120)):
+        while not any(saved >= step for saved in drills.saved_steps(out)):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        os.kill(workers_of(out)[victim], signal.SIGKILL)
+    _, words = process.communicate(timeout=300)
+    assert process.returncode == 0, words
+    assert drills.equal(drills.ends_of(out), undisturbed[0])
+
+
+def ip(*words, check=True):
+    return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces that are joined by a pair of virtual Ethernet devices, as two hosts by a cable."""
+    if not shutil.which("ip") or ip("netns", "add", "starencoder-a", check=False).returncode:
+        pytest.skip("needs the right to make network namespaces, and the ip program")
+    try:
+        ip("netns", "add", "starencoder-b")
+        ip("link", "add", "se-a", "netns", "starencoder-a", "type", "veth", "peer", "name", "se-b", "netns", "starencoder-b")
+        for host, number in (("a", 1), ("b", 2)):
+            ip("-n", f"starencoder-{host}", "addr", "add", f"10.77.0.{number}/24", "dev", f"se-{host}")
+            for device in ("lo", f"se-{host}"):
+                ip("-n", f"starencoder-{host}", "link", "set", device, "up")
+        yield
+    finally:
+        for host in "ab":
+            pids = ip("netns", "pids", f"starencoder-{host}", check=False).stdout.split()
+            for pid in pids:
+                os.kill(int(pid), signal.SIGKILL)
+            ip("netns", "del", f"starencoder-{host}", check=False)
+
+
+def test_two_hosts_one_of_them_cut_off(small_corpus, tmp_path, undisturbed, two_hosts):
+    """`torchrun --nnodes 2` on both; the cable is pulled in the middle and put back; the run comes to the undisturbed end."""
+    out = str(tmp_path / "run")
+    flags = [*drills.FLAGS.split(), "--data", small_corpus, "--out", out, "--timeout", "5"]
+
+    def launch(host):
+        torchrun = [*ELASTIC, "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_id", "run"]
+        torchrun += ["--rdzv_endpoint", "10.77.0.1:29500", "--local_addr", f"10.77.0.{'ab'.index(host) + 1}"]
+        torchrun += ["--rdzv_conf", f"is_host={int(host == 'a')}"]  # the two have one host name here, by which torchrun would know
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"se-{host}"}
+        command = ["ip", "netns", "exec", f"starencoder-{host}", *torchrun, "train.py", *flags]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    hosts = [launch("a"), launch("b")]
+    while not any(saved >= 60 for saved in drills.saved_steps(out)):
+        assert all(host.poll() is None for host in hosts), (
+            hosts[0].communicate()[0] if hosts[0].poll() is not None else hosts[1].communicate()[0]
+        )
+        time.sleep(0.01)
+    ip("-n", "starencoder-b", "link", "set", "se-b", "down")
+    time.sleep(12)
+    ip("-n", "starencoder-b", "link", "set", "se-b", "up")
+    words = [None, None]
+    for _ in range(3):  # a host whose torchrun gave up is started again, as a cluster's scheduler would
+        for i, host in enumerate("ab"):
+            if hosts[i].poll() not in (None, 0) or (
+                hosts[i].poll() == 0 and not os.path.exists(f"{out}/checkpoints/{drills.STEPS:08d}.pt")
+            ):
+                hosts[i] = launch(host)
+        try:
+            words = [host.communicate(timeout=90)[0] for host in hosts]
+        except subprocess.TimeoutExpired:
+            continue
+        if all(host.returncode == 0 for host in hosts):
+            break
+    assert [host.returncode for host in hosts] == [0, 0], words
+    assert drills.equal(drills.ends_of(out), undisturbed[0])

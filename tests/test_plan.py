@@ -1,0 +1,105 @@
+"""What a run costs: the formulas beside what PyTorch counts."""
+
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_refused, command
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+import plan
+import run_directory
+import train
+from starencoder import StarEncoderConfig, StarEncoderForPreTraining
+
+small = dict(vocab_size=600, max_position_embeddings=48, pad_token_id=596)
+shapes = st.sampled_from([(32, 1, 4, 64), (32, 2, 4, 64), (48, 3, 2, 80)])
+
+
+def config_of(shape):
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return StarEncoderConfig(**small, **dict(zip(names, shape)))
+
+
+@given(shape=shapes, lengths=st.lists(st.integers(1, 48), min_size=1, max_size=5), share=st.floats(0, 1))
+def test_flops_are_those_that_pytorch_counts(shape, lengths, share):
+    config = config_of(shape)
+    model = StarEncoderForPreTraining(config).eval()
+    masked = max(1, int(share * sum(lengths)))
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    ids = torch.randint(600, (sum(lengths),))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, cu_seqlens, ids[:masked], torch.ones(len(lengths), dtype=torch.int64), torch.arange(masked)).loss.backward()
+    assert counter.get_total_flops() == plan.model_flops(config, lengths, masked)
+
+
+def test_published_arithmetic():
+    """657.4 M FLOPs a token at length 1,024 with the head on 15 % of the tokens, less the last layer's savings."""
+    per_token = plan.model_flops(StarEncoderConfig(), [1024], 0.15 * 1024) / 1024
+    spared = 6 * (768 * 768 + 2 * 768 * 3072) * (1 - 0.15 - 1 / 1024)
+    assert abs((per_token + spared) / 657.4e6 - 1) < 1e-3
+    assert round(plan.count_parameters(StarEncoderConfig()) / 1e6, 2) == 124.83
+
+
+def measured_memory(config, sequences, length, masked):
+    """Bytes at the peak of the second of two steps with the Triton operators, counted tensor by tensor; none is filled."""
+    with FakeTensorMode(), mock.patch.multiple(kernels, backend=lambda x: "triton", lengths_visible=lambda x: False, INTERPRETED=False):
+        model = StarEncoderForPreTraining(config).train()
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        ids, cu_seqlens = torch.zeros(sequences * length, dtype=torch.int64), torch.zeros(sequences + 1, dtype=torch.int32)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    out = model(ids, cu_seqlens, ids[:masked], ids[:sequences], ids[:masked], seed=ids[0])
+                out.loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                tracker.reset_mod_stats()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="there is no Triton here")
+@pytest.mark.parametrize("sequences", [8, 64])
+def test_memory_is_within_15_percent_and_the_published_micro_batch_fits_80_gb(sequences):
+    config = StarEncoderConfig()
+    tokens = sequences * 1024
+    measured = measured_memory(config, sequences, 1024, round(0.15 * tokens))
+    planned = sum(plan.step_memory(config, tokens, sequences, round(0.15 * tokens)).values())
+    print(f"{sequences} x 1,024 tokens: planned {planned / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
+    assert abs(planned / measured - 1) < 0.15 and measured < 80e9
+
+
+def test_checkpoint_bytes_are_those_of_the_file(small_corpus, tmp_path):
+    config = train.TrainConfig(
+        data=small_corpus, out=str(tmp_path / "run"), max_length=48, steps=1, batch_size=2, eval_examples=2, workers=0, device="cpu",
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+    )  # fmt: skip
+    train.train(config)
+    planned = plan.checkpoint_bytes(StarEncoderConfig(**train.model_shape(config, 600)))
+    assert 0 <= os.path.getsize(run_directory.checkpoints(config)[-1]) - planned < 64e3  # names and shapes come on top
+
+
+def test_a_plan_is_printed(small_corpus):
+    result = command("train.py", "--preset", "starencoder", "--plan", "64xA100")
+    assert result.returncode == 0, result.stderr
+    for words in ("124.83 M parameters", "64 pairs of 1,024 tokens, 1 to a step", "of 80:", "419.4 B tokens"):
+        assert words in result.stdout
+    result = command("train.py", "--plan", "1xH200", "--data", small_corpus)
+    assert "vocabulary 600" in result.stdout
+    for flags, words in (
+        (["--plan", "64"], "as in 64xA100"),
+        (["--plan", "2xAbacus"], "no facts about a GPU named Abacus"),
+        (["--plan", "64xA100"], "leaves some of 64 GPUs without a pair"),  # the tiny preset has 32
+        (["--plan", "1xA100", "--plan-mfu", "2"], "between 0 and 1"),
+        (["--plan", "1xA100", "--data", "nowhere"], "nowhere"),
+    ):
+        assert_refused(command("train.py", *flags), words)
