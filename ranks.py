@@ -71,7 +71,7 @@ class Ranks:
         except RuntimeError as error:
             if self.world_size == 1 or not re.search("gloo|nccl|peer|socket|connection|timed out", str(error), re.IGNORECASE):
                 raise
-            missing = [0]  # where the store is gone with the rank that held it
+            missing, stored = [0], False  # where the store is gone with the rank that held it
             with contextlib.suppress(RuntimeError):
                 store = dist.distributed_c10d._get_default_store()
                 store.set(f"alive {self.rank}", "")
@@ -79,8 +79,9 @@ class Ranks:
                     os._exit(1)  # so that its neighbours notice at once
                 time.sleep(GRACE)
                 missing = [rank for rank in range(self.world_size) if not store.check([f"alive {rank}"])]
+                stored = True
             who = f"rank {', '.join(map(str, missing))} of {self.world_size} is gone" if missing else "the ranks lost each other"
-            speaks = missing != [0] or os.environ.get("LOCAL_RANK", "0") in "01"  # without the store, one or two for each machine
+            speaks = stored or os.environ.get("LOCAL_RANK", "0") in ("0", "1")  # without the store, one or two for each machine
             if not speaks:
                 os._exit(1)
             print(f"train.py: error: {who} ({first_line(error)}); the same command goes on from the last checkpoint", file=sys.stderr)

@@ -45,7 +45,7 @@ def save_checkpoint(config, model, optimizer, tokenizer, step):
 
 def checkpoints(config):
     """The paths of a run's checkpoints, oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(config.out), "checkpoints", "*.pt")))
+    return sorted(glob.glob(os.path.join(glob.escape(config.out), "checkpoints", "[0-9]" * 8 + ".pt")))
 
 
 def step_of(path):
@@ -70,7 +70,7 @@ def newest_sound_checkpoint(config):
                 raise  # it may be whole, and cannot be read now
             print(f"{path}: damaged ({first_line(error)}); set aside as {path}.damaged", file=sys.stderr)
             os.replace(path, path + ".damaged")
-    if paths:
+    if paths or glob.glob(os.path.join(glob.escape(config.out), "checkpoints", "*.damaged")):
         raise ValueError(f"{config.out}: all of its checkpoints are damaged; choose another --out to begin anew")
     return None
 

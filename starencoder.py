@@ -235,13 +235,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(upstream.to(gradient.dtype)), None
+        for rows in gradient.split(256):
+            rows.copy_(rows.float() * upstream)  # upstream in bf16 would scale the whole gradient by its rounding error
+        return gradient, None
 
 
-def _cross_entropy(logits, labels):
-    """Mean over the labels that are not -100, in fp32 at least; 0 where there is none (a batch may have no mask), not 0 / 0."""
+def _cross_entropy(logits, labels, overwrite=True):
+    """Mean over the labels that are not -100, in fp32 at least; 0 where there is none (a batch may have no mask), not 0 / 0.
+
+    overwrite: nobody needs logits of half precision any more.
+    """
     half = logits.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and logits.requires_grad and not logits.is_leaf
-    if half and not torch.compiler.is_compiling():  # torch.compile fuses the formula itself, and makes no copy either
+    if overwrite and half and not torch.compiler.is_compiling():  # torch.compile fuses the formula itself, and makes no copy either
         total = _SummedCrossEntropy.apply(logits, labels)
     else:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -340,7 +345,7 @@ class StarEncoderForTokenClassification(_Bert):
         p = self.config.hidden_dropout_prob if self.config.classifier_dropout is None else self.config.classifier_dropout
         h = kernels.dropout(h, p * float(self.training), seed + 3 * self.config.num_hidden_layers + 1)
         logits = self.classifier(h)  # (T, C)
-        return TokenClassificationOutput(None if labels is None else _cross_entropy(logits, labels), logits)
+        return TokenClassificationOutput(None if labels is None else _cross_entropy(logits, labels, overwrite=False), logits)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------------

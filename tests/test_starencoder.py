@@ -308,6 +308,13 @@ def test_cross_entropy_in_place_is_that_of_pytorch(rows, columns, seed, ignored)
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max() if rows else 0))
 
 
+def test_token_classification_returns_its_logits_untouched():
+    config = small_config(id2label={0: "O", 1: "B", 2: "I"}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, (ids, cu_seqlens) = StarEncoderForTokenClassification(config).train(), packed([5, 9], config.vocab_size, torch.Generator())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(ids, cu_seqlens, ids % 3).logits, model(ids, cu_seqlens).logits)
+
+
 def test_logits_are_never_copied_whole():
     """No tensor of fp32 as large as the logits is made, forward or backward, and their gradient needs no second one of bf16."""
     made = []
