@@ -3,6 +3,7 @@
     python bench.py data                    the loader, one core, beside tokenizing on the fly with a transformers collator
     python bench.py model                   a training step of the full model beside those of transformers
     python bench.py model --ablate          the same step with one of its savings undone
+    python bench.py model --profile         where its time goes, part by part, beside the least that each part could take here
     python bench.py kernels                 each kernel beside its peers, and beside what the GPU can do at best (needs one)
     python bench.py kernels --tune          other launch settings, and a table of the best (needs a GPU)
     python bench.py kernels --resources     what each kernel takes of a chip that need not be here: registers, spills, shared memory
@@ -12,6 +13,7 @@ only the ratios mean anything. A table goes to the screen, the same as JSON with
 """
 
 import functools
+import gc
 import glob
 import itertools
 import json
@@ -189,12 +191,12 @@ class Chip:
 
 
 def bench_resources(path=None):
-    """Compiles every kernel just as it would be launched, for three chips that need not be here, and reads the machine code."""
+    """Compiles every kernel just as it would be launched, for four chips that need not be here, and reads the machine code."""
     (cuobjdump,) = glob.glob(os.path.join(os.path.dirname(triton.__file__), "**", "cuobjdump"), recursive=True)
     rows = []
-    for capability in (80, 90, 100):
+    for capability in (80, 89, 90, 100):
         triton.runtime.driver.set_active(Chip(capability))
-        for dtype, dropout_p in itertools.product((torch.bfloat16, torch.float16), (0.0, 0.1)):
+        for dtype, dropout_p in itertools.product((torch.bfloat16, torch.float16, torch.float32), (0.0, 0.1)):
             works = [work for D in (64, 128) for work in attention_work(1, 1000, 12, D, dtype, dropout_p, "cpu")]
             works += norm_work(1000, 768, dtype, dropout_p, "cpu")[: 3 if dropout_p else 2]
             for name, constants, kernel in compile_launches(works, _capability=lambda x, c=capability: divmod(c, 10)):
@@ -217,10 +219,21 @@ def on_gpu(function, amount, launches=10):
     def work():
         for _ in range(launches):
             function()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return launches * amount
 
     return work
+
+
+def measure_ceilings(device):
+    """{"matmul": FLOP/s of a large bf16 product, "copy": bytes/s read and written by a large copy}: what this device can do at best."""
+    size, numbers = (8192, 2**29) if device == "cuda" else (2048, 2**26)
+    a, source, copied = (torch.ones(shape, device=device, dtype=torch.bfloat16) for shape in ((size, size), numbers, numbers))
+    contenders = {"matmul": on_gpu(lambda: a @ a, 2 * size**3), "copy": on_gpu(lambda: copied.copy_(source), 4 * numbers)}
+    ceilings = medians(contenders)
+    print(f"ceilings: matmul {ceilings['matmul'] / 1e12:,.2f} TFLOP/s, copy {ceilings['copy'] / 1e9:,.0f} GB/s")
+    return ceilings
 
 
 def available(contenders):
@@ -246,10 +259,7 @@ def forward_and_backward(function, inputs, upstream):
 def bench_kernels(path=None):
     """Each kernel, forward and backward, beside its peers in PyTorch and Liger: bf16, a micro-batch of the published run."""
     torch._functorch.config.donated_buffer = False  # a compiled backward pass is run many times
-    bf16 = dict(device="cuda", dtype=torch.bfloat16)
-    a, source, copied = torch.randn(8192, 8192, **bf16), torch.empty(2**29, **bf16), torch.empty(2**29, **bf16)
-    ceilings = medians({"matmul": on_gpu(lambda: a @ a, 2 * 8192**3), "copy": on_gpu(lambda: copied.copy_(source), 2**31)})
-    print(f"ceilings: matmul {ceilings['matmul'] / 1e12:,.0f} TFLOP/s, copy {ceilings['copy'] / 1e9:,.0f} GB/s")
+    bf16, ceilings = dict(device="cuda", dtype=torch.bfloat16), measure_ceilings("cuda")
     rows = []
 
     def compare(operation, ceiling, amounts, contenders):
@@ -465,8 +475,11 @@ def bench_model(path=None, config=None, sizes=None, directory="data/bench", repe
         corpus.prepare(None, directory, vocab_size=config.vocab_size)
     L, peak, rows = config.max_position_embeddings, plan.peak_flops(torch.device(device)), []
     for what, lengths in (("full", [L] * full), ("as the original's", original_lengths(directory, L, real))):
-        steps, memory = {}, {}
+        steps, memory, step = {}, {}, None
         for name, make in training_steps(config, lengths, device, ablate).items():
+            step = None  # one that ran out of memory must not lie in the way of the next
+            gc.collect()
+            torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated() if device == "cuda" else 0
             torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
             try:
@@ -478,7 +491,6 @@ def bench_model(path=None, config=None, sizes=None, directory="data/bench", repe
             steps[name] = step
             if device == "cuda":
                 memory[name] = f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.1f}"
-                torch.cuda.empty_cache()
         speeds, reference = medians(steps, repetitions), next(iter(steps))
         flops = plan.model_flops(config, lengths, round(0.15 * sum(lengths))) / sum(lengths)
         for name, speed in speeds.items():
@@ -488,6 +500,60 @@ def bench_model(path=None, config=None, sizes=None, directory="data/bench", repe
     report(path, "ablation" if ablate else "model", rows, parameters=plan.count_parameters(config), max_length=L, repetitions=repetitions)
 
 
+# Parts of a step, by the names of PyTorch's operators; the first that fits. What has an axis of the size of the vocabulary is "head".
+PARTS = {
+    "optimizer": "_fused_adamw|_foreach_|vector_norm",
+    "head and embeddings": None,
+    "attention": "starencoder::attention|bmm|softmax|scaled_dot_product",
+    "LayerNorm and dropout": "starencoder::(layer_norm|dropout)|native_(layer_norm|dropout)",
+    "matmul": r"::(mm|addmm|matmul|linear)$",
+    "GELU, casts and the rest": "",
+}
+
+
+def bench_profile(path=None, config=None, sequences=None, repetitions=5):
+    """Where the time of a training step goes, on full sequences: each part's share, beside the least time that it could take here.
+
+    The least: FLOPs by the matmul rate, or bytes that must move by the copy rate, both measured in this run. Gaps: the step's time less
+    that of all operators, which on a GPU is time in which it waits. Without Triton the rest has the making of dropout masks in it.
+    """
+    device, config = "cuda" if torch.cuda.is_available() else "cpu", config or StarEncoderConfig()
+    B, L, V, H, layers = (
+        sequences or (64 if device == "cuda" else 2),
+        *(getattr(config, name) for name in ("max_position_embeddings", "vocab_size", "hidden_size", "num_hidden_layers")),
+    )
+    I, T, masked, ceilings = config.intermediate_size, B * L, round(0.15 * B * L), measure_ceilings(device)  # noqa: E741
+    step = training_steps(config, [L] * B, device, False)["StarEncoder"]()
+    step(), step()
+    seconds = T / medians({"step": step}, repetitions)["step"]
+    with torch.profiler.profile(record_shapes=True) as profile:
+        for _ in range(repetitions):
+            step()
+    spent = dict.fromkeys(PARTS, 0.0)
+    for event in profile.key_averages(group_by_input_shape=True):
+        of_vocabulary = any(V in shape for shape in event.input_shapes or [] if isinstance(shape, list))
+        if event.device_type == torch.autograd.DeviceType.CPU:  # an operator, and with it the kernels that it launched
+            part = next(p for p, words in PARTS.items() if (of_vocabulary if words is None else re.search(words, event.key)))
+            spent[part] += (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e6 / repetitions
+    everything = plan.model_flops(config, [L] * B, masked)
+    attention, head = 12 * layers * H * B * L * L, 6 * (H * V + H * H) * masked
+    least = {
+        "matmul": (everything - attention - head) / ceilings["matmul"],
+        "attention": attention / ceilings["matmul"],
+        "head and embeddings": head / ceilings["matmul"],
+        "LayerNorm and dropout": 2 * layers * 8 * 2 * T * H / ceilings["copy"],  # three in and out, five in and out, in bf16
+        "optimizer": 28 * plan.count_parameters(config) / ceilings["copy"],  # weight and moments in and out, gradient in, fp32
+        "GELU, casts and the rest": layers * 5 * 2 * T * I / ceilings["copy"],  # GELU alone: in and out; two in and one out
+    }
+    rows = [{"part": p, "ms": t, "least (ms)": least[p]} for p, t in sorted(spent.items(), key=lambda item: -item[1])]
+    rows.append({"part": "gaps", "ms": max(0.0, seconds - sum(spent.values())), "least (ms)": 0.0})
+    rows.append({"part": "step", "ms": seconds, "least (ms)": sum(least.values())})
+    for row in rows:
+        row["share"] = f"{row['ms'] / max(seconds, sum(spent.values())):.1%}"  # a profiled step may be slower than the one timed alone
+        row["ms"], row["least (ms)"] = f"{row['ms'] * 1e3:,.1f}", f"{row['least (ms)'] * 1e3:,.1f}"
+    report(path, "profile", rows, sequences=B, max_length=L, ceilings=ceilings, tokens_per_second=round(T / seconds, 1))
+
+
 def main(argv=None):
     """The command line."""
     parser = CommandLine(prog="bench.py", description="Measure the speeds that the README claims.")
@@ -495,12 +561,18 @@ def main(argv=None):
     parser.add_argument("--resources", action="store_true", help="kernels: compile for sm_80, sm_90 and sm_100 and show what they take")
     parser.add_argument("--tune", action="store_true", help="kernels: try other launch settings on this GPU and print a table of the best")
     parser.add_argument("--ablate", action="store_true", help="model: what each saving of the step is worth")
+    parser.add_argument("--profile", action="store_true", help="model: where the time of a step goes, beside the least that it could take")
     parser.add_argument("--out", metavar="FILE", help="the JSON file to write (default: one in results/)")
     arguments = parser.parse_args(argv)
+    flags = {"data": [], "kernels": ["resources", "tune"], "model": ["ablate", "profile"]}
+    given = [flag for flag in sum(flags.values(), []) if getattr(arguments, flag)]
+    if len(given) > 1 or not {*given} <= {*flags[arguments.what]}:
+        takes = " or ".join(f"--{flag}" for flag in flags[arguments.what]) or "no flag"
+        raise ValueError(f"{arguments.what}: takes {takes}, one at a time")
     if arguments.what == "data":
         return bench_data(arguments.out)
     if arguments.what == "model":
-        return bench_model(arguments.out, ablate=arguments.ablate)
+        return bench_profile(arguments.out) if arguments.profile else bench_model(arguments.out, ablate=arguments.ablate)
     if arguments.tune and not torch.cuda.is_available():
         raise ValueError("--tune: needs a CUDA device")
     if not kernels.HAS_TRITON or kernels.INTERPRETED:

@@ -442,4 +442,6 @@ def write_whole(path, content):
     """Writes text or bytes to `path` such that a reader finds the old content or the new, never half."""
     with open(path + ".tmp", "wb") as f:
         f.write(content if isinstance(content, bytes) else content.encode())
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(path + ".tmp", path)

@@ -539,17 +539,20 @@ if HAS_TRITON:
 # spills (`python bench.py kernels --resources`; `--tune` measures others and prints a new entry).
 NORM = {"norm": (4096, 4, 0), "norm_backward": (2048, 4, 512)}
 TILES = {
-    "default": {"forward": (64, 32, 4, 2), "dk_dv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)} | NORM,
+    "default": {"forward": (64, 32, 4, 2), "dk_dv": (32, 64, 4, 2), "dk_dv, D > 64": (32, 32, 4, 2), "dq": (64, 32, 4, 2)} | NORM,
     (8, 0): {"forward": (128, 32, 8, 3), "dk_dv": (32, 128, 8, 2), "dk_dv, D > 64": (64, 64, 8, 2), "dq": (128, 32, 8, 2)} | NORM,
     (9, 0): {"forward": (128, 64, 8, 3), "dk_dv": (64, 64, 8, 2), "dq": (128, 32, 8, 2)} | NORM,
 }
+TILES[torch.float32] = {kernel: (32, 32, 4, 1) for kernel in ("forward", "dk_dv", "dq")} | NORM  # on every GPU: no tensor core does it
+TILES[torch.float32] |= {f"{kernel}, D > 64": (16, 16, 4, 1) for kernel in ("forward", "dk_dv", "dq")}
 GRID_LIMIT = 65535  # of CUDA, in the second and third dimension of a grid
 WIDTH_LIMIT = 65536  # of a row, which is one tile
 
 
 def _tile(kernel, x, D=0):
     """The entry of TILES for a kernel, and head size D, on the device of x."""
-    table = TILES.get(_capability(x), TILES["default"])
+    capability = _capability(x)
+    table = TILES.get(x.dtype if capability and x.dtype == torch.float32 else capability, TILES["default"])
     return (D > 64 and table.get(f"{kernel}, D > 64")) or table[kernel]
 
 

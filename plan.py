@@ -8,18 +8,27 @@
 `train.py --plan` prints them; `train.py` shows its MFU by the same formula. Tests hold the counts to what PyTorch itself counts.
 """
 
+import re
+
 import numpy as np
 import torch
 
 from starencoder import StarEncoderForPreTraining
 
-# By a part of the device's name, the first that fits: dense bf16 FLOP/s, bytes of memory, and bytes/s that a GPU can send to the others of
-# its machine, from the vendors' data sheets.
+# By words of the device's name, the first that fit: dense bf16 FLOP/s, bytes of memory, and bytes/s that a GPU can send to the others of
+# its machine (PCIe cards: without a bridge), from the vendors' data sheets.
 GPUS = {
+    "GB200": (2500e12, 186e9, 900e9),
     "B200": (2250e12, 180e9, 900e9),
+    "GH200": (989e12, 96e9, 450e9),
+    "H200 NVL": (835e12, 141e9, 64e9),
     "H200": (989e12, 141e9, 450e9),
+    "H100 NVL": (835e12, 94e9, 64e9),
     "H100 PCIe": (756e12, 80e9, 64e9),
     "H100": (989e12, 80e9, 450e9),
+    "A100-SXM4-40GB": (312e12, 40e9, 300e9),
+    "A100-PCIE-40GB": (312e12, 40e9, 32e9),
+    "A100 80GB PCIe": (312e12, 80e9, 32e9),
     "A100": (312e12, 80e9, 300e9),
     "L40S": (362e12, 48e9, 32e9),
     "RTX 4090": (165e12, 24e9, 32e9),
@@ -31,7 +40,9 @@ MASKED = 0.15  # share of the tokens that are predicted
 
 def gpu_facts(name):
     """(peak bf16 FLOP/s, bytes of memory, bytes/s to its neighbours) of a GPU by its name, or None where it is not known."""
-    return next((facts for part, facts in GPUS.items() if part in name), None)
+    if "Laptop" in name:  # the same number, another chip
+        return None
+    return next((facts for words, facts in GPUS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_flops(device):

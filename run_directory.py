@@ -109,15 +109,16 @@ class Metrics:
     def __init__(self, path, first_step, ranks, peak, tensorboard=None):
         self.path, self.ranks, self.peak, self.waiting, self.unwritten = path, ranks, peak, [], []
         self.skipped, self.in_a_row, self.tensorboard, kept = 0, 0, None, []
-        if ranks.rank == 0:
-            if os.path.exists(path):
-                with open(path) as f:
-                    for line in f:
-                        with contextlib.suppress(ValueError):  # a line that was cut short belongs to a step after the checkpoint
-                            kept += [line] if json.loads(line)["step"] <= first_step else []
-            write_whole(path, "".join(kept))
-            if tensorboard is not None:
-                self.tensorboard = tensorboard(os.path.join(os.path.dirname(path), "tensorboard"), purge_step=first_step + 1)
+        with ranks.together():
+            if ranks.rank == 0:
+                if os.path.exists(path):
+                    with open(path, "rb") as f:
+                        for line in f:
+                            with contextlib.suppress(ValueError, TypeError, KeyError):  # one that was cut short is of a later step
+                                kept += [line] if json.loads(line)["step"] <= first_step else []
+                write_whole(path, b"".join(kept))
+                if tensorboard is not None:
+                    self.tensorboard = tensorboard(os.path.join(os.path.dirname(path), "tensorboard"), purge_step=first_step + 1)
         for line in kept:
             self.count_skipped(json.loads(line))
         self.skipped, self.in_a_row = (int(n) for n in ranks.sum([self.skipped, self.in_a_row]))  # the first rank's, known to all
@@ -143,7 +144,8 @@ class Metrics:
 
         Raises ValueError (the other ranks end in silence) after MOST_SKIPPED steps in a row whose gradient was not finite.
         """
-        values = self.ranks.sum(torch.stack([values for *_, values in self.waiting]).double().cpu())  # this waits for the device
+        self.ranks.wait()
+        values = self.ranks.sum(torch.stack([values for *_, values in self.waiting]).double().cpu())
         tokens, flops = self.ranks.sum([self.tokens, self.flops])
         elapsed = time.perf_counter() - self.clock
         speed = {"tokens_per_second": round(tokens / elapsed, 1)}
@@ -173,6 +175,8 @@ class Metrics:
         try:
             with open(self.path, "a") as f:
                 f.writelines(self.unwritten)
+                f.flush()
+                os.fsync(f.fileno())  # before the checkpoint that needs them
             self.unwritten = []
         except OSError as error:
             os.truncate(self.path, end)
@@ -181,6 +185,7 @@ class Metrics:
             for line in lines:
                 for name in line.keys() - {"step", "skipped"}:
                     self.tensorboard.add_scalar(name, line[name], line["step"])
+            self.tensorboard.flush()
 
 
 def draw_curves(run):

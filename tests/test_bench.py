@@ -22,6 +22,20 @@ def test_model_bench_compares_the_same_tokens(small_corpus, tmp_path):
     assert len(json.loads((tmp_path / "ablation.json").read_text())["rows"]) == 8
 
 
+def test_profile_splits_the_whole_step(tmp_path):
+    shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
+    bench.bench_profile(
+        str(tmp_path / "profile.json"),
+        StarEncoderConfig(vocab_size=600, max_position_embeddings=256, pad_token_id=596, **shape),
+        1,
+        repetitions=2,
+    )
+    *parts, whole = json.loads((tmp_path / "profile.json").read_text())["rows"]
+    milliseconds = {row["part"]: float(row["ms"].replace(",", "")) for row in parts}
+    assert milliseconds.keys() == {*bench.PARTS, "gaps"} and whole["part"] == "step"
+    assert all(milliseconds[part] > 0 for part in bench.PARTS)
+
+
 def test_original_lengths_are_quantiles(small_corpus):
     lengths = bench.original_lengths(small_corpus, 48, 8)
     assert lengths == sorted(lengths) and len(lengths) == 8 and 1 <= lengths[0] <= lengths[-1] <= 48
@@ -31,3 +45,4 @@ def test_refusals():
     if not torch.cuda.is_available():
         assert_refused(command("bench.py", "kernels", "--tune"), "needs a CUDA device")
     assert_refused(command("bench.py", "speed"), "invalid choice")
+    assert_refused(command("bench.py", "model", "--tune"), "takes --ablate or --profile")

@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_refused, command
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import plan
 import run_directory
+import starencoder
 import train
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 
@@ -76,6 +78,19 @@ def test_memory_is_within_15_percent_and_the_published_micro_batch_fits_80_gb(se
     planned = sum(plan.step_memory(config, tokens, sequences, round(0.15 * tokens)).values())
     print(f"{sequences} x 1,024 tokens: planned {planned / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
     assert abs(planned / measured - 1) < 0.15 and measured < 80e9
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="there is no Triton here")
+def test_what_the_savings_are_worth_in_memory():
+    """The head on the masked rows only, and a cross-entropy without fp32 copies of its logits."""
+    config, tokens, masked = StarEncoderConfig(), 64 * 1024, round(0.15 * 64 * 1024)
+    plain_loss = mock.patch.object(starencoder, "_cross_entropy", lambda logits, labels, **_: F.cross_entropy(logits.float(), labels))
+    step = measured_memory(config, 64, 1024, masked)
+    with plain_loss:
+        copies, everywhere = (measured_memory(config, 64, 1024, rows) for rows in (masked, tokens))
+    print(f"64 x 1,024 tokens: {step / 1e9:.1f} GB; with fp32 logits {copies / 1e9:.1f} GB; and for every token {everywhere / 1e9:.1f} GB")
+    assert copies - step > 2 * 4 * masked * config.vocab_size  # one copy of them, and its gradient
+    assert everywhere - copies > 2 * 4 * (tokens - masked) * config.vocab_size
 
 
 def test_checkpoint_bytes_are_those_of_the_file(small_corpus, tmp_path):

@@ -372,12 +372,12 @@ def test_compiled_for_chips_that_are_not_here(tmp_path):
     result = command("bench.py", "kernels", "--resources", "--out", str(tmp_path / "resources.json"), env=environment)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "resources.json").read_text())["rows"]
-    assert len({(row["chip"], row["kernel"], row["dtype"], row["D or H"], row["dropout"]) for row in rows}) == len(rows) >= 100
+    assert len({(row["chip"], row["kernel"], row["dtype"], row["D or H"], row["dropout"]) for row in rows}) == len(rows) >= 200
     for row in rows:
         assert row["spills (bytes)"] == 0 and row["registers"] <= 255, row
-        assert row["shared (KB)"] <= (163 if row["chip"] == "sm_80" else 227), row
-        if row["chip"] == "sm_90" and row["kernel"] in ("attention_forward", "attention_backward_dk_dv", "attention_backward_dq"):
-            assert row["wgmma"], row
+        assert row["shared (KB)"] <= {"sm_80": 163, "sm_89": 99}.get(row["chip"], 227), row
+        if row["chip"] == "sm_90" and row["dtype"] != "float32":
+            assert row["wgmma"] == (row["kernel"] in ("attention_forward", "attention_backward_dk_dv", "attention_backward_dq")), row
 
 
 # ---- what only a GPU can show ----------------------------------------------------------------------------------------------------
