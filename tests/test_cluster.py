@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import drills
 import pytest
-from conftest import ROOT
+import torch.distributed as dist
+from conftest import ROOT, assert_refused, command
+
+import ranks
 
 pytestmark = pytest.mark.slow
 ELASTIC = [sys.executable, "-m", "torch.distributed.run"]
@@ -32,6 +36,14 @@ def metrics_of(out):
         return [json.loads(line) for line in f]
 
 
+def wait_for_step(step, out, processes, log=None):
+    """Until a checkpoint of this step or a later one is there; an AssertionError with what was said where it does not come."""
+    deadline = time.time() + 200
+    while not any(saved >= step for saved in drills.saved_steps(out)):
+        assert time.time() < deadline and all(process.poll() is None for process in processes), log and log.read_text()
+        time.sleep(0.01)
+
+
 def test_one_run_on_any_number_of_ranks(small_corpus, tmp_path):
     """The same losses to 1e-5 over 50 steps on 1, 2 and 4 ranks, and on 4 that become 2."""
     flags = "--steps 50 --save-every 10 --hidden-dropout-prob 0 --attention-probs-dropout-prob 0 --eval-every 25 --batch-size 9"
@@ -41,8 +53,7 @@ def test_one_run_on_any_number_of_ranks(small_corpus, tmp_path):
         for i, world_size in enumerate(world_sizes):
             processes = drills.start(small_corpus, out, world_size=world_size, flags=flags)
             if len(world_sizes) == 2 and i == 0:
-                while not drills.saved_steps(out):
-                    time.sleep(0.01)
+                wait_for_step(1, out, processes)
                 for process in processes:
                     process.kill()
             results = drills.finish(processes)
@@ -59,8 +70,7 @@ def test_one_run_on_any_number_of_ranks(small_corpus, tmp_path):
 def test_a_rank_that_hangs_is_given_up(small_corpus, tmp_path):
     """The other ends after `--timeout`, with status 1 and one sentence."""
     processes = drills.start(small_corpus, str(tmp_path / "run"), flags="--timeout 6 --steps 100000")
-    while not drills.saved_steps(str(tmp_path / "run")):
-        time.sleep(0.01)
+    wait_for_step(1, str(tmp_path / "run"), processes)
     processes[1].send_signal(signal.SIGSTOP)
     begin = time.time()
     _, words = processes[0].communicate(timeout=60)
@@ -68,6 +78,33 @@ def test_a_rank_that_hangs_is_given_up(small_corpus, tmp_path):
     assert "rank 1 of 2 is gone" in words and "Traceback" not in words and words.count("error:") == 1, words
     processes[1].kill()
     processes[1].communicate()
+
+
+def test_ranks_that_do_not_find_each_other(small_corpus, tmp_path):
+    """One sentence and a status: for half of torchrun's variables, and for a rank that never comes."""
+    flags = [*drills.FLAGS.split(), "--data", small_corpus, "--out", str(tmp_path / "run"), "--timeout", "3"]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(drills.free_port())}
+    refused = command("train.py", *flags, env=os.environ | {"RANK": "0"})
+    assert_refused(refused, "LOCAL_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR must all be")
+    for rank, words in (("0", "rank 1 of 2 did not come"), ("1", "the ranks did not find each other at localhost:")):
+        result = command("train.py", *flags, env=os.environ | alone | {"RANK": rank})
+        assert result.returncode == 1 and result.stderr.count("error:") == 1 and words in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_store_that_outlives_its_ranks(monkeypatch):
+    """torchrun keeps one store over restarts: ranks meet those of their own start, whatever earlier ones left in it."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with ThreadPoolExecutor(6) as pool:
+        for start, present in enumerate(([1, 2], [0, 1], [0, 1, 2], [0, 1, 2])):  # some die before all have met
+            waiting = [pool.submit(ranks._meet, "localhost", store.port, rank, 3, 60 if len(present) == 3 else 1) for rank in present]
+            if len(present) < 3:
+                assert isinstance(waiting[0].exception(), RuntimeError) and wait(waiting)
+                continue
+            stores = [meeting.result() for meeting in waiting]
+            stores[0].set("key", str(start))
+            assert all(s.get("key") == str(start).encode() for s in stores)
 
 
 def ranks_under(agent):
@@ -78,14 +115,6 @@ def ranks_under(agent):
             with open(f"/proc/{child}/environ") as environment:
                 found += [(int(entry[5:]), int(child)) for entry in environment.read().split("\0") if entry.startswith("RANK=")]
     return [child for _, child in sorted(found)]
-
-
-def wait_for_step(step, out, processes, log):
-    """Until a checkpoint of this step or a later one is there; an AssertionError with what was said where it does not come."""
-    deadline = time.time() + 200
-    while not any(saved >= step for saved in drills.saved_steps(out)):
-        assert time.time() < deadline and all(process.poll() is None for process in processes), log.read_text()
-        time.sleep(0.01)
 
 
 @pytest.mark.cluster
