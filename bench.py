@@ -94,8 +94,7 @@ def bench_data(path=None, directory="data/bench", max_length=1024, batch_size=64
     dataset, tokenizer = PairDataset(directory, "train", max_length, seed=0), Tokenizer.from_pretrained(directory)
     auto = transformers.AutoTokenizer.from_pretrained(directory)
     collator = transformers.DataCollatorForLanguageModeling(auto, mlm_probability=0.15)
-    offsets = dataset.offsets
-    texts = [tokenizer.decode(dataset.tokens[a:b])[:10_000] for a, b in zip(offsets[:512], offsets[1:513])]
+    texts = [tokenizer.decode(dataset.document(d))[:10_000] for d in range(512)]
     counter = iter(range(10**9))
 
     def here():
@@ -371,9 +370,8 @@ def original_lengths(directory, max_length, count):
     They are evenly spaced quantiles over (up to 512 of) the files of a corpus, so that even a small batch is a fair sample of them.
     """
     tokenizer, split = Tokenizer.from_pretrained(directory), PairDataset(directory, "train", max_length, seed=0)
-    documents = list(zip(split.offsets[:-1], split.offsets[1:]))
-    documents = random.Random(0).sample(documents, min(512, len(documents)))
-    texts = [tokenizer.decode(split.tokens[a : min(b, a + 10_000)])[:10_000] for a, b in documents]
+    chosen = random.Random(0).sample(range(split.documents()), min(512, split.documents()))
+    texts = [tokenizer.decode(split.document(d)[:10_000])[:10_000] for d in chosen]
     lengths = sorted(min(max_length, len(tokenizer.encode(text))) for text in texts)
     return [lengths[(2 * i + 1) * len(lengths) // (2 * count)] for i in range(count)]
 

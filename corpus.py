@@ -1,314 +1,231 @@
-"""From source code to tokens on disk: directories, archives and JSON lines in, a corpus directory for `data.PairDataset` out.
+"""From sources to tokens on disk: read, cleaned, without duplicates, tokenized on all cores; a corpus directory for `data.PairDataset` out.
 
     python corpus.py SOURCE... --out DIR [--vocab-size N | --tokenizer PATH]
+    python corpus.py --report DIR
 
-A source is a directory of source files, a .tar.gz or .tar.xz (.tgz, .tar.bz2, .tar) of them, or a .jsonl or .jsonl.gz with a `content`
-field; without one, the standard library of the running Python. Documents are UTF-8 text, kept byte for byte, exact duplicates dropped.
-The hash of its content decides whether a document is for training or for validation, so it stays there when sources are added or
-reordered. What is left out is counted, by reason. The corpus appears under its name only when it is whole.
+`sources.py` says what a source may be; without one it is the standard library of the running Python. Documents are UTF-8 text, kept byte
+for byte; exact duplicates go. The hash of its content decides whether a document is for training or for validation, so it stays there when
+sources are added or reordered. What is left out is counted, by reason.
 
-Files in archives and directories count by the table of languages below; records of JSON lines are taken as they come.
+A corpus is written in parts, cut where PART_BYTES of distinct documents have been read, so a part is a function of the sources and the
+arguments alone. That makes it restartable (the same command goes on; parts that are there are only read over, not tokenized again) and
+divisible: `--shard i/n` writes those parts p for which p % n == i, so that n machines, which need not know of each other, write the corpus
+of one, file for file. It counts from when meta.json appears, which the one that finishes last writes.
 """
 
-import bz2
-import gzip
+import contextlib
+import glob
 import hashlib
 import json
-import lzma
 import os
+import re
 import shutil
 import sysconfig
-import tarfile
-import zlib
+import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
-from data import CommandLine, Tokenizer, run, train_tokenizer
+import sources as readers
+from data import INDEX, CommandLine, Tokenizer, part_file, read_json, read_meta, run, train_tokenizer, windows_table, write_whole
 
-# The languages of StarEncoder's training data (directories of The Stack) and their file extensions; a word without a dot is a file name.
-LANGUAGES = """
-ada .adb .ada .ads
-agda .agda
-alloy .als
-antlr .g4
-applescript .applescript .scpt
-assembly .asm .a51 .nasm
-augeas .aug
-awk .awk .auk .gawk .mawk .nawk
-batchfile .bat .cmd
-bluespec .bsv
-c .c .cats .h .idc .w
-c-sharp .cs .cake .cshtml .csx
-clojure .clj .boot .cl2 .cljc .cljs .cljs.hl .cljscm .cljx .hic
-cmake .cmake .cmake.in
-coffeescript .coffee ._coffee .cjsx .cson .iced
-common-lisp .lisp .asd .lsp .ny .podsl .sexp
-cpp .cpp .c++ .cc .cp .cxx .h++ .hh .hpp .hxx .inl .ipp .tcc .tpp .C .H
-css .css
-cuda .cu .cuh
-dart .dart
-dockerfile .dockerfile Dockerfile
-elixir .ex .exs
-elm .elm
-emacs-lisp .el .emacs .emacs.desktop
-erlang .erl .escript .hrl .xrl .yrl
-f-sharp .fs .fsi .fsx
-fortran .f90 .f .f03 .f08 .f77 .f95 .for .fpp
-glsl .glsl .fp .frag .frg .fsh .fshader .geo .geom .glslv .gshader .shader .vert .vrx .vsh .vshader
-go .go
-groovy .groovy .grt .gtpl .gvy
-haskell .hs .hsc
-html .html .htm .html.hl .xht .xhtml
-idris .idr .lidr
-isabelle .thy
-java .java
-java-server-pages .jsp
-javascript .js ._js .bones .es6 .jake .jsb .jscad .jsfl .jsm .jss .njs .pac .sjs .ssjs .xsjs .xsjslib
-json .json .geojson .lock .topojson
-julia .jl
-kotlin .kt .ktm .kts
-lean .lean .hlean
-literate-agda .lagda
-literate-coffeescript .litcoffee
-literate-haskell .lhs
-lua .lua .nse .pd_lua .rbxs .wlua
-makefile .mak .mk .mkfile Makefile
-maple .mpl
-markdown .md .markdown .mkd .mkdn .mkdown .ron
-mathematica .mathematica .cdf .ma .mt .nb .nbp .wl .wlt
-matlab .matlab
-ocaml .ml .eliom .eliomi .ml4 .mli .mll .mly
-pascal .pas .dfm .dpr .lpr
-perl .pl .al .perl .ph .plx .pm .psgi .t
-php .php .aw .ctp .php3 .php4 .php5 .phps .phpt
-powershell .ps1 .psd1 .psm1
-prolog .prolog .yap
-protocol-buffer .proto
-python .py .bzl .gyp .lmi .pyde .pyp .pyt .pyw .tac .wsgi .xpy
-r .r .rd .rsx
-racket .rkt .rktd .rktl .scrbl
-restructuredtext .rst .rest .rest.txt .rst.txt
-rmarkdown .rmd
-ruby .rb .builder .gemspec .god .irbrc .jbuilder .mspec .podspec .rabl .rake .rbuild .rbw .rbx .ru .ruby .thor .watchr
-rust .rs .rs.in
-sas .sas
-scala .scala .sbt
-scheme .scm .sld .sps .ss
-shell .sh .bash .bats .command .ksh .sh.in .tmux .tool .zsh
-smalltalk .st
-solidity .sol
-sparql .sparql .rq
-sql .pls .pck .pkb .pks .plb .plsql .sql .cql .ddl .prc .tab .udf .viw .db2
-stan .stan
-standard-ml .ML .fun .sig .sml
-stata .do .ado .doh .ihlp .mata .matah .sthlp
-systemverilog .sv .svh .vh
-tcl .tcl .adp .tm
-tcsh .tcsh .csh
-tex .tex .aux .bbx .bib .cbx .dtx .ins .lbx .ltx .mkii .mkiv .mkvi .sty .toc
-thrift .thrift
-typescript .ts .tsx
-verilog .veo
-vhdl .vhdl .vhd .vhf .vhi .vho .vhs .vht .vhw
-visual-basic .vb .bas .frm .frx .vba .vbhtml .vbs
-xslt .xslt .xsl
-yacc .y .yacc .yy
-yaml .yml .reek .rviz .sublime-syntax .syntax .yaml .yaml-tmlanguage
-zig .zig
-"""
-LANGUAGE_OF = {suffix: line.split()[0] for line in LANGUAGES.strip().split("\n") for suffix in line.split()[1:]}
+PART_BYTES = 128_000_000  # of text: about 35 M tokens
+CHUNK_BYTES = 1_000_000  # that a process is handed at once, so that handing them over costs little
+TOKENIZER_BYTES = 1_000_000_000  # of training documents are enough for a tokenizer: more changes little and takes memory
 
-# Directories that hold other people's files or no sources, wherever they lie in a source.
-SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "node_modules", "__pycache__", ".git"}
-TOKENIZER_CHARACTERS = 1_000_000_000  # of training documents are enough for a tokenizer: more changes little and takes memory
+# ---- cleaning --------------------------------------------------------------------------------------------------------------------
+
+LONGEST_LINE, LONGEST_MEAN_LINE, LEAST_ALPHANUMERIC = 1000, 100, 0.25
+GENERATED = re.compile(r"auto-?generated|automatically generated|generated (by|file|code|from)|do not (edit|modify)", re.IGNORECASE)
 
 
-def language_of(path):
-    """The language of a file by its name, or None: the whole name, else the longest known extension, in its own case first.
+def unclean(text):
+    """Why StarCoder's basic filters (Li et al., section 3.1) leave out a file, or None.
 
-    >>> language_of("src/Makefile"), language_of("index.rst.txt"), language_of("A.PY"), language_of("a.xyz")
-    ('makefile', 'restructuredtext', 'python', None)
+    >>> unclean("x = 1\n"), unclean("# This file is autogenerated.\nx = 1\n"), unclean("=" * 50)
+    (None, 'generated by a program', 'under 25 % letters and digits')
     """
-    name = os.path.basename(path)
-    suffixes = [name] + [name[i:] for i, c in enumerate(name) if c == "."]
-    return next((LANGUAGE_OF[s] for suffix in suffixes for s in (suffix, suffix.lower()) if s in LANGUAGE_OF), None)
+    lines = text.splitlines() or [""]
+    if max(map(len, lines)) > LONGEST_LINE:
+        return f"a line over {LONGEST_LINE:,} characters"
+    if len(text) / len(lines) > LONGEST_MEAN_LINE:
+        return f"lines over {LONGEST_MEAN_LINE} characters on average"
+    if sum(map(str.isalnum, text)) < LEAST_ALPHANUMERIC * len(text):
+        return f"under {LEAST_ALPHANUMERIC:.0%} letters and digits".replace("%", " %")
+    if GENERATED.search("\n".join(lines[:5])):
+        return "generated by a program"
+    return None
 
 
-# ---- sources ---------------------------------------------------------------------------------------------------------------------
+PERMUTATIONS, BANDS, SIMILAR = 128, 16, 0.7
 
 
-def _files(directory):
-    for folder, folders, names in os.walk(directory):
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                yield path
+class NearDuplicates:
+    """Finds documents that share 70 % of their five-word sequences, estimated by MinHash (Broder, 1997), with one that came before.
 
+    Takes about 2 KB of memory for each document. Raises ValueError where the rensa package is missing.
+    """
 
-def _read_directory(source, skipped, progress):
-    for path in _files(source):
-        language = language_of(path)
-        if language is None:
-            skipped["no known extension"] += 1
-            continue
+    def __init__(self):
         try:
-            with open(path, "rb") as f:
-                content = f.read()
-        except OSError:
-            skipped["unreadable"] += 1
-            continue
-        progress(len(content))
-        yield language, content
+            import rensa
+        except ImportError:
+            raise ValueError("--near-dedup: needs the rensa package (pip install rensa)") from None
+        self.index, self.signatures = rensa.RMinHashLSH(SIMILAR, PERMUTATIONS, BANDS), []
+
+    @staticmethod
+    def signature(text):
+        """What two texts are compared by."""
+        import rensa
+
+        words = re.findall(r"\w+", text)
+        minhash = rensa.RMinHash(num_perm=PERMUTATIONS, seed=0)
+        minhash.update([" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))])
+        return minhash
+
+    def seen(self, signature):
+        """Whether one like it was seen; if not, it is now."""
+        if any(signature.jaccard(self.signatures[key]) >= SIMILAR for key in self.index.query(signature)):
+            return True
+        self.index.insert(len(self.signatures), signature)
+        self.signatures.append(signature)
+        return False
 
 
-def _read_tar(source, skipped, progress):
-    unpack = {".tar": lambda raw: raw, ".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[os.path.splitext(source)[1]]
-    with open(source, "rb") as raw, unpack(raw) as plain, tarfile.open(fileobj=plain, mode="r:") as archive:
-        while member := archive.next():
-            archive.members.clear()  # tarfile would keep them all
-            progress(raw.tell(), absolute=True)
-            folders = member.name.split("/")[:-1]
-            if not member.isfile() or SKIPPED_DIRECTORIES.intersection(folders):
-                continue
-            language = language_of(member.name)
-            if language is None:
-                skipped["no known extension"] += 1
-            else:
-                yield language, archive.extractfile(member).read()
-        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros; reading them also checks the checksum.
-        plain.seek(archive.offset)
-        end = plain.read(1 << 20)
-        if not end or any(end):
-            raise tarfile.ReadError("it ends in the middle")
-        while plain.read(1 << 20):
-            pass
+# ---- documents -------------------------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(source, skipped, progress):
-    with open(source, "rb") as raw:
-        for line in gzip.open(raw) if source.endswith(".gz") else raw:
-            progress(raw.tell(), absolute=True)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                content = record["content"].encode()
-            except UnicodeError:  # of the file, or half of a surrogate pair, which JSON can spell and UTF-8 cannot
-                skipped["not UTF-8"] += 1
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                skipped["no content field"] += 1
-            else:
-                path = record.get("path") or record.get("max_stars_repo_path") or "." + str(record.get("ext"))
-                language = str(record.get("lang") or language_of(str(path)) or "other").lower()
-                yield language.encode(errors="replace").decode(), content
+def documents(sources, skipped, *, commits=False, languages=None, limit=None, description="reading"):
+    """The distinct documents of the sources, in order: yields (share, size, `Document`).
 
-
-def _reader(source):
-    """(reader, bytes on disk) of a source. Raises ValueError for one that is missing or of an unknown kind."""
-    if os.path.isdir(source):
-        return _read_directory, sum(os.path.getsize(path) for path in _files(source) if language_of(path))
-    if not os.path.exists(source):
-        raise ValueError(f"{source}: no such file or directory")
-    for reader, endings in {
-        _read_tar: (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"),
-        _read_jsonl: (".jsonl", ".jsonl.gz"),
-    }.items():
-        if source.endswith(endings):
-            return reader, os.path.getsize(source)
-    raise ValueError(f"{source}: not a source; give a directory, a .tar.gz, .tar.xz, .jsonl or .jsonl.gz")
-
-
-def documents(sources, validation, skipped, description="reading"):
-    """The documents to keep, in the order of the sources: yields (split, language, text).
-
-    validation: share of the documents for validation, chosen by the SHA-256 of their content. skipped: a Counter, to which what is left
-    out is added by reason. Raises ValueError for a missing source or a damaged archive.
+    share: a number in [0, 1) from the SHA-256 of the content, which decides on training or validation. size: bytes. skipped: a Counter, to
+    which what is left out is added by reason. languages: those to take; None: all. limit: documents of each language at most.
+    Raises ValueError for a missing or damaged source.
     """
-    readers = [(source, *_reader(source)) for source in sources]
-    seen = set()
-    with tqdm(total=sum(size for *_, size in readers), unit="B", unit_scale=True, desc=description) as bar:
-        for source, reader, _ in readers:
+    parts = [(source, *found) for source in sources for found in readers.readers(source, commits)]
+    seen, taken = set(), Counter()  # of each document 8 bytes of its hash: some 70 bytes of memory
+    with tqdm(total=sum(size for *_, size in parts), unit="B", unit_scale=True, desc=description) as bar:
+        for source, reader, size in parts:
             begun = bar.n
 
-            def progress(n, absolute=False, begun=begun):
-                bar.update(begun + n - bar.n if absolute else n)
+            def progress(n, absolute=False, begun=begun, size=size):
+                bar.update(min(begun + n if absolute else bar.n + n, begun + size) - bar.n)
 
-            try:
-                for language, content in reader(source, skipped, progress):
-                    digest = hashlib.sha256(content).digest()
-                    if not content.strip():
-                        skipped["empty"] += 1
-                    elif digest[:16] in seen:
-                        skipped["exact duplicate"] += 1
-                    elif b"\0" in content:
-                        skipped["binary (a NUL byte)"] += 1
-                    else:
-                        seen.add(digest[:16])
-                        try:
-                            text = content.decode()
-                        except UnicodeDecodeError:
-                            skipped["not UTF-8"] += 1
-                            continue
-                        yield ("validation" if int.from_bytes(digest[:8]) < validation * 2**64 else "train"), language, text
-            except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise ValueError(f"{source}: damaged ({error}); fetch it again") from None
-
-
-# ---- from text to tokens ---------------------------------------------------------------------------------------------------------
+            for document in readers.read(source, reader, skipped, progress):
+                language, content = document
+                if is_record := not isinstance(content, bytes):
+                    content = json.dumps(content).encode()
+                digest = hashlib.sha256(content).digest()
+                if not (content.strip() and document.content):
+                    skipped["empty"] += 1
+                elif (key := int.from_bytes(digest[8:16])) in seen:
+                    skipped["exact duplicate"] += 1
+                elif languages is not None and language not in languages:
+                    skipped["another language"] += 1
+                elif limit is not None and taken[language] >= limit:
+                    skipped["over the limit of its language"] += 1
+                else:
+                    seen.add(key)
+                    taken[language] += 1
+                    size_of_text = sum(len(text.encode(errors="replace")) for _, text in document.content) if is_record else len(content)
+                    yield int.from_bytes(digest[:8]) / 2**64, size_of_text, document
 
 
-def _load_worker(path):
-    global _tokenizer  # one for each worker process
-    _tokenizer = Tokenizer.from_pretrained(path)
+def text_of(document, clean=False):
+    """(pieces, None) of a document, or (None, why it is left out). pieces: [(special token or "", text), ...].
+
+    clean: files must pass the filters of `unclean`, records have their own.
+    """
+    if not isinstance(document.content, bytes):
+        if any("\0" in text for _, text in document.content):
+            return None, "binary (a NUL byte)"
+        return [(token, text.encode(errors="replace").decode()) for token, text in document.content], None
+    if b"\0" in document.content:
+        return None, "binary (a NUL byte)"
+    try:
+        text = document.content.decode()
+    except UnicodeDecodeError:
+        return None, "not UTF-8"
+    reason = unclean(text) if clean else None
+    return (None, reason) if reason else ([("", text)], None)
 
 
-def _encode(texts):
-    return [_tokenizer.encode(text) for text in texts]
+def _load_worker(path, clean, near_dedup):
+    global _tokenizer, _clean, _near_dedup  # one of each for a worker process
+    _tokenizer, _clean, _near_dedup = Tokenizer.from_pretrained(path), clean, near_dedup
 
 
-def _chunks(stream, size=1_000_000):
-    """Lists of documents of about `size` characters, so that handing them to a process costs little."""
-    chunk, characters = [], 0
-    for document in stream:
-        chunk.append(document)
-        characters += len(document[2])
-        if characters >= size:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+def _encode(chunk, tokenize, dtype):
+    """[(tokens or a reason, signature), ...] of documents: the work of a process. tokenize: False where the tokens are there already."""
+    results = []
+    for document in chunk:
+        pieces, reason = text_of(document, _clean)
+        signature = NearDuplicates.signature("\n".join(text for _, text in pieces)) if _near_dedup and not reason else None
+        if reason or not tokenize:
+            results.append((reason, signature))
+            continue
+        ids = []
+        for token, text in pieces:
+            ids += ([_tokenizer.special_tokens[token]] if token else []) + _tokenizer.encode(text)
+        results.append((np.array(ids, dtype) if len(ids) > 1 else "under 2 tokens", signature))
+    return results
 
 
-def _encoded(stream, tokenizer_path, workers):
-    """(split, language, text, ids) of each document, in order, by `workers` processes, with a bounded number of chunks in flight."""
-    with ProcessPoolExecutor(workers, initializer=_load_worker, initargs=(tokenizer_path,)) as pool:
-        flight = deque()
-
-        def landed():
-            chunk, result = flight.popleft()
-            return ((*document, ids) for document, ids in zip(chunk, result.result()))
-
-        for chunk in _chunks(stream):
-            flight.append((chunk, pool.submit(_encode, [text for _, _, text in chunk])))
-            if len(flight) > 3 * workers:
-                yield from landed()
-        while flight:
-            yield from landed()
+# ---- parts -----------------------------------------------------------------------------------------------------------------------
 
 
-def prepare(sources=None, out="data/python", *, vocab_size=49156, tokenizer=None, validation=0.05, workers=None):
-    """Makes the corpus directory `out` from `sources` and returns its meta.json.
+class _Part:
+    """A part that is being written. It is there when its JSON is, which comes last."""
 
-    sources: a list of paths (see the top of this file); None: the standard library of the running Python. vocab_size: of a tokenizer
-    that is trained on the training documents, unless `tokenizer`, a path or a `data.Tokenizer`, is given. validation: share of the
-    documents held out. workers: processes; None: one for each core. The files are those that data.py describes; tokens are uint16, or
-    uint32 where the vocabulary needs it.
+    def __init__(self, directory, number, dtype):
+        self.directory, self.number, self.dtype = directory, number, np.dtype(dtype)
+        self.files = {split: open(part_file(directory, number, f"{split}.bin.tmp"), "wb") for split in ("train", "validation")}
+        self.index = {split: [(0, 0)] for split in self.files}
+        self.languages, self.skipped = {}, Counter()
 
-    Raises ValueError for bad sources, for sources without documents, and for an `out` that holds something already.
+    def add(self, split, language, size, tokens):
+        self.files[split].write(tokens)
+        counts = self.languages.setdefault(language, {"documents": 0, "bytes": 0, "tokens": 0})
+        for key, n in {"documents": 1, "bytes": size, "tokens": len(tokens)}.items():
+            counts[key] += n
+        index = self.index[split]
+        index[-1] = (index[-1][0], list(self.languages).index(language))  # an entry: where a document begins, and its language
+        index.append((index[-1][0] + len(tokens), 0))
+
+    def close(self):
+        splits = {}
+        for split, file in self.files.items():
+            index = np.array(self.index[split], INDEX)
+            lengths = np.diff(index["offset"])
+            splits[split] = {"documents": len(lengths), "tokens": int(index["offset"][-1]), "longest": int(lengths.max(initial=0))}
+            path = part_file(self.directory, self.number, f"{split}.")
+            np.save(path + "index.npy", index)
+            np.save(path + "windows.npy", windows_table(lengths))
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(path + "bin.tmp", path + "bin")
+        facts = {"splits": splits, "languages": self.languages, "skipped": dict(sorted(self.skipped.items()))}
+        write_whole(part_file(self.directory, self.number, "json"), json.dumps(facts))
+
+
+def prepare(
+    sources=None, out="data/python", *, vocab_size=49156, tokenizer=None, validation=0.05, workers=None, commits=False, languages=None,
+    limit_per_language=None, clean=False, near_dedup=False, shard=(0, 1), part_bytes=PART_BYTES,
+):  # fmt: skip
+    """Makes the corpus directory `out` from `sources` and returns its meta.json, or None where other shards are still missing.
+
+    sources: a list of paths (see sources.py); None: the standard library of the running Python. vocab_size: of a tokenizer that is trained
+    on the training documents, unless `tokenizer`, a path or a `data.Tokenizer`, is given. validation: share of the documents held out.
+    workers: processes; None: one for each core. commits: the histories of sources that are git repositories, too. languages: names of those
+    to take; None: all. limit_per_language: distinct documents of a language that are taken at most, the first ones. clean: leave out files
+    as StarCoder's basic filters do. near_dedup: leave out near duplicates. shard: (i, n), to write every n-th part from the i-th.
+    part_bytes: of text in a part. The files are those that data.py describes; tokens are uint16, or uint32 where the vocabulary needs it.
+
+    Stopped at any moment and called again with the same arguments, it goes on. Raises ValueError for bad sources or arguments, for sources
+    without documents, and for an `out` that holds something else.
     """
     sources = [sysconfig.get_paths()["stdlib"]] if not sources else [sources] if isinstance(sources, str | os.PathLike) else sources
     sources, out = [os.fspath(source) for source in sources], os.path.realpath(out)
@@ -316,73 +233,164 @@ def prepare(sources=None, out="data/python", *, vocab_size=49156, tokenizer=None
         raise ValueError(f"workers must be at least 1, got {workers}")
     if not 0 < validation < 1:
         raise ValueError(f"validation must lie between 0 and 1, got {validation}")
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise ValueError(f"{out}: exists already; choose another directory or remove it")
+    if limit_per_language is not None and limit_per_language < 1:
+        raise ValueError(f"limit_per_language must be at least 1, got {limit_per_language}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard must be i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
+    if shard[1] > 1 and tokenizer is None:
+        raise ValueError("shards need one tokenizer: train it beforehand, on a part of the sources, and give it with --tokenizer")
+    if languages is not None and (unknown := {*languages} - {*readers.LANGUAGE_OF.values(), *readers.RECORDS}):
+        raise ValueError(f"no language named {min(unknown)}; known: {', '.join(sorted({*readers.LANGUAGE_OF.values(), *readers.RECORDS}))}")
     for source in sources:
-        _reader(source)
+        readers.readers(source)
         if os.path.isdir(source) and out.startswith(os.path.join(os.path.realpath(source), "")):
             raise ValueError(f"{out} lies inside the source {source}; choose a directory outside of it")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_pretrained(tokenizer)
-    partial = f"{out}.partial-{os.getpid()}"
-    os.makedirs(partial)
+    languages = sorted(languages) if languages is not None else None
+    near = NearDuplicates() if near_dedup else None
+    arguments = {
+        "sources": sources, "tokenizer": tokenizer.sha256 if tokenizer else vocab_size, "validation": validation,
+        "commits": commits, "languages": languages, "limit_per_language": limit_per_language, "clean": clean,
+        "near_dedup": near_dedup, "part_bytes": part_bytes,
+    }  # fmt: skip
+    _open(out, arguments)
     try:
-        if tokenizer is None:
-            tokenizer = train_tokenizer(_training_texts(sources, validation), vocab_size)
-        tokenizer.save_pretrained(partial)
-        meta = _write(sources, partial, tokenizer, validation, workers or os.cpu_count())
-        os.rename(partial, out)
+        which = dict(commits=commits, languages=languages, limit=limit_per_language)
+        if os.path.exists(os.path.join(out, "tokenizer.json")):
+            tokenizer = Tokenizer.from_pretrained(out)
+        elif tokenizer is None:
+            tokenizer = train_tokenizer(_training_texts(sources, validation, clean, which), vocab_size)
+        tokenizer.save_pretrained(out)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # it warns of its threads when a process that used them forks
+        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_load_worker, initargs=(out, clean, near_dedup)) as pool:
+            skipped = Counter()
+            stream = documents(sources, skipped, description="tokenizing", **which)
+            parts = _write(out, stream, validation, pool, 3 * (workers or os.cpu_count()), shard, part_bytes, near, dtype)
+        return _finish(out, parts, skipped, tokenizer, dtype, arguments)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return meta
+        if shard[1] == 1 and not glob.glob(os.path.join(glob.escape(out), "*.train.bin")):
+            shutil.rmtree(out, ignore_errors=True)  # nothing worth keeping was made
 
 
-def _training_texts(sources, validation):
+def _open(out, arguments):
+    """Makes the directory, or checks that a corpus by the same arguments was begun in it."""
+    path = os.path.join(out, "prepare.json")
+    if os.path.exists(out) and not os.path.exists(path) and (not os.path.isdir(out) or os.listdir(out)):
+        raise ValueError(f"{out}: exists already; choose another directory or remove it")
+    if os.path.exists(os.path.join(out, "meta.json")):
+        raise ValueError(f"{out}: exists already, and is whole; choose another directory or remove it")
+    if os.path.exists(path):
+        before = read_json(path)
+        for name, value in arguments.items():
+            if before.get(name) != value:
+                raise ValueError(f"{out}: was begun with {name} {before.get(name)}, not {value}; choose another directory or remove it")
+    os.makedirs(out, exist_ok=True)
+    write_whole(path, json.dumps(arguments, indent=1))
+
+
+def _training_texts(sources, validation, clean, which):
     size, skipped = 0, Counter()
-    for split, _, text in documents(sources, validation, skipped, "reading for the tokenizer"):
-        if split == "train":
-            yield text
-            size += len(text)
-            if size > TOKENIZER_CHARACTERS:
+    for share, bytes_of_text, document in documents(sources, skipped, description="reading for the tokenizer", **which):
+        pieces, reason = text_of(document, clean)
+        if reason:
+            skipped[reason] += 1
+        elif share >= validation:
+            yield "".join(text for _, text in pieces)
+            size += bytes_of_text
+            if size > TOKENIZER_BYTES:
                 return
     if not size:
         raise ValueError(f"no documents for training in {', '.join(sources)} (skipped: {_reasons(skipped)})")
 
 
-def _write(sources, directory, tokenizer, validation, workers):
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    offsets = {"train": [0], "validation": [0]}
-    files = {split: open(os.path.join(directory, f"{split}.bin"), "wb") for split in offsets}
-    languages, skipped = {}, Counter()
-    # tokenizers warns of its threads when a process that used them forks; the children here use none of them.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for split, language, text, ids in _encoded(documents(sources, validation, skipped, "tokenizing"), directory, workers):
-        if len(ids) < 2:
-            skipped["under 2 tokens"] += 1
-            continue
-        files[split].write(np.array(ids, dtype).tobytes())
-        offsets[split].append(offsets[split][-1] + len(ids))
-        counts = languages.setdefault(language, {"documents": 0, "bytes": 0, "tokens": 0})
-        for key, n in {"documents": 1, "bytes": len(text.encode()), "tokens": len(ids)}.items():
-            counts[key] += n
-    for split, file in files.items():
-        file.close()
-        np.save(os.path.join(directory, f"{split}.offsets.npy"), np.array(offsets[split], np.int64))
+def _chunks(stream, part_bytes):
+    """(number of the part, [(share, size, document), ...]) of about CHUNK_BYTES each; a chunk lies in one part."""
+    chunk, size, number, in_part = [], 0, 0, 0
+    for item in stream:
+        if in_part >= part_bytes or size >= CHUNK_BYTES:
+            yield number, chunk
+            chunk, size = [], 0
+        if in_part >= part_bytes:
+            number, in_part = number + 1, 0
+        chunk.append(item)
+        size, in_part = size + item[1], in_part + item[1]
+    if chunk:
+        yield number, chunk
+
+
+def _write(out, stream, validation, pool, most_in_flight, shard, part_bytes, near, dtype):
+    """Writes the parts of this shard that are not there; returns the number of all parts."""
+    part, number, flight = None, -1, deque()
+
+    def wanted(number):
+        return number % shard[1] == shard[0] and not os.path.exists(part_file(out, number, "json"))
+
+    def land():
+        nonlocal part, number
+        landing, chunk, results = flight.popleft()
+        if landing != number:
+            if part:
+                part.close()
+            number, part = landing, _Part(out, landing, dtype) if wanted(landing) else None
+        for (share, size, document), (tokens, signature) in zip(chunk, results.result() if results else [(None, None)] * len(chunk)):
+            if signature is not None and near.seen(signature):
+                tokens = "near duplicate"
+            if part and isinstance(tokens, str):
+                part.skipped[tokens] += 1
+            elif part:
+                part.add("validation" if share < validation else "train", document.language, size, tokens)
+
+    for chunk_number, chunk in _chunks(stream, part_bytes):
+        tokenize = wanted(chunk_number)
+        task = (_encode, [document for *_, document in chunk], tokenize, dtype)
+        flight.append((chunk_number, chunk, pool.submit(*task) if tokenize or near else None))
+        while len(flight) > most_in_flight:
+            land()
+    while flight:
+        land()
+    if part:
+        part.close()
+    return number + 1
+
+
+def _finish(out, count, skipped, tokenizer, dtype, arguments):
+    """Writes meta.json where all parts are there, and returns it; else None."""
+    paths = [part_file(out, number, "json") for number in range(count)]
+    if missing := [path for path in paths if not os.path.exists(path)]:
+        print(f"{count - len(missing)} of {count} parts are there; the corpus is whole when the other shards have written theirs")
+        return None
+    facts, skipped = [read_json(path) for path in paths], Counter(skipped)
+    languages, splits = {}, {split: Counter(documents=0, tokens=0) for split in ("train", "validation")}
+    for part in facts:
+        skipped.update(part["skipped"])
+        for language, counts in part["languages"].items():
+            languages.setdefault(language, Counter()).update(counts)
+        for split, counts in part["splits"].items():
+            splits[split].update(documents=counts["documents"], tokens=counts["tokens"])
     if not languages:
-        raise ValueError(f"no documents in {', '.join(sources)} (skipped: {_reasons(skipped)})")
+        raise ValueError(f"no documents in {', '.join(arguments['sources'])} (skipped: {_reasons(skipped)})")
     meta = {
-        "format": 1,
+        "format": 2,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
-        "splits": {split: {"documents": len(o) - 1, "tokens": o[-1]} for split, o in offsets.items()},
-        "languages": dict(sorted(languages.items(), key=lambda item: -item[1]["tokens"])),
-        "skipped": dict(skipped.most_common()),
-        "sources": sources,
+        "splits": splits,
+        "languages": dict(sorted(languages.items(), key=lambda item: (-item[1]["tokens"], item[0]))),
+        "skipped": dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0]))),
+        "arguments": arguments,
+        "parts": [part["splits"] for part in facts],
     }
-    with open(os.path.join(directory, "meta.json"), "w") as f:
-        json.dump(meta, f, indent=1)
-    return meta
+    with contextlib.suppress(FileNotFoundError):  # another shard may be doing the same
+        for path in glob.glob(os.path.join(glob.escape(out), "*.tmp")):  # of what was killed
+            os.remove(path)
+        write_whole(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
+        os.remove(os.path.join(out, "prepare.json"))
+    return json.loads(json.dumps(meta))
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------------------
 
 
 def _reasons(skipped):
@@ -393,24 +401,83 @@ def summary(meta):
     """What a corpus holds, for people: documents, tokens, bytes per token, what was skipped and why, and a line for each language."""
     total = {key: sum(c[key] for c in meta["languages"].values()) for key in ("documents", "bytes", "tokens")}
     lines = [f"{'language':24}{'documents':>12}{'MB':>10}{'tokens':>16}{'bytes/token':>13}"]
-    for name, c in [*meta["languages"].items(), ("all", total)]:
+    for name, c in [*meta["languages"].items(), (f"all {len(meta['languages'])}", total)]:
         lines.append(f"{name:24}{c['documents']:12,}{c['bytes'] / 1e6:10.2f}{c['tokens']:16,}{c['bytes'] / c['tokens']:13.2f}")
     splits = ", ".join(f"{split} {s['documents']:,} documents, {s['tokens']:,} tokens" for split, s in meta["splits"].items())
     return "\n".join([*lines, f"{splits}; vocabulary {meta['vocab_size']:,}", f"skipped: {_reasons(meta['skipped'])}"])
 
 
+def report(directory):
+    """Draws DIRECTORY/report.png: tokens of each language, and how long documents are. Returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    meta = read_meta(directory)
+    names, tokens = zip(*[(name, counts["tokens"]) for name, counts in meta["languages"].items()])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.0, 0.17 * len(names))), width_ratios=[1.4, 1])
+    left.barh(range(len(names)), tokens, color="0.4")
+    left.set(yticks=range(len(names)), xscale="log", xlabel="tokens", ylim=(len(names) - 0.5, -0.5))
+    left.set_yticklabels(names, fontsize=7)
+    bins, counts = np.logspace(0, 7, 71), np.zeros(70)
+    for number, part in enumerate(tqdm(meta["parts"], desc="reading", unit="part")):
+        for split in part:
+            offsets = np.load(part_file(directory, number, f"{split}.index.npy"), mmap_mode="r")["offset"]
+            counts += np.histogram(np.diff(offsets), bins)[0]
+    right.stairs(counts, bins, fill=True, color="0.4")
+    right.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
+    for length in (128, 512, 1024):
+        right.axvline(length, color="0.7", linestyle=":")
+    figure.suptitle(f"{sum(tokens):,} tokens, {int(counts.sum()):,} documents, {len(names)} languages")
+    figure.tight_layout()
+    path = os.path.join(directory, "report.png")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _shard(text):
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal()):
+        raise ValueError(f"--shard: give i/n, as in 0/8, not {text}")
+    return int(i), int(n)
+
+
 def main(argv=None):
     """The command line."""
     parser = CommandLine(prog="corpus.py", description="Make a corpus of tokens from source code.")
-    sources_help = "a directory, .tar.gz, .tar.xz, .jsonl or .jsonl.gz (default: the standard library of this Python)"
+    sources_help = f"{readers.KINDS} (default: the standard library of this Python)"
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help=sources_help)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the corpus directory to make")
+    parser.add_argument("--out", metavar="DIR", help="the corpus directory to make, or to go on with")
+    parser.add_argument("--report", metavar="DIR", help="say what is in the corpus DIR, draw DIR/report.png, and end")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--vocab-size", type=int, default=49156, metavar="N", help="of the tokenizer to train (default: 49156)")
     choice.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer.json, or the one in this directory")
+    parser.add_argument("--commits", action="store_true", help="of sources that are git repositories, the history too")
+    parser.add_argument("--languages", metavar="A,B,...", help="take only these")
+    parser.add_argument("--limit-per-language", type=int, metavar="N", help="take the first N distinct documents of each language")
+    parser.add_argument(
+        "--clean", action="store_true", help="leave out what StarCoder's basic filters do: long lines, generated files, ..."
+    )
+    parser.add_argument("--near-dedup", action="store_true", help="leave out near duplicates, by MinHash")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="write every N-th part from the I-th: one of N machines")
     parser.add_argument("--validation", type=float, default=0.05, metavar="P", help="share of the documents held out (default: 0.05)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-    print(summary(prepare(**vars(parser.parse_args(argv)))))
+    arguments = vars(parser.parse_args(argv))
+    if report_of := arguments.pop("report"):
+        print(summary(read_meta(report_of)))
+        print(f"A picture of it is in {report(report_of)}.")
+        return
+    if arguments["out"] is None:
+        parser.error("the following arguments are required: --out")
+    arguments |= {"shard": _shard(arguments["shard"]), "languages": arguments["languages"] and arguments["languages"].split(",")}
+    begin = time.perf_counter()
+    if meta := prepare(**arguments):
+        seconds = time.perf_counter() - begin
+        print(summary(meta))
+        size = sum(counts["bytes"] for counts in meta["languages"].values())
+        print(f"{seconds:,.0f} s, {size / 1e6 / seconds:.1f} MB/s; `python corpus.py --report {arguments['out']}` draws a picture of it")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From tokens on disk to batches: the tokenizer, sentence pairs, masks, and the loader that keeps the accelerator fed.
 
-    corpus directory           tokenizer.json, meta.json, and for each split SPLIT.bin (the tokens of all documents, end to end) and
-                               SPLIT.offsets.npy (documents + 1 int64: document d is tokens[offsets[d] : offsets[d + 1]])
+    corpus directory           tokenizer.json, meta.json, and parts. Of part p and each split: p.SPLIT.bin (the tokens of its documents, end
+                               to end) and p.SPLIT.index.npy (where each document begins, and its language, by its number in p.json)
     example i                  <cls> A <sep> B <sep>, masked; a pure function of (seed, i): the same on every rank, on every machine and
                                after every restart, so that training needs no data state but the number of the step
     batch                      examples end to end, without padding
@@ -15,12 +15,15 @@ References: Devlin et al., BERT, 2018 (the two tasks); Black & Rogaway, Ciphers 
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import signal
 import sys
+import uuid
 from typing import NamedTuple
 
 import numpy as np
@@ -234,9 +237,69 @@ def read_meta(directory):
     if not os.path.exists(path):
         raise FileNotFoundError(f"{directory}: no corpus here (no meta.json); make one with `python corpus.py SOURCE... --out {directory}`")
     meta = read_json(path)
-    if not isinstance(meta, dict) or meta.get("format") != 1:
+    if not isinstance(meta, dict) or meta.get("format") != 2:
         raise ValueError(f"{path}: not of this version's format; prepare the corpus again")
     return meta
+
+
+INDEX = np.dtype([("offset", np.int64), ("language", np.uint16)])
+WINDOWS_TABLE = 4096
+
+
+def part_file(directory, number, name):
+    """The path of a file of a part: DIRECTORY/00007.train.bin."""
+    return os.path.join(directory, f"{number:05d}.{name}")
+
+
+def windows_table(lengths):
+    """[C] -> windows of C tokens in documents of these lengths, C < WINDOWS_TABLE: with it, opening a part need not read its index."""
+    lengths, counts = np.unique(lengths, return_counts=True)
+    return np.array([0] + [int((-(-lengths // C) * counts).sum()) for C in range(1, WINDOWS_TABLE)], np.int64)
+
+
+class _Part:
+    """One part of a split. What is in its files is read when it is first asked for."""
+
+    def __init__(self, directory, number, split, counts, dtype, room):
+        self.directory, self.number, self.stem, self.counts, self.dtype, self.room = directory, number, f"{split}.", counts, dtype, room
+        path, count = self.path("bin"), counts["tokens"]
+        if os.path.getsize(path) != count * dtype.itemsize:
+            raise ValueError(f"{path}: {os.path.getsize(path):,} bytes instead of {count * dtype.itemsize:,}; prepare the corpus again")
+        table = self.load("windows.npy") if room < WINDOWS_TABLE else None
+        self.windows = int(self.first_window[-1] if table is None else table[room])
+
+    def path(self, name):
+        return part_file(self.directory, self.number, self.stem + name)
+
+    def load(self, name):
+        try:
+            return np.load(self.path(name), mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{self.path(name)}: damaged ({error}); prepare the corpus again") from None
+
+    @functools.cached_property
+    def tokens(self):
+        return np.memmap(self.path("bin"), dtype=self.dtype, mode="r") if self.counts["tokens"] else np.zeros(0, self.dtype)
+
+    @functools.cached_property
+    def offsets(self):
+        offsets = self.load("index.npy")["offset"]
+        fits = len(offsets) == self.counts["documents"] + 1 and offsets[0] == 0 and offsets[-1] == self.counts["tokens"]
+        if not fits or np.diff(offsets).min(initial=2) < 2:
+            raise ValueError(f"{self.path('index.npy')} does not fit {self.path('bin')}; prepare the corpus again")
+        return offsets
+
+    @functools.cached_property
+    def first_window(self):
+        return np.concatenate([[0], np.cumsum(-(-np.diff(self.offsets) // self.room))])
+
+    def language(self, document):
+        """The name of the language of a document of this part."""
+        return self.languages[self.load("index.npy")["language"][document]]
+
+    @functools.cached_property
+    def languages(self):
+        return list(read_json(part_file(self.directory, self.number, "json"))["languages"])
 
 
 class PairDataset:
@@ -257,26 +320,17 @@ class PairDataset:
         tokenizer = Tokenizer.from_pretrained(directory)
         if tokenizer.sha256 != meta["tokenizer_sha256"]:
             raise ValueError(f"{directory}: its tokens were made by another tokenizer than its tokenizer.json; prepare the corpus again")
-        path, count = os.path.join(directory, f"{split}.bin"), meta["splits"][split]["tokens"]
-        dtype = np.dtype(meta["dtype"])
-        if os.path.getsize(path) != count * dtype.itemsize:
-            raise ValueError(f"{path}: {os.path.getsize(path):,} bytes instead of {count * dtype.itemsize:,}; prepare the corpus again")
-        self.tokens = np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)
-        offsets = os.path.join(directory, f"{split}.offsets.npy")
-        try:
-            self.offsets = np.load(offsets, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{offsets}: damaged ({error}); prepare the corpus again") from None
-        self.seed, self.room = seed, max_length - 3
-        lengths = np.diff(self.offsets)
-        if len(lengths) < 2:
-            raise ValueError(f"{directory}: {split} has {len(lengths)} documents; pairs need 2 or more, so prepare more text")
-        if self.offsets[-1] != count or lengths.min() < 2:
-            raise ValueError(f"{directory}: {split}.offsets.npy does not fit {split}.bin; prepare the corpus again")
-        windows = -(-lengths // self.room)  # in each document
-        self.first_window = np.concatenate([[0], np.cumsum(windows)])
-        if windows.max() > 0.99 * len(self):
-            raise ValueError(f"{directory}: one document is {windows.max() / len(self):.1%} of {split}; pairs need others beside it")
+        self.seed, self.room, dtype = seed, max_length - 3, np.dtype(meta["dtype"])
+        if meta["splits"][split]["documents"] < 2:
+            count = meta["splits"][split]["documents"]
+            raise ValueError(f"{directory}: {split} has {count} documents; pairs need 2 or more, so prepare more text")
+        self.parts = [_Part(directory, p, split, splits[split], dtype, self.room) for p, splits in enumerate(meta["parts"])]
+        self.first_window = np.concatenate([[0], np.cumsum([part.windows for part in self.parts])])  # of each part
+        self.first_document = np.concatenate([[0], np.cumsum([part.counts["documents"] for part in self.parts])])
+        longest = -(-max(part.counts["longest"] for part in self.parts) // self.room)
+        if longest > 0.99 * len(self):
+            raise ValueError(f"{directory}: one document is {longest / len(self):.1%} of {split}; pairs need others beside it")
+        self.languages = list(meta["languages"])  # of the corpus
         self.cls_id, self.sep_id, self.mask_id = tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id
         self.special = np.zeros(tokenizer.vocab_size, bool)
         self.special[list(tokenizer.special_tokens.values())] = True
@@ -293,11 +347,31 @@ class PairDataset:
         return (self[i] for i in range(len(self)))
 
     def window(self, w):
-        """(document, start, end) of window `w`, in tokens of the split."""
-        document = int(np.searchsorted(self.first_window, w, side="right")) - 1
-        begin, end = int(self.offsets[document]), int(self.offsets[document + 1])
-        start = max(begin, min(begin + (w - int(self.first_window[document])) * self.room, end - self.room))
-        return document, start, min(start + self.room, end)
+        """(document, start, end) of window `w`: the number of the document, and tokens of it."""
+        p = int(np.searchsorted(self.first_window, w, side="right")) - 1
+        part, w = self.parts[p], w - int(self.first_window[p])
+        d = int(np.searchsorted(part.first_window, w, side="right")) - 1
+        length = int(part.offsets[d + 1] - part.offsets[d])
+        start = max(0, min((w - int(part.first_window[d])) * self.room, length - self.room))
+        return int(self.first_document[p]) + d, start, min(start + self.room, length)
+
+    def _part_of(self, document):
+        p = int(np.searchsorted(self.first_document, document, side="right")) - 1
+        return self.parts[p], document - int(self.first_document[p])
+
+    def documents(self):
+        """The number of documents."""
+        return int(self.first_document[-1])
+
+    def document(self, d):
+        """The tokens of document `d`, a view of the file."""
+        part, d = self._part_of(d)
+        return part.tokens[part.offsets[d] : part.offsets[d + 1]]
+
+    def language(self, d):
+        """The name of the language of document `d`."""
+        part, d = self._part_of(d)
+        return part.language(d)
 
     def proposal(self, i):
         """The window that example i begins with, unless its partner is of the same document: each window once an epoch."""
@@ -306,7 +380,19 @@ class PairDataset:
 
     def pair(self, i, generator=None):
         """(A, B, next_sentence_label) of example i, before masking. See the top of this file for why it is drawn so."""
-        generator = generator or self._generator(i)
+        document, other, start, other_start, cut, length, follows = self._draw(i, generator or self._generator(i))
+        a, b = self.document(document), self.document(document if follows else other)
+        b_start = start if follows else other_start
+        return a[start : start + cut], b[b_start + cut : b_start + length], follows
+
+    def languages_of_masks(self, i, example):
+        """The language of the document of each masked token of example i, which is `example`."""
+        document, other, *_, follows = self._draw(i, self._generator(i))
+        a, b = self.language(document), self.language(document if follows else other)
+        end_of_a = np.flatnonzero(example.input_ids == self.sep_id)[0]
+        return [a if position < end_of_a else b for position in example.masked_positions]
+
+    def _draw(self, i, generator):
         draw = lambda: self.window(int(generator.integers(len(self))))
         (document, start, end), (other, other_start, other_end) = self.window(self.proposal(i)), draw()
         while other == document:  # both anew: a second window drawn until it fits the first would come less often from large documents
@@ -316,9 +402,7 @@ class PairDataset:
         other_start += int(generator.integers(other_end - other_start - length + 1))
         margin = max(1, length // 4)
         cut = int(generator.integers(margin, length - margin + 1))
-        follows = int(generator.integers(2))
-        b_start = start if follows else other_start
-        return self.tokens[start : start + cut], self.tokens[b_start + cut : b_start + length], follows
+        return document, other, start, other_start, cut, length, int(generator.integers(2))
 
     def __getitem__(self, i):
         generator = self._generator(i)
@@ -440,8 +524,14 @@ def read_json(path):
 
 def write_whole(path, content):
     """Writes text or bytes to `path` such that a reader finds the old content or the new, never half."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(content if isinstance(content, bytes) else content.encode())
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # several machines may write the same file
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content if isinstance(content, bytes) else content.encode())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise

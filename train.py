@@ -182,30 +182,40 @@ def evaluate(model, dataset, examples, micro_batch_size, ranks, autocast=context
     """Held-out figures on the first `examples` pairs of `dataset`, whose masks are always the same, shared out over the ranks.
 
     Returns a dict: mlm_loss (nats per masked token), mlm_accuracy, nsp_accuracy, and two baselines: majority_accuracy, of always
-    answering the token that is masked most often, and coin_flip, 0.5.
+    answering the token that is masked most often, and coin_flip, 0.5. Where the corpus has several languages, also mlm_accuracy/LANGUAGE
+    of each that came up: of the masked tokens in documents of that language.
     """
     model.eval()
-    V = model.config.vocab_size
+    V, languages = model.config.vocab_size, sorted(dataset.languages)
     totals, label_counts = torch.zeros(5, dtype=torch.float64), torch.zeros(V, dtype=torch.float64)
+    by_language = torch.zeros(2, len(languages), dtype=torch.float64)  # masked tokens, and those that were right
     parts = share(0, min(examples, len(dataset)), ranks.rank, ranks.world_size, micro_batch_size)
     for part in tqdm(parts, desc="evaluating", leave=False, disable=ranks.rank != 0):
-        batch = Batch(*(t.to(ranks.device) for t in collate([dataset[i] for i in part])))
+        drawn = [dataset[i] for i in part]
+        batch = Batch(*(t.to(ranks.device) for t in collate(drawn)))
         with autocast():
             out = model(batch.input_ids, batch.cu_seqlens, masked_positions=batch.masked_positions)
         loss = torch.nn.functional.cross_entropy(out.mlm_logits.float(), batch.labels, reduction="sum")
-        mlm_hits = (out.mlm_logits.argmax(-1) == batch.labels).sum()
+        hits = out.mlm_logits.argmax(-1) == batch.labels
+        mlm_hits = hits.sum()
         nsp_hits = (out.nsp_logits.argmax(-1) == batch.next_sentence_label).sum()
         totals += torch.tensor([loss.item(), mlm_hits.item(), len(batch.labels), nsp_hits.item(), len(batch.next_sentence_label)])
         label_counts += batch.labels.cpu().bincount(minlength=V)
+        if len(languages) > 1:
+            spoken = torch.tensor(
+                [languages.index(l) for i, e in zip(part, drawn) for l in dataset.languages_of_masks(i, e)], dtype=torch.int64
+            )
+            by_language += torch.stack([torch.bincount(spoken, w, len(languages)) for w in (None, hits.double().cpu())])
     model.train()
     loss, mlm_hits, masked, nsp_hits, pairs = ranks.sum(totals)
+    counts = zip(languages, *ranks.sum(by_language))
     return {
         "mlm_loss": loss / max(masked, 1),
         "mlm_accuracy": mlm_hits / max(masked, 1),
         "majority_accuracy": max(ranks.sum(label_counts)) / max(masked, 1),
         "nsp_accuracy": nsp_hits / pairs,
         "coin_flip": 0.5,
-    }
+    } | {f"mlm_accuracy/{name}": right / count for name, count, right in counts if count}
 
 
 def show_filled_masks(model, tokenizer, dataset, count=3):
@@ -424,6 +434,9 @@ def _train(config, ranks):
     if lead:
         model.eval()
         print(f"\nHeld out, {min(config.eval_examples, len(held_out)):,} pairs: {describe(figures)}")
+        by_language = [f"{name.partition('/')[2]} {value:.0%}" for name, value in figures.items() if "/" in name]
+        if by_language:
+            print(f"MLM accuracy by language: {', '.join(by_language)}")
         print("Masks filled in held-out code:")
         show_filled_masks(model, tokenizer, held_out)
         print(f"The model is in {config.out} (a Hugging Face directory), its curves in {os.path.join(config.out, 'curves.png')}.")

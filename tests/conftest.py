@@ -58,19 +58,16 @@ def stdlib_corpus(tmp_path_factory):
     return out
 
 
-def write_corpus(directory, tokenizer, documents):
-    """A corpus whose "train" and "validation" splits both hold these documents (lists of ids)."""
-    import json
-
+def write_corpus(directory, tokenizer, *parts):
+    """A corpus of these parts, whose "train" and "validation" splits both hold the same documents (lists of ids)."""
     tokenizer.save_pretrained(directory)
-    lengths = [len(d) for d in documents]
-    for split in ("train", "validation"):
-        np.array([t for d in documents for t in d], np.uint16).tofile(os.path.join(directory, f"{split}.bin"))
-        np.save(os.path.join(directory, f"{split}.offsets.npy"), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    counts = {"documents": len(documents), "tokens": sum(lengths)}
-    meta = {"format": 1, "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
-    with open(os.path.join(directory, "meta.json"), "w") as f:
-        json.dump(meta | {"splits": {"train": counts, "validation": counts}}, f)
+    for number, documents in enumerate(parts):
+        part = corpus._Part(str(directory), number, np.uint16)
+        for split in ("train", "validation"):
+            for ids in documents:
+                part.add(split, "python", len(ids), np.array(ids, np.uint16))
+        part.close()
+    corpus._finish(str(directory), len(parts), {}, tokenizer, np.dtype(np.uint16), {"sources": []})
     return str(directory)
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import corpus
 import data
+import sources as readers
 
 GOOD = {"a.py": b"x = 1\n" * 5, "sub/b.c": b"int main() { return 0; }\r\n", "sub/Makefile": b"all:\n\techo hi\n"}
 GOOD["c.rs"] = "fn é() {}".encode()
@@ -42,12 +43,15 @@ def contents(directory, split=None):
     """The documents of a corpus, decoded: {text: split}."""
     tokenizer, meta, found = data.Tokenizer.from_pretrained(directory), data.read_meta(directory), {}
     for name in [split] if split else ["train", "validation"]:
-        tokens = np.fromfile(os.path.join(directory, f"{name}.bin"), meta["dtype"])
-        offsets = np.load(os.path.join(directory, f"{name}.offsets.npy"))
-        assert offsets[0] == 0 and (np.diff(offsets) > 0).all() and offsets[-1] == len(tokens) == meta["splits"][name]["tokens"]
-        assert len(offsets) - 1 == meta["splits"][name]["documents"]
-        for a, b in zip(offsets, offsets[1:]):
-            found[tokenizer.decode(tokens[a:b])] = name
+        counts = {"documents": 0, "tokens": 0}
+        for number in range(len(meta["parts"])):
+            tokens = np.fromfile(data.part_file(directory, number, f"{name}.bin"), meta["dtype"])
+            offsets = np.load(data.part_file(directory, number, f"{name}.index.npy"))["offset"]
+            assert offsets[0] == 0 and (np.diff(offsets) > 0).all() and offsets[-1] == len(tokens)
+            counts = {"documents": counts["documents"] + len(offsets) - 1, "tokens": counts["tokens"] + len(tokens)}
+            for a, b in zip(offsets, offsets[1:]):
+                found[tokenizer.decode(tokens[a:b])] = name
+        assert counts == meta["splits"][name]
     return found
 
 
@@ -87,7 +91,7 @@ def test_json_lines(tmp_path, small_corpus, ending):
         f.write("\n".join(lines).encode() + b'\n{"content": "\xff"}')
     meta = corpus.prepare([path], str(tmp_path / "out"), tokenizer=small_corpus, workers=1)
     assert set(contents(tmp_path / "out")) == {content.decode() for content in GOOD.values()} | {"print(1)", "odd language"}
-    assert meta["skipped"] == {"no content field": 6, "exact duplicate": 1, "not UTF-8": 2, "under 2 tokens": 1}
+    assert meta["skipped"] == {"no content field": 4, "not JSON": 2, "exact duplicate": 1, "not UTF-8": 2, "under 2 tokens": 1}
     assert {name: c["documents"] for name, c in meta["languages"].items()} == {"x": 4, "python": 1, "?": 1}
     assert "odd" not in corpus.summary(meta)
 
@@ -97,7 +101,7 @@ def test_a_damaged_archive_is_never_read_in_silence(tmp_path, sources):
     whole, skipped = str(tmp_path / "whole.tar.gz"), corpus.Counter()
     with tarfile.open(whole, "w:gz") as archive:
         archive.add(sources, "pkg")
-    expected = {text for _, _, text in corpus.documents([whole], 0.1, skipped)}
+    expected = {document.content for *_, document in corpus.documents([whole], skipped)}
     assert len(expected) == len(MODULES) and not skipped
     content, generator = open(whole, "rb").read(), np.random.default_rng(0)
     plain = gzip.decompress(content)
@@ -114,7 +118,7 @@ def test_a_damaged_archive_is_never_read_in_silence(tmp_path, sources):
         with open(path, "wb") as f:
             f.write(broken)
         with pytest.raises(ValueError, match="damaged"):
-            list(corpus.documents([path], 0.1, corpus.Counter()))
+            list(corpus.documents([path], corpus.Counter()))
 
 
 def test_the_tokenizer_never_sees_what_is_held_out(sources, tmp_path, monkeypatch):
@@ -138,7 +142,7 @@ def test_documents_never_change_sides(sources, tmp_path, small_corpus):
 
 
 def test_same_bytes_whatever_the_number_of_processes(sources, tmp_path, small_corpus, monkeypatch):
-    monkeypatch.setattr(corpus._chunks, "__defaults__", (20_000,))  # many chunks in flight
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 20_000)  # many chunks in flight
     for workers in (1, 3):
         corpus.prepare([sources], str(tmp_path / str(workers)), vocab_size=600, validation=0.34, workers=workers)
     for name in os.listdir(small_corpus):
@@ -170,11 +174,11 @@ def test_wide_tokens_where_the_vocabulary_needs_them(sources, tmp_path, tokenize
 
 
 def test_languages():
-    assert len(corpus.LANGUAGES.strip().split("\n")) == 88
+    assert len(readers.LANGUAGES.strip().split("\n")) == 88
     names = {"x/setup.py": "python", "Dockerfile": "dockerfile", "a.C": "cpp", "a.c": "c", "A.PY": "python"}
-    assert {name: corpus.language_of(name) for name in names} == names
-    assert corpus.language_of("index.rst.txt") == "restructuredtext"
-    assert corpus.language_of("README") is None and corpus.language_of("py") is None
+    assert {name: readers.language_of(name) for name in names} == names
+    assert readers.language_of("index.rst.txt") == "restructuredtext"
+    assert readers.language_of("README") is None and readers.language_of("py") is None
 
 
 def test_refusals(tmp_path, sources, small_corpus):

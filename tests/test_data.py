@@ -198,10 +198,9 @@ def test_windows_cover_every_token_and_stay_in_their_document(tokenizer, tmp_pat
     covered = np.zeros(sum(lengths), int)
     for w in range(len(dataset)):
         document, start, end = dataset.window(w)
-        begin, finish = dataset.offsets[document], dataset.offsets[document + 1]
-        assert begin <= start < end <= finish
-        assert end - start == min(max_length - 3, finish - begin)  # never a short one where there is more
-        covered[start:end] += 1
+        assert 0 <= start < end <= lengths[document]
+        assert end - start == min(max_length - 3, lengths[document])  # never a short one where there is more
+        covered[sum(lengths[:document]) + start : sum(lengths[:document]) + end] += 1
     assert covered.min() >= 1
     assert len(dataset) == sum(-(-n // (max_length - 3)) for n in lengths)
 
@@ -212,10 +211,10 @@ def test_pairs_are_what_they_say(tokenizer, tmp_path_factory, lengths, max_lengt
     dataset = PairDataset(directory, "train", max_length, seed)
     a, b, follows = dataset.pair(i)
     assert len(a) >= 1 and len(b) >= 1 and len(a) + len(b) + 3 <= max_length
-    places = [(np.shares_memory(a, dataset.tokens), part.__array_interface__["data"][0]) for part in (a, b)]
-    base, size = dataset.tokens.__array_interface__["data"][0], dataset.tokens.itemsize
+    places = [(np.shares_memory(a, dataset.parts[0].tokens), part.__array_interface__["data"][0]) for part in (a, b)]
+    base, size = dataset.parts[0].tokens.__array_interface__["data"][0], dataset.parts[0].tokens.itemsize
     start_a, start_b = ((address - base) // size for _, address in places)
-    document = lambda place: int(np.searchsorted(dataset.offsets, place, side="right")) - 1
+    document = lambda place: int(np.searchsorted(dataset.parts[0].offsets, place, side="right")) - 1
     for start, part in ((start_a, a), (start_b, b)):
         assert document(start) == document(start + len(part) - 1)
     if follows:
@@ -234,6 +233,44 @@ def test_pairs_are_what_they_say(tokenizer, tmp_path_factory, lengths, max_lengt
     assert not dataset.special[example.labels].any()
 
 
+@given(lengths=corpora, cuts=st.sets(st.integers(1, 11), max_size=5), max_length=st.integers(5, 40))
+def test_parts_change_nothing(tokenizer, tmp_path_factory, lengths, cuts, max_length):
+    """A corpus in several parts, some of them empty, gives the examples of the same documents in one."""
+    documents = unique_documents(lengths)
+    edges = [0, *sorted(cut for cut in cuts if cut < len(lengths)), len(lengths), len(lengths)]
+    parts = [documents[a:b] for a, b in zip(edges, edges[1:])]
+    one, several = (
+        PairDataset(write_corpus(tmp_path_factory.mktemp("c"), tokenizer, *split), "train", max_length, 0) for split in ([documents], parts)
+    )
+    assert len(several.parts) == len(parts) and len(one) == len(several)
+    for i in range(0, 3 * len(one), 2):
+        assert all(np.array_equal(a, b) for a, b in zip(one[i], several[i], strict=True))
+        assert one.languages_of_masks(i, one[i]) == several.languages_of_masks(i, one[i]) == ["python"] * len(one[i].labels)
+
+
+def test_a_thousand_parts_open_without_being_read(tokenizer, tmp_path, monkeypatch):
+    dataset = PairDataset(write_corpus(tmp_path, tokenizer, *[unique_documents([9, 30])] * 1000), "train", 16, 0)
+    assert len(dataset) == 4000 and not any({"offsets", "tokens"} & vars(part).keys() for part in dataset.parts)
+    assert len(dataset[7].input_ids) <= 16 and 1 <= sum("tokens" in vars(part) for part in dataset.parts) <= 2
+
+
+def test_offsets_beyond_four_billion_tokens(tokenizer, tmp_path):
+    """A part with a hole of 10 GB in it."""
+    directory, far = write_corpus(tmp_path, tokenizer, unique_documents([20, 30])), 5_000_000_000
+    with open(os.path.join(directory, "00000.train.bin"), "r+b") as f:
+        f.seek(2 * far)
+        f.write(np.arange(20, 50, dtype=np.uint16).tobytes())
+    lengths = np.array([far, 30])
+    np.save(os.path.join(directory, "00000.train.index.npy"), np.array([(0, 0), (far, 0), (far + 30, 0)], data.INDEX))
+    np.save(os.path.join(directory, "00000.train.windows.npy"), data.windows_table(lengths))
+    meta = data.read_meta(directory)
+    meta["parts"][0]["train"] = meta["splits"]["train"] = {"documents": 2, "tokens": far + 30, "longest": 30}  # or it would be one giant
+    data.write_whole(os.path.join(directory, "meta.json"), json.dumps(meta))
+    dataset = PairDataset(directory, "train", 33, 0)
+    assert len(dataset) == far // 30 + 2 and dataset.document(1).tolist() == list(range(20, 50))
+    assert dataset.window(len(dataset) - 1) == (1, 0, 30) and len(dataset[3].input_ids) == 33
+
+
 def test_an_epoch_takes_every_window_once_and_epochs_differ(small_corpus):
     dataset = PairDataset(small_corpus, "train", 64, 3)
     n = len(dataset)
@@ -241,8 +278,10 @@ def test_an_epoch_takes_every_window_once_and_epochs_differ(small_corpus):
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(n))
     agree = [sum(a == b for a, b in zip(orders[0], other)) for other in (orders[1], range(n))]
     assert max(agree) < 10  # shuffled, and anew in each epoch
-    begins = [dataset.window(w)[1] for w in orders[0]]  # the pair does begin with that window, but where the partner was of its document
-    base, size = dataset.tokens.__array_interface__["data"][0], dataset.tokens.itemsize
+    begins = [
+        dataset.parts[0].offsets[d] + start for d, start, _ in map(dataset.window, orders[0])
+    ]  # the pair does begin with that window, but where the partner was of its document
+    base, size = dataset.parts[0].tokens.__array_interface__["data"][0], dataset.parts[0].tokens.itemsize
     starts = [(dataset.pair(i)[0].__array_interface__["data"][0] - base) // size for i in range(n)]
     assert 0.75 * n < sum(a == b for a, b in zip(begins, starts)) < n
     assert len(list(dataset)) == n
@@ -254,7 +293,7 @@ def test_every_token_is_reached(tokenizer, tmp_path):
     """As A or as B, in documents shorter and longer than the window."""
     lengths = [2, 5, 9, 17, 30, 64]
     dataset = PairDataset(write_corpus(tmp_path, tokenizer, unique_documents(lengths)), "train", 19, 0)
-    base, size = dataset.tokens.__array_interface__["data"][0], dataset.tokens.itemsize
+    base, size = dataset.parts[0].tokens.__array_interface__["data"][0], dataset.parts[0].tokens.itemsize
     seen = np.zeros(sum(lengths), bool)
     for i in range(3000):
         for part in dataset.pair(i)[:2]:
@@ -267,7 +306,7 @@ def test_large_documents_are_no_likelier_in_positive_pairs(tokenizer, tmp_path):
     """Were only the partner drawn again when it is of the same document, a negative B would rarely be of a large one."""
     lengths = [1600] + [100] * 8  # one document is two thirds of the windows
     dataset = PairDataset(write_corpus(tmp_path, tokenizer, unique_documents(lengths)), "train", 23, 0)
-    base, size = dataset.tokens.__array_interface__["data"][0], dataset.tokens.itemsize
+    base, size = dataset.parts[0].tokens.__array_interface__["data"][0], dataset.parts[0].tokens.itemsize
     large = np.zeros((2, 2))
     for i in range(8000):
         _, b, follows = dataset.pair(i)
@@ -286,8 +325,8 @@ def test_next_sentence_cannot_be_guessed_from_b_alone(stdlib_corpus):
     dataset = PairDataset(stdlib_corpus, "train", 128, 0)
     ours = [dataset.pair(i)[1:] for i in range(30_000)]
     halves = []
-    for d in range(len(dataset.offsets) - 1):
-        text = tokenizer.decode(dataset.tokens[dataset.offsets[d] : dataset.offsets[d + 1]])[:10_000]
+    for d in range(dataset.documents()):
+        text = tokenizer.decode(dataset.document(d))[:10_000]
         halves.append([tokenizer.encode(half) for half in (text[: len(text) // 2], text[len(text) // 2 :])])
     original = [(halves[d][1], 1) for d in range(len(halves))] + [(halves[d - 1][0], 0) for d in range(len(halves))]
     accuracy = {name: _guess_from_b(pairs, tokenizer.vocab_size) for name, pairs in (("here", ours), ("original", original))}
@@ -410,13 +449,13 @@ def test_refuses_a_corpus_that_is_not_whole(small_corpus, sources, tmp_path):
     with pytest.raises(ValueError, match="max_length"):
         PairDataset(small_corpus, "train", 4, 0)
     torn = shutil.copytree(small_corpus, tmp_path / "torn")
-    os.truncate(torn / "train.bin", os.path.getsize(torn / "train.bin") - 2)
-    with pytest.raises(ValueError, match="train.bin.*bytes instead of"):
+    os.truncate(torn / "00000.train.bin", os.path.getsize(torn / "00000.train.bin") - 2)
+    with pytest.raises(ValueError, match="00000.train.bin.*bytes instead of"):
         PairDataset(str(torn), "train", 64, 0)
     for name, content, words in [
         ("meta.json", b"{}", "format"),
         ("meta.json", b'{"for', "meta.json: damaged"),
-        ("train.offsets.npy", b"", "damaged"),
+        ("00000.train.windows.npy", b"", "damaged"),
     ]:
         broken = shutil.copytree(small_corpus, tmp_path / "broken", dirs_exist_ok=True)
         (broken / name).write_bytes(content)

@@ -1,0 +1,640 @@
+"""What a corpus is made of: source files, archives, The Stack's records, commits, issues and notebooks, read one document at a time.
+
+    directory               source files by the table of languages below, Jupyter notebooks; with `commits`, the history of a git repository
+    .tar .tar.gz .zip ...   the same inside an archive; nothing is ever unpacked to disk
+    .parquet                rows with a `content`, as The Stack has them, read in batches
+    .jsonl .gz .zst         records, each by its fields: a file (`content`), a commit (`old_contents`, `new_contents`), a GitHub issue
+                            (`events`, as in The Stack, or `title` and `body`, as the API answers), a notebook (`cells`)
+
+A file is its bytes. What has a structure becomes a record of StarCoder's: pairs of a special token and the text after it.
+
+    commit     <commit_before> old <commit_msg> subject <commit_after> new
+    issue      <issue_start> Title: title \\n username_0: text <issue_comment> username_1: text ... <issue_closed>
+    notebook   <jupyter_start> <jupyter_text> text <jupyter_code> code <jupyter_output> output, or <empty_output>
+
+Memory does not grow with a source: nothing larger than LARGEST bytes is held, and what is larger is counted as left out.
+
+References: Li et al., StarCoder, 2023, section 3 (records and their filters); Kocetkov et al., The Stack, 2022.
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import subprocess
+import tarfile
+import zipfile
+import zlib
+from typing import NamedTuple
+
+LARGEST = 10_000_000  # bytes of a document; The Stack has none above 1 MB
+TOO_LARGE = f"over {LARGEST // 1_000_000} MB"
+
+
+class Document(NamedTuple):
+    """One document of a source."""
+
+    language: str  # of the table below, or what a record says, or jupyter, github-issues, git-commits
+    content: bytes | list  # of a file; or a record: [(special token, text), ...]
+
+
+# The languages of StarEncoder's training data (directories of The Stack) and their file extensions; a word without a dot is a file name.
+LANGUAGES = """
+ada .adb .ada .ads
+agda .agda
+alloy .als
+antlr .g4
+applescript .applescript .scpt
+assembly .asm .a51 .nasm
+augeas .aug
+awk .awk .auk .gawk .mawk .nawk
+batchfile .bat .cmd
+bluespec .bsv
+c .c .cats .h .idc .w
+c-sharp .cs .cake .cshtml .csx
+clojure .clj .boot .cl2 .cljc .cljs .cljs.hl .cljscm .cljx .hic
+cmake .cmake .cmake.in
+coffeescript .coffee ._coffee .cjsx .cson .iced
+common-lisp .lisp .asd .lsp .ny .podsl .sexp
+cpp .cpp .c++ .cc .cp .cxx .h++ .hh .hpp .hxx .inl .ipp .tcc .tpp .C .H
+css .css
+cuda .cu .cuh
+dart .dart
+dockerfile .dockerfile Dockerfile
+elixir .ex .exs
+elm .elm
+emacs-lisp .el .emacs .emacs.desktop
+erlang .erl .escript .hrl .xrl .yrl
+f-sharp .fs .fsi .fsx
+fortran .f90 .f .f03 .f08 .f77 .f95 .for .fpp
+glsl .glsl .fp .frag .frg .fsh .fshader .geo .geom .glslv .gshader .shader .vert .vrx .vsh .vshader
+go .go
+groovy .groovy .grt .gtpl .gvy
+haskell .hs .hsc
+html .html .htm .html.hl .xht .xhtml
+idris .idr .lidr
+isabelle .thy
+java .java
+java-server-pages .jsp
+javascript .js ._js .bones .es6 .jake .jsb .jscad .jsfl .jsm .jss .njs .pac .sjs .ssjs .xsjs .xsjslib
+json .json .geojson .lock .topojson
+julia .jl
+kotlin .kt .ktm .kts
+lean .lean .hlean
+literate-agda .lagda
+literate-coffeescript .litcoffee
+literate-haskell .lhs
+lua .lua .nse .pd_lua .rbxs .wlua
+makefile .mak .mk .mkfile Makefile
+maple .mpl
+markdown .md .markdown .mkd .mkdn .mkdown .ron
+mathematica .mathematica .cdf .ma .mt .nb .nbp .wl .wlt
+matlab .matlab
+ocaml .ml .eliom .eliomi .ml4 .mli .mll .mly
+pascal .pas .dfm .dpr .lpr
+perl .pl .al .perl .ph .plx .pm .psgi .t
+php .php .aw .ctp .php3 .php4 .php5 .phps .phpt
+powershell .ps1 .psd1 .psm1
+prolog .prolog .yap
+protocol-buffer .proto
+python .py .bzl .gyp .lmi .pyde .pyp .pyt .pyw .tac .wsgi .xpy
+r .r .rd .rsx
+racket .rkt .rktd .rktl .scrbl
+restructuredtext .rst .rest .rest.txt .rst.txt
+rmarkdown .rmd
+ruby .rb .builder .gemspec .god .irbrc .jbuilder .mspec .podspec .rabl .rake .rbuild .rbw .rbx .ru .ruby .thor .watchr
+rust .rs .rs.in
+sas .sas
+scala .scala .sbt
+scheme .scm .sld .sps .ss
+shell .sh .bash .bats .command .ksh .sh.in .tmux .tool .zsh
+smalltalk .st
+solidity .sol
+sparql .sparql .rq
+sql .pls .pck .pkb .pks .plb .plsql .sql .cql .ddl .prc .tab .udf .viw .db2
+stan .stan
+standard-ml .ML .fun .sig .sml
+stata .do .ado .doh .ihlp .mata .matah .sthlp
+systemverilog .sv .svh .vh
+tcl .tcl .adp .tm
+tcsh .tcsh .csh
+tex .tex .aux .bbx .bib .cbx .dtx .ins .lbx .ltx .mkii .mkiv .mkvi .sty .toc
+thrift .thrift
+typescript .ts .tsx
+verilog .veo
+vhdl .vhdl .vhd .vhf .vhi .vho .vhs .vht .vhw
+visual-basic .vb .bas .frm .frx .vba .vbhtml .vbs
+xslt .xslt .xsl
+yacc .y .yacc .yy
+yaml .yml .reek .rviz .sublime-syntax .syntax .yaml .yaml-tmlanguage
+zig .zig
+"""
+LANGUAGE_OF = {suffix: line.split()[0] for line in LANGUAGES.strip().split("\n") for suffix in line.split()[1:]}
+
+
+# Extensions that several languages share: (extension, what its text must match, language), the first that fits. None: a language that is
+# not in the table. Verilog and MATLAB have the extension to themselves there; others that use it are recognized, and left out.
+SHARED = [
+    (".h", r"^\s*(class\s+\w+|namespace\b|template\s*<|using\s+\w|(public|private|protected)\s*:)|\bstd::|#\s*include\s*<\w+>", "cpp"),
+    (".h", r"^\s*@(interface|protocol|class|end)\b|^\s*#\s*import\b", None),  # Objective-C
+    (".h", "", "c"),
+    (".m", r"^\s*(@(interface|implementation|protocol|class|end)\b|#\s*(import|include|define)\b)", None),  # Objective-C
+    (".m", r"^\s*:-\s*module\b", None),  # Mercury
+    (".m", r"\(\*.*\*\)|^\s*\w+\[[^\]]*_[^\]]*\]\s*:?=|\b(Module|Block|With|BeginPackage)\[", "mathematica"),
+    (".m", r"^\s*(%|function\b|classdef\b|end\b|clear\b|for\b|if\b)|;\s*$", "matlab"),
+    (".v", r"^\s*(module\s+\w+|endmodule\b|`(timescale|define|include|ifdef)\b|primitive\b)", "verilog"),
+    (".pl", r"^#!.*\b(swipl|prolog)\b|^\s*:-\s*\w+|^\w+\([^\n]*\)\s*(:-|\.\s*$)", "prolog"),
+    (".pl", "", "perl"),
+]
+SHARED = [(extension, re.compile(pattern.encode(), re.MULTILINE), language) for extension, pattern, language in SHARED]
+PERL = re.compile(rb"^\s*(use\s+(strict|warnings|\w+::|v?5)|package\s+\w|my\s+[$@%(]|sub\s+\w+)|^#!.*\bperl\b", re.MULTILINE)
+
+# The Stack's names of languages that differ from its directories.
+NAMES = {"c++": "cpp", "c#": "c-sharp", "f#": "f-sharp", "jupyter-notebook": "jupyter", "objective-c++": "objective-cpp"}
+
+RECORDS = ("git-commits", "github-issues", "jupyter")  # what else a document may be
+
+# Directories that hold other people's files or no sources, wherever they lie in a source.
+SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "node_modules", "__pycache__", ".git"}
+
+
+def language_of(path, content=b""):
+    """The language of a file by its name, or None: the whole name, else the longest known extension, in its own case first.
+
+    content: its bytes, of which the first 20,000 decide where languages share an extension (SHARED).
+
+    >>> language_of("src/Makefile"), language_of("index.rst.txt"), language_of("A.PY"), language_of("a.xyz")
+    ('makefile', 'restructuredtext', 'python', None)
+    >>> language_of("a.h"), language_of("a.h", b"namespace a {}"), language_of("a.v", b"Theorem t : True.")
+    ('c', 'cpp', None)
+    """
+    name = os.path.basename(path)
+    suffixes = [name] + [name[i:] for i, c in enumerate(name) if c == "."]
+    extension = os.path.splitext(name)[1]
+    rules = [rule for rule in SHARED if rule[0] == extension]
+    if rules:
+        head = content[:20_000]
+        if extension == ".pl" and PERL.search(head):
+            return "perl"
+        return next((language for _, pattern, language in rules if pattern.search(head)), None)
+    return next((LANGUAGE_OF[s] for suffix in suffixes for s in (suffix, suffix.lower()) if s in LANGUAGE_OF), None)
+
+
+def _may_be_source(path):
+    """Whether a file can count, by its name alone."""
+    return path.endswith((".ipynb", *{rule[0] for rule in SHARED})) or language_of(path) is not None
+
+
+def _document(name, content, skipped):
+    """The `Document` of a file, or None, counted."""
+    if name.endswith(".ipynb"):
+        try:
+            return Document("jupyter", notebook_record(json.loads(content)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            skipped["not a notebook"] += 1
+    elif (language := language_of(name, content)) is None:
+        skipped["no known extension"] += 1
+    else:
+        return Document(language, content)
+    return None
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------------------
+
+OUTPUT_CHARACTERS = 1000  # of a cell's output are kept
+
+
+def _text(value):
+    """A notebook's text, which is a string or a list of lines."""
+    return value if isinstance(value, str) else "".join(value)
+
+
+def notebook_record(notebook):
+    """The record of a Jupyter notebook, format 3 or 4, given as what json.loads returns. Raises TypeError or KeyError for what is none."""
+    cells = notebook["cells"] if "cells" in notebook else [cell for sheet in notebook["worksheets"] for cell in sheet["cells"]]
+    record = [("<jupyter_start>", "")]
+    for cell in cells:
+        text = _text(cell["source"] if "source" in cell else cell.get("input", ""))
+        if cell["cell_type"] in ("markdown", "heading"):
+            record.append(("<jupyter_text>", text))
+        elif cell["cell_type"] == "code":
+            record.append(("<jupyter_code>", text))
+            output = "".join(_output_text(output) for output in cell.get("outputs", []))[:OUTPUT_CHARACTERS]
+            record.append(("<jupyter_output>", output) if output.strip() else ("<empty_output>", ""))
+    return record if len(record) > 1 else []
+
+
+def _output_text(output):
+    if output.get("output_type") in ("error", "pyerr"):
+        return f"{output.get('ename', '')}: {output.get('evalue', '')}\n"
+    return _text(output.get("text") or output.get("data", {}).get("text/plain") or "")
+
+
+CHANGED_SPAN, WHOLE_FILE = 32, 0.2  # lines of context at most; share of the commits that keep the whole file
+LONGEST_FILE = 100_000  # characters
+AUTOMATIC = re.compile(
+    r"^(merge\b|revert \"|bump\b|update (readme|changelog)(\.\w+)?$|initial commit$|version \d|v?\d+(\.\d+)+$)", re.IGNORECASE
+)
+DATA_LANGUAGES = {"json", "yaml", "html", "xslt"}
+
+
+def _chance(*texts):
+    """Four numbers in [0, 1) that these texts fix."""
+    digest = hashlib.sha256("\0".join(texts).encode(errors="replace")).digest()
+    return [int.from_bytes(digest[i : i + 8]) / 2**64 for i in (0, 8, 16, 24)]
+
+
+def commit_record(old, new, subject, language, skipped):
+    """The record of one file's change by a commit, or None where a filter of StarCoder's (its table 5) leaves it out, counted.
+
+    What is random there is fixed by the content here: half of the changes of up to two lines, 10 % of those over 200 lines and half of the
+    data formats are kept; 20 % of the records hold the whole file, the others the changed lines and up to 32 around them.
+    """
+    before, after = old.splitlines(keepends=True), new.splitlines(keepends=True)
+    keep, keep_data, whole, context = _chance(old, new, subject)
+    least = min(len(before), len(after))
+    first = next((i for i in range(least) if before[i] != after[i]), least)  # equal lines at the beginning, and at the end
+    last = next((i for i in range(least - first) if before[-1 - i] != after[-1 - i]), least - first)
+    changed = max(len(before), len(after)) - first - last
+    reason = None
+    if max(len(old), len(new)) > LONGEST_FILE:
+        reason = "commit: file over 100,000 characters"
+    elif not subject.strip():
+        reason = "commit: no subject"
+    elif AUTOMATIC.search(subject.strip()):
+        reason = "commit: automatic"
+    elif len(subject) / len(subject.split()) > 20:
+        reason = "commit: a subject without words"
+    elif not changed:
+        reason = "commit: no change"
+    elif changed <= 2 and keep < 0.5:
+        reason = "commit: half of the changes of up to 2 lines"
+    elif changed >= 200 and keep < 0.9:
+        reason = "commit: 90 % of the changes of 200 lines or more"
+    elif language in DATA_LANGUAGES and keep_data < 0.5:
+        reason = "commit: half of the data formats"
+    if reason:
+        skipped[reason] += 1
+        return None
+    if whole >= WHOLE_FILE:
+        around = int(context * (CHANGED_SPAN + 1))
+        begin, end = max(0, first - around), max(0, last - around)
+        old, new = "".join(before[begin : len(before) - end]), "".join(after[begin : len(after) - end])
+    return [("<commit_before>", old), ("<commit_msg>", subject), ("<commit_after>", new)]
+
+
+LONGEST_COMMENT, SHORTEST_ISSUE = 80, 200  # lines; characters
+BOT = re.compile(
+    r"\[bot\]$|(^|[-_])(bot|ci)$|^(codecov|dependabot|renovate|greenkeeper|coveralls|stale|k8s-ci-robot|googlebot)\b", re.IGNORECASE
+)
+# A mail client's quotation of what was answered, and what GitHub and mail clients put below an answer.
+MAIL = re.compile(
+    r"^(On .{0,200}(wrote|writes):|From: .*|-+ ?Original Message ?-+|Reply to this email directly.*|Sent from my .*)\s*$", re.MULTILINE
+)
+
+
+def _said(text):
+    """A comment without e-mail boilerplate and quoted lines at its end, of at most LONGEST_COMMENT lines."""
+    text = (text or "").replace("\r\n", "\n")
+    if found := MAIL.search(text):
+        text = text[: found.start()]
+    return "\n".join(text.strip().split("\n")[:LONGEST_COMMENT])
+
+
+def issue_record(title, comments, closed, skipped):
+    """The record of a GitHub issue, or None where a filter leaves it out, counted.
+
+    comments: [(author, is a bot, text), ...], the issue's own text first. Authors become username_0, username_1, ... in the order in which
+    they appear, wherever they are mentioned. Comments of bots go; the issue with them, where a bot opened it.
+    """
+    if not comments or comments[0][1]:
+        skipped["issue: opened by a bot"] += 1
+        return None
+    said = [(author, _said(text)) for author, bot, text in comments if not bot]
+    said = [(author, text) for i, (author, text) in enumerate(said) if text or i == 0]
+    names = {author: f"username_{i}" for i, author in enumerate(dict.fromkeys(author for author, _ in said))}
+    known = "|".join(re.escape(author) for author in sorted(names, key=len, reverse=True) if author)
+    mention = re.compile(rf"(?<![\w.-])(?:{known})(?![\w-])" if known else r"(?!)")
+
+    def anonymous(text):
+        text = mention.sub(lambda found: names[found[0]], text)
+        return re.sub(r"(?<![\w.@/])@(?!username_\d)[A-Za-z\d](?:[A-Za-z\d-]{0,38})", "@username", text)
+
+    first, *others = [f"{names[author]}: {anonymous(text)}" for author, text in said]
+    record = [("<issue_start>", f"Title: {anonymous(title.strip())}\n{first}")]
+    record += [("<issue_comment>", text) for text in others] + [("<issue_closed>", "")] * closed
+    if sum(len(text) for _, text in record) < SHORTEST_ISSUE:
+        skipped["issue: under 200 characters"] += 1
+        return None
+    return record
+
+
+def _issue_of(record):
+    """(title, comments, closed) of an issue in The Stack's shape or the API's, for `issue_record`."""
+    if "events" in record:
+        events = [event for event in record["events"] if isinstance(event, dict)]
+        title = record.get("title") or next((event["title"] for event in events if event.get("title")), "")
+        comments, closed = [], False
+        for event in events:
+            author = event.get("masked_author") or event.get("author") or ""
+            if event.get("action") in ("closed", "reopened"):
+                closed = event["action"] == "closed"
+            if event.get("text") or event.get("action") == "opened":
+                comments.append((author, bool(BOT.search(author)), event.get("text")))
+        return title, comments, closed
+    comments = []
+    for said in [record, *(record["comments"] if isinstance(record.get("comments"), list) else [])]:
+        user = said.get("user") or {}
+        login = user.get("login") or ""
+        comments.append((login, user.get("type") == "Bot" or bool(BOT.search(login)), said.get("body")))
+    return record["title"], comments, record.get("state") == "closed"
+
+
+def _documents_of(record, skipped):
+    """The documents of one record of a table or of JSON lines. Raises KeyError, TypeError or AttributeError for one of unknown shape."""
+    path = str(record.get("path") or record.get("max_stars_repo_path") or record.get("new_file") or "." + str(record.get("ext")))
+    name = record.get("lang") or record.get("language")
+    if "content" in record and not isinstance(record.get("events"), list):
+        content = record["content"] if isinstance(record["content"], bytes) else record["content"].encode()
+        language = str(name or language_of(path, content) or "other").lower().replace(" ", "-")
+        if path.endswith(".ipynb") or NAMES.get(language) == "jupyter":
+            found = _document("a.ipynb", content, skipped)
+            return [found] if found else []
+        return [Document(NAMES.get(language, language).encode(errors="replace").decode(), content)]
+    if "old_contents" in record:
+        old, new, subject = record["old_contents"], record["new_contents"], record.get("subject") or record.get("message") or ""
+        language = NAMES.get(str(name).lower(), str(name).lower()) if name else language_of(path, new.encode(errors="replace"))
+        found = commit_record(old, new, subject.split("\n")[0], language, skipped)
+        return [Document("git-commits", found)] if found else []
+    if "cells" in record or "worksheets" in record:
+        return [Document("jupyter", notebook_record(record))]
+    found = issue_record(*_issue_of(record), skipped)
+    return [Document("github-issues", found)] if found else []
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------------------
+
+
+class Damaged(ValueError):
+    """A source that ends in the middle, or is not what its name says."""
+
+
+def _files(directory):
+    for folder, folders, names in os.walk(directory):
+        folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
+        for name in sorted(names):
+            yield os.path.join(folder, name)
+
+
+def _read_directory(source, skipped, progress):
+    for path in _files(source):
+        if not os.path.isfile(path):  # a link to nothing or to itself, a pipe: reading it would fail or never end
+            skipped["not a file"] += 1
+        elif not _may_be_source(path):
+            skipped["no known extension"] += 1
+        elif (size := os.path.getsize(path)) > LARGEST:
+            skipped[TOO_LARGE] += 1
+            progress(size)
+        else:
+            try:
+                with open(path, "rb") as f:
+                    content = f.read(LARGEST)
+            except OSError:
+                skipped["unreadable"] += 1
+                continue
+            progress(len(content))
+            if document := _document(path, content, skipped):
+                yield document
+
+
+def _read_tar(source, skipped, progress):
+    unpack = {".tar": lambda raw: raw, ".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[os.path.splitext(source)[1]]
+    with open(source, "rb") as raw, unpack(raw) as plain, tarfile.open(fileobj=plain, mode="r:") as archive:
+        while member := archive.next():
+            archive.members.clear()  # tarfile would keep them all
+            progress(raw.tell(), absolute=True)
+            folders = member.name.split("/")[:-1]
+            if not member.isfile() or SKIPPED_DIRECTORIES.intersection(folders):
+                continue
+            if not _may_be_source(member.name):
+                skipped["no known extension"] += 1
+            elif member.size > LARGEST:
+                skipped[TOO_LARGE] += 1
+            elif document := _document(member.name, archive.extractfile(member).read(), skipped):
+                yield document
+        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros; reading them also checks the checksum.
+        plain.seek(archive.offset)
+        end = plain.read(1 << 20)
+        if not end or any(end):
+            raise tarfile.ReadError("it ends in the middle")
+        while plain.read(1 << 20):
+            pass
+
+
+def _read_zip(source, skipped, progress):
+    with zipfile.ZipFile(source) as archive:
+        for member in archive.infolist():
+            progress(member.compress_size)
+            if member.is_dir() or SKIPPED_DIRECTORIES.intersection(member.filename.split("/")[:-1]):
+                continue
+            if not _may_be_source(member.filename):
+                skipped["no known extension"] += 1
+            elif member.file_size > LARGEST:
+                skipped[TOO_LARGE] += 1
+            elif member.flag_bits & 1:
+                skipped["encrypted"] += 1
+            else:
+                with archive.open(member) as f:  # reads no more than the size that was checked
+                    content = f.read(LARGEST)
+                if document := _document(member.filename, content, skipped):
+                    yield document
+
+
+COLUMNS = """content lang language ext path max_stars_repo_path new_file old_contents new_contents subject message
+events title comments body user state""".split()
+
+
+def _read_parquet(source, skipped, progress):
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table:
+        names = [name for name in COLUMNS if name in table.schema_arrow.names]
+        if not {"content", "old_contents", "events", "title"} & {*names}:
+            raise Damaged("it has neither a content, nor commits, nor issues")
+        size, seen = os.path.getsize(source), 0
+        for batch in table.iter_batches(batch_size=64, columns=names):
+            for record in batch.to_pylist():
+                yield from _checked(record, skipped)
+            seen += len(batch)
+            progress(size * seen // max(table.metadata.num_rows, 1), absolute=True)
+
+
+def _checked(record, skipped):
+    """The documents of a record; one of unknown shape is counted."""
+    try:
+        found = _documents_of(record, skipped)
+    except UnicodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        skipped["not UTF-8"] += 1
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        skipped["no content field"] += 1
+    else:
+        for document in found:
+            if isinstance(document.content, bytes) and len(document.content) > LARGEST:
+                skipped[TOO_LARGE] += 1
+            else:
+                yield document
+
+
+def _read_jsonl(source, skipped, progress):
+    import pyarrow
+
+    with open(source, "rb") as raw:
+        plain = raw
+        if source.endswith(".gz"):
+            plain = gzip.open(raw)
+        elif source.endswith(".zst"):
+            plain = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), 1 << 20)
+        issue = None  # the API answers comments apart; they join the issue before them
+        while line := plain.readline(2 * LARGEST):
+            progress(raw.tell(), absolute=True)
+            if len(line) == 2 * LARGEST and not line.endswith(b"\n"):
+                skipped[TOO_LARGE] += 1
+                while (line := plain.readline(LARGEST)) and not line.endswith(b"\n"):
+                    pass
+                continue
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except UnicodeError:
+                skipped["not UTF-8"] += 1
+                continue
+            except (ValueError, RecursionError):
+                skipped["not JSON"] += 1
+                continue
+            if isinstance(record, dict) and "issue_url" in record and "title" not in record:
+                if issue and record["issue_url"] == issue.get("url"):
+                    issue["comments"].append(record)
+                else:
+                    skipped["a comment without its issue"] += 1
+                continue
+            if issue:
+                yield from _checked(issue, skipped)
+            issue = None
+            if isinstance(record, dict) and isinstance(record.get("comments"), int) and "title" in record and "url" in record:
+                issue = record | {"comments": []}
+            else:
+                yield from _checked(record, skipped)
+        if issue:
+            yield from _checked(issue, skipped)
+
+
+def _git(repository, *arguments, **options):
+    command = ["git", "-C", repository, "-c", "core.fsmonitor=false", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}, **options
+    )
+
+
+def _read_commits(source, skipped, progress):
+    """The changes of files by the commits of a git repository's current branch, the newest first; merges and new files are none."""
+    log = _git(source, "log", "--no-merges", "--raw", "--no-abbrev", "--no-renames", "--diff-filter=M", "-z", "--format=%x01%s", "HEAD")
+    objects = _git(source, "cat-file", "--batch", stdin=subprocess.PIPE)
+
+    def blob(name):
+        objects.stdin.write(name + b"\n")
+        objects.stdin.flush()
+        kind, size = objects.stdout.readline().split()[1:]
+        content = b""
+        if int(size) <= LARGEST:
+            content = objects.stdout.read(int(size) + 1)[:-1]
+        else:
+            for _ in range(int(size) + 1 >> 20):
+                objects.stdout.read(1 << 20)
+            objects.stdout.read((int(size) + 1) % (1 << 20))
+        return content if kind == b"blob" else b""
+
+    try:
+        subject, change = "", None
+        for field in _fields(log.stdout):
+            field = field.lstrip(b"\n")
+            if field.startswith(b"\1"):
+                subject, change = field[1:].decode(errors="replace"), None
+            elif field.startswith(b":"):
+                change = field.split()
+            elif change:
+                path, (old_mode, new_mode, old, new, _) = field.decode(errors="replace"), change
+                change = None
+                if not (old_mode.startswith(b":100") and new_mode.startswith(b"100")) or not _may_be_source(path):
+                    skipped["no known extension"] += 1
+                    continue
+                old, new = blob(old), blob(new)
+                if (language := language_of(path, new)) is None:
+                    skipped["no known extension"] += 1
+                    continue
+                try:
+                    record = commit_record(old.decode(), new.decode(), subject, language, skipped)
+                except UnicodeDecodeError:
+                    skipped["not UTF-8"] += 1
+                    continue
+                if record:
+                    yield Document("git-commits", record)
+        objects.stdin.close()
+        if log.wait():
+            raise Damaged(log.stderr.read().decode(errors="replace").strip().split("\n")[0])
+    finally:
+        for process in (log, objects):
+            process.kill()
+            process.communicate()
+
+
+def _fields(stream):
+    """What lies between the NUL bytes of a stream."""
+    rest = b""
+    while block := stream.read1(1 << 16):
+        *fields, rest = (rest + block).split(b"\0")
+        yield from fields
+    if rest:
+        yield rest
+
+
+READERS = {
+    _read_tar: (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"),
+    _read_zip: (".zip", ".whl"),
+    _read_parquet: (".parquet",),
+    _read_jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+}
+KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
+
+
+def readers(source, commits=False):
+    """[(reader, bytes on disk), ...] of a source. Raises ValueError for one that is missing or of an unknown kind.
+
+    A reader is a generator of `Document`; its arguments are the source, a Counter of what is left out, by reason, and a function that is
+    told of progress in bytes. commits: the history of a directory that is a git repository, too.
+    """
+    if os.path.isdir(source):
+        size = sum(os.path.getsize(path) for path in _files(source) if os.path.isfile(path) and _may_be_source(path))
+        return [(_read_directory, size)] + [(_read_commits, 0)] * (commits and os.path.exists(os.path.join(source, ".git")))
+    if not os.path.exists(source):
+        raise ValueError(f"{source}: no such file or directory")
+    for reader, endings in READERS.items():
+        if source.endswith(endings):
+            return [(reader, os.path.getsize(source))]
+    raise ValueError(f"{source}: not a source; give {KINDS}")
+
+
+def read(source, reader, skipped, progress):
+    """The documents of a source by one of its `readers`. Raises ValueError for a damaged one."""
+    import pyarrow
+
+    archives = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, EOFError, lzma.LZMAError, zlib.error)
+    try:
+        yield from reader(source, skipped, progress)
+    except (Damaged, OSError, pyarrow.ArrowException, *archives) as error:
+        words = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{source}: damaged ({words}); fetch it again") from None
