@@ -202,9 +202,8 @@ def evaluate(model, dataset, examples, micro_batch_size, ranks, autocast=context
         totals += torch.tensor([loss.item(), mlm_hits.item(), len(batch.labels), nsp_hits.item(), len(batch.next_sentence_label)])
         label_counts += batch.labels.cpu().bincount(minlength=V)
         if len(languages) > 1:
-            spoken = torch.tensor(
-                [languages.index(l) for i, e in zip(part, drawn) for l in dataset.languages_of_masks(i, e)], dtype=torch.int64
-            )
+            spoken = [languages.index(name) for i, e in zip(part, drawn) for name in dataset.languages_of_masks(i, e)]
+            spoken = torch.tensor(spoken, dtype=torch.int64)
             by_language += torch.stack([torch.bincount(spoken, w, len(languages)) for w in (None, hits.double().cpu())])
     model.train()
     loss, mlm_hits, masked, nsp_hits, pairs = ranks.sum(totals)
