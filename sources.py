@@ -18,6 +18,7 @@ References: Li et al., StarCoder, 2023, section 3 (records and their filters); K
 """
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
@@ -461,7 +462,7 @@ events title comments body user state""".split()
 def _read_parquet(source, skipped, progress):
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table:
+    with pyarrow.parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as table:
         names = [name for name in COLUMNS if name in table.schema_arrow.names]
         if not {"content", "old_contents", "events", "title"} & {*names}:
             raise Damaged("it has neither a content, nor commits, nor issues")
@@ -548,8 +549,10 @@ def _read_commits(source, skipped, progress):
     def blob(name):
         objects.stdin.write(name + b"\n")
         objects.stdin.flush()
-        kind, size = objects.stdout.readline().split()[1:]
-        content = b""
+        words = objects.stdout.readline().split()
+        if len(words) != 3:
+            raise Damaged(f"git has no object {name.decode()}")
+        (_, kind, size), content = words, b""
         if int(size) <= LARGEST:
             content = objects.stdout.read(int(size) + 1)[:-1]
         else:
@@ -589,7 +592,10 @@ def _read_commits(source, skipped, progress):
     finally:
         for process in (log, objects):
             process.kill()
-            process.communicate()
+            for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+                with contextlib.suppress(OSError):  # a pipe whose other end is gone
+                    pipe.close()
+            process.wait()
 
 
 def _fields(stream):

@@ -1,0 +1,402 @@
+"""Every kind of source gives the documents that it should, in the documented format, and no input crashes, hangs or vanishes in silence."""
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import random
+import subprocess
+import tarfile
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import corpus
+import data
+import sources as readers
+
+FILES = {"a.py": b"x = 1\n" * 5, "sub/b.c": b"int main() { return 0; }\r\n", "c.rs": "fn é() {}".encode(), "d.txt": b"no source"}
+
+
+def read(path, **options):
+    """(documents, what was left out) of a source."""
+    skipped = Counter()
+    return [document for *_, document in corpus.documents([str(path)], skipped, **options)], dict(skipped)
+
+
+def text_of(record):
+    return "".join(token + text for token, text in record)
+
+
+# ---- languages -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, content, language",
+    [
+        ("a.h", "int f(void);", "c"),
+        ("a.h", "#include <stdio.h>\nstruct s { int x; };", "c"),
+        ("a.h", "#include <vector>\n", "cpp"),
+        ("a.h", "class A {\npublic:\n  int x;\n};", "cpp"),
+        ("a.h", "@interface A : NSObject\n@end", None),
+        ("a.m", "function y = f(x)\n  y = x;\nend\n", "matlab"),
+        ("a.m", "% a comment\nx = 1\n", "matlab"),
+        ("a.m", "f[x_] := x^2\n(* a comment *)", "mathematica"),
+        ("a.m", "#import <Foundation/Foundation.h>\n", None),
+        ("a.v", "module adder(input a, output b);\nendmodule\n", "verilog"),
+        ("a.v", "Theorem t : 1 = 1.\nProof. reflexivity. Qed.\n", None),
+        ("a.pl", "use strict;\nmy $x = 1;\n", "perl"),
+        ("a.pl", "print 1;\n", "perl"),
+        ("a.pl", ":- module(a, []).\nf(X) :- g(X).\n", "prolog"),
+        ("a.pl", "likes(mary, wine).\n", "prolog"),
+    ],
+)
+def test_shared_extensions(name, content, language):
+    assert readers.language_of(name, content.encode()) == language
+
+
+# ---- files, archives, tables -----------------------------------------------------------------------------------------------------
+
+
+def expected_files():
+    return {"python": FILES["a.py"], "c": FILES["sub/b.c"], "rust": FILES["c.rs"]}
+
+
+def test_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in FILES.items():
+            archive.writestr(name, content)
+        archive.writestr("../../outside.py", b"never = 'unpacked'\n")  # nothing is written to disk, so it is a file like any other
+    documents, skipped = read(tmp_path / "s.zip")
+    assert [d.content for d in documents] == [*expected_files().values(), b"never = 'unpacked'\n"]
+    assert skipped == {"no known extension": 1} and os.listdir(tmp_path) == ["s.zip"]
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_parquet_as_the_stack_has_it(tmp_path, binary):
+    rows = {
+        "content": [c if binary else c.decode() for c in expected_files().values()] + [None, "x"],
+        "lang": ["Python", "C++", "C#", "C", None],
+        "ext": ["py", "c", "rs", "c", "weird"],
+        "max_stars_repo_name": ["a/b"] * 5,
+        "size": [1] * 5,
+    }
+    table = pyarrow.table({k: pyarrow.array(v, pyarrow.binary()) if binary and k == "content" else v for k, v in rows.items()})
+    pyarrow.parquet.write_table(table, tmp_path / "s.parquet", row_group_size=2)
+    documents, skipped = read(tmp_path / "s.parquet")
+    assert [d.content for d in documents] == [*expected_files().values(), b"x"]
+    assert [d.language for d in documents] == ["python", "cpp", "c-sharp", "other"] and skipped == {"no content field": 1}
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_json_lines(tmp_path, ending):
+    lines = b"".join(json.dumps({"content": f"line {i}\n" * 9, "path": f"{i}.py"}).encode() + b"\n" for i in range(3000))
+    path = tmp_path / f"s.jsonl{ending}"
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": lambda x: pyarrow.compress(x, "zstd", asbytes=True)}[ending]
+    path.write_bytes(pack(lines[:10_000]) + pack(lines[10_000:]))  # of several frames, as `cat` makes them
+    documents, skipped = read(path)
+    assert [d.content for d in documents] == [b"line %d\n" % i * 9 for i in range(3000)] and not skipped
+    if ending:
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ValueError, match="damaged"):
+            read(path)
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------------------
+
+NOTEBOOK = {
+    "nbformat": 4,
+    "cells": [
+        {"cell_type": "markdown", "source": ["# Title\n", "text"]},
+        {
+            "cell_type": "code",
+            "source": "print(1)\n1 / 0",
+            "outputs": [
+                {"output_type": "stream", "name": "stdout", "text": ["1\n"]},
+                {"output_type": "error", "ename": "ZeroDivisionError", "evalue": "division by zero", "traceback": ["long"]},
+            ],
+        },
+        {"cell_type": "code", "source": ["x = 2"], "outputs": []},
+        {"cell_type": "raw", "source": "left out"},
+        {"cell_type": "code", "source": "y", "outputs": [{"output_type": "execute_result", "data": {"text/plain": ["o" * 2000]}}]},
+    ],
+}
+NOTEBOOK_TEXT = (
+    "<jupyter_start><jupyter_text># Title\ntext<jupyter_code>print(1)\n1 / 0<jupyter_output>1\nZeroDivisionError: division by zero\n"
+    "<jupyter_code>x = 2<empty_output><jupyter_code>y<jupyter_output>" + "o" * 1000
+)
+
+
+def test_notebooks(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.ipynb").write_text(json.dumps(NOTEBOOK))
+    (tmp_path / "in" / "b.ipynb").write_text('{"cells": 3}')
+    (tmp_path / "in" / "c.ipynb").write_text("{")
+    documents, skipped = read(tmp_path / "in")
+    assert [(d.language, text_of(d.content)) for d in documents] == [("jupyter", NOTEBOOK_TEXT)]
+    assert skipped == {"not a notebook": 2}
+    old = {"worksheets": [{"cells": [{"cell_type": "code", "input": ["x"], "outputs": [{"output_type": "pyout", "text": ["1"]}]}]}]}
+    assert text_of(readers.notebook_record(old)) == "<jupyter_start><jupyter_code>x<jupyter_output>1"
+
+
+LONG = "It fails on every input that I tried, with the message below, since the last release but one. " * 3
+ISSUE = {
+    "url": "https://api.github.com/repos/o/r/issues/1",
+    "title": "It fails for alice",
+    "user": {"login": "alice", "type": "User"},
+    "body": LONG + "\r\n@bob-b, can you look? Or @carol.",
+    "state": "closed",
+    "comments": [
+        {"user": {"login": "dependabot[bot]", "type": "Bot"}, "body": "I am a bot"},
+        {"user": {"login": "bob-b", "type": "User"}, "body": "alice: yes.\n\nOn Mon, Bob <bob@x.org> wrote:\n> quoted"},
+        {"user": {"login": "alice", "type": "User"}, "body": "\n".join(map(str, range(100)))},
+    ],
+}
+ISSUE_TEXT = (
+    f"<issue_start>Title: It fails for username_0\nusername_0: {LONG}\n@username_1, can you look? Or @username."
+    "<issue_comment>username_1: username_0: yes.<issue_comment>username_0: " + "\n".join(map(str, range(80))) + "<issue_closed>"
+)
+
+
+def test_issues_in_the_shapes_of_the_api_and_of_the_stack(tmp_path):
+    apart = [ISSUE | {"comments": 3}, *({"issue_url": ISSUE["url"]} | comment for comment in ISSUE["comments"])]
+    events = [{"action": "opened", "author": "alice", "title": ISSUE["title"], "text": ISSUE["body"]}]
+    events += [{"action": "created", "author": c["user"]["login"], "text": c["body"]} for c in ISSUE["comments"]]
+    events += [{"action": action, "author": "bob-b"} for action in ("closed", "reopened", "closed")]
+    for shape in ([ISSUE], apart, [{"repo": "o/r", "issue_id": 1, "events": events, "content": "not this"}]):
+        path = tmp_path / "issues.jsonl"
+        path.write_text("\n".join(map(json.dumps, shape)))
+        documents, skipped = read(path)
+        assert [(d.language, text_of(d.content)) for d in documents] == [("github-issues", ISSUE_TEXT)] and not skipped
+    short, bots = ISSUE | {"body": "short", "comments": []}, ISSUE | {"user": {"login": "renovate-bot"}}
+    orphan = {"issue_url": "elsewhere", "body": "text"}
+    path.write_text("\n".join(map(json.dumps, [short, bots, orphan])))
+    assert read(path) == ([], {"issue: under 200 characters": 1, "issue: opened by a bot": 1, "a comment without its issue": 1})
+
+
+def change(lines, changed, mark="changed"):
+    old = [f"line {i}\n" for i in range(lines)]
+    return "".join(old), "".join(f"{mark} {i}\n" if i in changed else line for i, line in enumerate(old))
+
+
+def test_commit_records():
+    kept, whole, spans, skipped = 0, 0, [], Counter()
+    for i in range(400):
+        old, new = change(200, range(90, 95), mark=f"change {i}")
+        record = readers.commit_record(old, new, "Mend the lines", "python", skipped)
+        (before, a), (message, subject), (after, b) = record
+        assert (before, message, after, subject) == ("<commit_before>", "<commit_msg>", "<commit_after>", "Mend the lines")
+        kept += 1
+        if a == old:
+            assert b == new
+            whole += 1
+        else:
+            around = 90 - int(a.split("\n")[0][5:])
+            assert 0 <= around <= 32 and a == "".join(f"line {j}\n" for j in range(90 - around, 95 + around))
+            assert b == a.replace("line", f"change {i}") if not around else b.count(f"change {i}") == 5
+            spans.append(around)
+    assert not skipped and 0.14 < whole / kept < 0.27 and {0, 32} <= set(spans)
+    small = [readers.commit_record(*change(50, [7], f"m{i}"), "Mend it", "python", skipped) for i in range(400)]
+    assert 150 < sum(record is None for record in small) < 250
+    large = [readers.commit_record(*change(300, range(290), f"m{i}"), "Mend it", "python", skipped) for i in range(400)]
+    assert 340 < sum(record is None for record in large) < 380
+    for subject, reason in {
+        " ": "no subject",
+        "Merge branch x": "automatic",
+        "f" * 30: "a subject without words",
+    }.items():
+        skipped = Counter()
+        assert readers.commit_record(*change(50, range(5)), subject, "python", skipped) is None and dict(skipped) == {
+            f"commit: {reason}": 1
+        }
+
+
+@given(old=st.text(max_size=80), new=st.text(max_size=80), subject=st.text(min_size=1, max_size=9))
+def test_a_commit_keeps_every_changed_line(old, new, subject):
+    record = readers.commit_record(old, new, subject, "python", Counter())
+    if record:
+        (_, a), _, (_, b) = record
+        begin = old.index(a) if a else 0
+        assert any(old[:k] + b + old[k + len(a) :] == new for k in range(begin, len(old) - len(a) + 1)) or (a, b) == (old, new)
+
+
+def git(repository, *arguments):
+    names = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return subprocess.run(["git", *arguments], cwd=repository, check=True, capture_output=True, env=os.environ | names)
+
+
+def test_commits_of_a_repository(tmp_path):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    git(repository, "init", "-q")
+    expected = []
+    old, name = "".join(f"line {i}\n" for i in range(40)), 'odd "name"\té.py'
+    for i in range(12):
+        new = old.replace(f"line {2 * i}\n", f"new {i}\nanother {i}\nthird {i}\n")
+        (repository / name).write_text(new if i else old)
+        (repository / "image.png").write_bytes(os.urandom(9))
+        git(repository, "add", "-A")
+        git(repository, "commit", "-qm", f"Change number {i}\n\nbody")
+        if i:
+            record = readers.commit_record(old, new, f"Change number {i}", "python", Counter())
+            expected += [text_of(record)] if record else []
+            old = new
+    documents, skipped = read(repository, commits=True)
+    assert [d.language for d in documents] == ["python"] + ["git-commits"] * len(expected)
+    assert [text_of(d.content) for d in documents[1:]] == expected[::-1] and len(expected) >= 8
+    assert skipped["no known extension"] == 12  # the image, and its changes
+    git(repository, "update-ref", "-d", "HEAD")
+    with pytest.raises(ValueError, match="damaged"):
+        read(repository, commits=True)
+
+
+def test_the_history_of_this_project_comes_back_from_the_corpus(tmp_path, small_corpus):
+    if subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD~5"], capture_output=True).returncode:
+        pytest.skip("not a clone with a history")
+    records, skipped = read(ROOT, commits=True)
+    expected = {text_of(d.content) for d in records if d.language == "git-commits"}
+    assert len(expected) > 20 and all(text.startswith("<commit_before>") and "<commit_msg>" in text for text in expected)
+    corpus.prepare([ROOT], str(tmp_path / "out"), tokenizer=small_corpus, workers=2, commits=True, languages=["git-commits"])
+    tokenizer, found = data.Tokenizer.from_pretrained(tmp_path / "out"), set()
+    for split in ("train", "validation"):
+        dataset = data.PairDataset(str(tmp_path / "out"), split, 64, 0)
+        for d in range(dataset.documents()):
+            ids = dataset.document(d)
+            assert ids[0] == tokenizer.special_tokens["<commit_before>"] and dataset.language(d) == "git-commits"
+            found.add(tokenizer.decode(ids))
+    assert found == expected
+
+
+def test_text_that_looks_like_a_special_token_stays_text(tmp_path, small_corpus):
+    notebook = {"cells": [{"cell_type": "markdown", "source": "<jupyter_code> and <mask>"}]}
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(notebook | {"k": i}) for i in range(1)))
+    corpus.prepare([str(tmp_path / "s.jsonl")], str(tmp_path / "out"), tokenizer=small_corpus, workers=1)
+    tokenizer, meta = data.Tokenizer.from_pretrained(tmp_path / "out"), data.read_meta(str(tmp_path / "out"))
+    split = max(meta["splits"], key=lambda split: meta["splits"][split]["documents"])
+    ids = np.fromfile(tmp_path / "out" / f"00000.{split}.bin", np.uint16).tolist()
+    special = [i for i in ids if i in tokenizer.special_tokens.values()]
+    assert special == [tokenizer.special_tokens["<jupyter_start>"], tokenizer.special_tokens["<jupyter_text>"]]
+    assert tokenizer.decode(ids) == "<jupyter_start><jupyter_text><jupyter_code> and <mask>"
+
+
+# ---- what is malformed -----------------------------------------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+fields = "content title body user comments events cells worksheets old_contents new_contents subject lang ext path url issue_url".split()
+
+
+@given(records=st.lists(st.dictionaries(st.sampled_from(fields), json_values, max_size=6) | json_values, max_size=4))
+@example([{"cells": [{"cell_type": "code", "source": 3}]}])
+@example([{"title": "t", "comments": [3], "user": [], "url": 3}, {"issue_url": 3}])
+@example([{"events": [{"author": 3, "text": 4}]}, {"old_contents": "a", "new_contents": 3}])
+def test_records_of_any_shape(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("j") / "s.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    documents, skipped = read(path)
+    for document in documents:
+        pieces, reason = corpus.text_of(document)
+        assert reason or all(isinstance(text, str) for _, text in pieces)
+    joined = sum(isinstance(r, dict) and "issue_url" in r and "title" not in r for r in records)  # comments join their issue
+    assert len(documents) + sum(skipped.values()) >= len(records) - joined
+
+
+@pytest.fixture(scope="module")
+def whole_sources(tmp_path_factory):
+    """{ending: bytes} of a sound source of each kind."""
+    directory = tmp_path_factory.mktemp("whole")
+    lines = "\n".join(json.dumps({"content": f"x = {i}\n" * 20, "path": "a.py"}) for i in range(200)).encode()
+    with zipfile.ZipFile(directory / "s.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(20):
+            archive.writestr(f"{i}.py", f"x = {i}\n" * 50)
+    for ending, kind in ((".tar", "w"), (".tar.gz", "w:gz"), (".tar.xz", "w:xz"), (".tar.bz2", "w:bz2")):
+        with tarfile.open(directory / f"s{ending}", kind) as archive:
+            for i in range(20):
+                content = f"x = {i}\n".encode() * 50
+                member = tarfile.TarInfo(f"{i}.py")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    table = pyarrow.table({"content": [f"x = {i}\n" * 20 for i in range(200)], "ext": ["py"] * 200})
+    pyarrow.parquet.write_table(table, directory / "s.parquet", row_group_size=50, write_page_checksum=True)
+    found = {name[1:]: (directory / name).read_bytes() for name in os.listdir(directory)}
+    return found | {".jsonl": lines, ".jsonl.gz": gzip.compress(lines), ".jsonl.zst": pyarrow.compress(lines, "zstd", asbytes=True)}
+
+
+KINDS = [".zip", ".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
+
+
+@pytest.mark.parametrize("ending", KINDS)
+def test_damage_is_an_error_or_counted(whole_sources, tmp_path, ending):
+    """Cut, flipped or overwritten at random: one clear error, or every document as it was, or counted as left out."""
+    content, generator = whole_sources[ending], random.Random(ending)
+    path = tmp_path / f"s{ending}"
+    path.write_bytes(content)
+    expected = [d.content for d in read(path)[0]]
+    rounds = 20 * (50 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1)
+    for _ in range(rounds):
+        broken = bytearray(content)
+        for _ in range(generator.randrange(1, 4)):
+            at = generator.randrange(len(broken))
+            way = generator.randrange(3)
+            if way == 0:
+                broken = broken[: max(1, at)]
+            elif way == 1:
+                broken[at] ^= 1 << generator.randrange(8)
+            else:
+                broken[at : at + 9] = generator.randbytes(9)
+        path.write_bytes(broken)
+        with contextlib.suppress(ValueError):
+            documents, skipped = read(path)
+            if ending in (".tar", ".jsonl"):  # no checksums over the content; but a document is never lost from an archive
+                assert ending == ".jsonl" or len(documents) + sum(skipped.values()) == len(expected)
+            else:
+                assert [d.content for d in documents] == expected or skipped
+
+
+def test_a_directory_of_traps(tmp_path):
+    """Links in a circle and to nothing, a pipe, files that cannot be read or are too large, names that are not UTF-8."""
+    trap = tmp_path / "in"
+    (trap / "sub").mkdir(parents=True)
+    (trap / "good.py").write_bytes(b"good = 1\n")
+    (trap / "again.py").symlink_to(trap / "good.py")
+    (trap / "loop.py").symlink_to("loop.py")
+    (trap / "gone.py").symlink_to("nothing")
+    (trap / "sub" / "up").symlink_to(trap, target_is_directory=True)
+    os.mkfifo(trap / "pipe.py")
+    with open(trap / "huge.py", "wb") as f:
+        f.truncate(readers.LARGEST + 1)
+    (trap / "line.py").write_bytes(b"a" * (readers.LARGEST - 1))
+    with open(os.path.join(os.fsencode(trap), b"odd\xff.py"), "wb") as f:
+        f.write(b"odd = 1\n")
+    documents, skipped = read(trap)
+    assert {len(d.content) for d in documents} == {9, 8, readers.LARGEST - 1}
+    assert skipped == {"exact duplicate": 1, "not a file": 3, readers.TOO_LARGE: 1}
+
+
+def test_bombs(tmp_path):
+    """A gigabyte in a megabyte is read in pieces or not at all; a line of 100 MB is left out; both are counted."""
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("bomb.py", "w") as f:
+            for _ in range(100):
+                f.write(bytes(1 << 20))
+        archive.writestr("good.py", "good = 1\n")
+    documents, skipped = read(tmp_path / "bomb.zip")
+    assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {readers.TOO_LARGE: 1}
+    with gzip.open(tmp_path / "line.jsonl.gz", "wb", compresslevel=1) as f:
+        f.write(b'{"content": "')
+        for _ in range(100):
+            f.write(b"a" * (1 << 20))
+        f.write(b'"}\n' + json.dumps({"content": "good = 1\n", "ext": "py"}).encode())
+    documents, skipped = read(tmp_path / "line.jsonl.gz")
+    assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {readers.TOO_LARGE: 1}
