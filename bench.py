@@ -1,6 +1,7 @@
 """Every speed that this project claims, measured beside its peers in one run.
 
-    python bench.py data                    the loader, one core, beside tokenizing on the fly with a transformers collator
+    python bench.py data                    the loader, one core, beside tokenizing on the fly with a transformers collator; and from a
+                                            table of sources to tokens, all cores, beside datasets.map, with the peak of memory
     python bench.py model                   a training step of the full model beside those of transformers
     python bench.py model --ablate          the same step with one of its savings undone
     python bench.py model --profile         where its time goes, part by part, beside the least that each part could take here
@@ -12,6 +13,7 @@ Each figure is the median of several repetitions that take turns, so that a mach
 only the ratios mean anything. A table goes to the screen, the same as JSON with machine, versions and commit to results/.
 """
 
+import contextlib
 import functools
 import gc
 import glob
@@ -23,12 +25,16 @@ import random
 import re
 import statistics
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
@@ -125,6 +131,80 @@ def bench_data(path=None, directory="data/bench", max_length=1024, batch_size=64
         vocab_size=tokenizer.vocab_size,
         repetitions=REPETITIONS,
     )
+
+
+def source_table(path, size):
+    """Writes a parquet table as The Stack's with `size` bytes of text: the standard library over and over, each time a little different."""
+    library, schema = sysconfig.get_paths()["stdlib"], pyarrow.schema([("content", pyarrow.string()), ("lang", pyarrow.string())])
+    texts = [document.content.decode() for *_, document in corpus.documents([library], Counter()) if not corpus.text_of(document)[1]]
+    rows, written = [], 0
+    with pyarrow.parquet.ParquetWriter(path, schema) as table, tqdm(total=size, unit="B", unit_scale=True, desc="writing") as bar:
+        for i, text in enumerate(itertools.cycle(texts)):
+            rows.append(f"# copy {i // len(texts)}\n{text}")
+            written += len(rows[-1].encode())
+            if len(rows) == 1000 or written >= size:
+                table.write_table(pyarrow.table({"content": rows, "lang": ["Python"] * len(rows)}, schema))
+                bar.update(written - bar.n)
+                rows = []
+            if written >= size:
+                return
+
+
+def peak_memory(command):
+    """Runs a command and returns the peak of its memory in bytes, all its processes together, shared pages once (Linux)."""
+    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        family, total = [process.pid], 0
+        for pid in family:
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{pid}/task/{pid}/children") as f:
+                    family += map(int, f.read().split())
+                with open(f"/proc/{pid}/smaps_rollup") as f:
+                    total += 1024 * int(re.search(r"^Pss:\s+(\d+)", f.read(), re.MULTILINE)[1])
+        peak = max(peak, total)
+        time.sleep(0.1)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+    return peak
+
+
+def bench_corpus(path=None, directory="data/bench", size=60_000_000, large=2_000_000_000, repetitions=5):
+    """From a table of sources to tokens on disk, on all cores, beside datasets.map with a fast tokenizer; and the memory that it takes."""
+    import datasets
+    import transformers
+
+    if not os.path.exists(os.path.join(directory, "meta.json")):
+        corpus.prepare(None, directory, vocab_size=49156)
+    auto, cores = transformers.AutoTokenizer.from_pretrained(directory), os.cpu_count()
+    counter = iter(range(10**9))
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as temporary:
+        table = os.path.join(temporary, "table.parquet")
+        source_table(table, size)
+
+        def here():
+            corpus.prepare([table], os.path.join(temporary, str(next(counter))), tokenizer=directory)
+            return size
+
+        def mapped():
+            rows = datasets.load_dataset("parquet", data_files=table, split="train", cache_dir=os.path.join(temporary, str(next(counter))))
+            encode = lambda batch: auto(batch["content"], return_attention_mask=False)
+            rows.map(encode, batched=True, num_proc=cores, remove_columns=rows.column_names)
+            return size
+
+        speeds = medians({"datasets.map, fast tokenizer": mapped, "corpus.py": here}, repetitions)
+        rows = [
+            {"from text to tokens, all cores": n, "MB/s": f"{s / 1e6:.1f}", "ratio": f"{s / min(speeds.values()):.1f}"}
+            for n, s in speeds.items()
+        ]
+        table = os.path.join(temporary, "large.parquet")
+        source_table(table, large)
+        begin = time.perf_counter()
+        peak = peak_memory([sys.executable, corpus.__file__, table, "--tokenizer", directory, "--out", os.path.join(temporary, "large")])
+        seconds = time.perf_counter() - begin
+    rows.append({"from text to tokens, all cores": f"corpus.py, {large / 1e9:g} GB", "MB/s": f"{large / 1e6 / seconds:.1f}", "ratio": "-"})
+    print(f"peak memory on {large / 1e9:g} GB: {peak / 1e6:,.0f} MB")
+    report(path, "corpus", rows, vocab_size=len(auto), repetitions=repetitions, peak_memory=peak, text=large)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------------------
@@ -568,7 +648,8 @@ def main(argv=None):
         takes = " or ".join(f"--{flag}" for flag in flags[arguments.what]) or "no flag"
         raise ValueError(f"{arguments.what}: takes {takes}, one at a time")
     if arguments.what == "data":
-        return bench_data(arguments.out)
+        bench_data(arguments.out)
+        return bench_corpus(arguments.out and f"{arguments.out}.corpus")
     if arguments.what == "model":
         return bench_profile(arguments.out) if arguments.profile else bench_model(arguments.out, ablate=arguments.ablate)
     if arguments.tune and not torch.cuda.is_available():

@@ -17,10 +17,12 @@ import contextlib
 import glob
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import sysconfig
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -154,6 +156,8 @@ def text_of(document, clean=False):
 
 def _load_worker(path, clean, near_dedup):
     global _tokenizer, _clean, _near_dedup  # one of each for a worker process
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it would outlive one that is killed
     _tokenizer, _clean, _near_dedup = Tokenizer.from_pretrained(path), clean, near_dedup
 
 
@@ -268,14 +272,14 @@ def prepare(
             skipped = Counter()
             stream = documents(sources, skipped, description="tokenizing", **which)
             parts = _write(out, stream, validation, pool, 3 * (workers or os.cpu_count()), shard, part_bytes, near, dtype)
-        return _finish(out, parts, skipped, tokenizer, dtype, arguments)
+        return _finish(out, parts, skipped, tokenizer, dtype, sources)
     finally:
         if shard[1] == 1 and not glob.glob(os.path.join(glob.escape(out), "*.train.bin")):
             shutil.rmtree(out, ignore_errors=True)  # nothing worth keeping was made
 
 
 def _open(out, arguments):
-    """Makes the directory, or checks that a corpus by the same arguments was begun in it."""
+    """Makes the directory with prepare.json, which says how the corpus is made; or checks that one made so was begun there."""
     path = os.path.join(out, "prepare.json")
     if os.path.exists(out) and not os.path.exists(path) and (not os.path.isdir(out) or os.listdir(out)):
         raise ValueError(f"{out}: exists already; choose another directory or remove it")
@@ -355,7 +359,7 @@ def _write(out, stream, validation, pool, most_in_flight, shard, part_bytes, nea
     return number + 1
 
 
-def _finish(out, count, skipped, tokenizer, dtype, arguments):
+def _finish(out, count, skipped, tokenizer, dtype, sources):
     """Writes meta.json where all parts are there, and returns it; else None."""
     paths = [part_file(out, number, "json") for number in range(count)]
     if missing := [path for path in paths if not os.path.exists(path)]:
@@ -370,7 +374,7 @@ def _finish(out, count, skipped, tokenizer, dtype, arguments):
         for split, counts in part["splits"].items():
             splits[split].update(documents=counts["documents"], tokens=counts["tokens"])
     if not languages:
-        raise ValueError(f"no documents in {', '.join(arguments['sources'])} (skipped: {_reasons(skipped)})")
+        raise ValueError(f"no documents in {', '.join(sources)} (skipped: {_reasons(skipped)})")
     meta = {
         "format": 2,
         "tokenizer_sha256": tokenizer.sha256,
@@ -379,14 +383,12 @@ def _finish(out, count, skipped, tokenizer, dtype, arguments):
         "splits": splits,
         "languages": dict(sorted(languages.items(), key=lambda item: (-item[1]["tokens"], item[0]))),
         "skipped": dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0]))),
-        "arguments": arguments,
         "parts": [part["splits"] for part in facts],
     }
     with contextlib.suppress(FileNotFoundError):  # another shard may be doing the same
         for path in glob.glob(os.path.join(glob.escape(out), "*.tmp")):  # of what was killed
             os.remove(path)
         write_whole(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
-        os.remove(os.path.join(out, "prepare.json"))
     return json.loads(json.dumps(meta))
 
 

@@ -437,7 +437,12 @@ def _read_tar(source, skipped, progress):
 
 
 def _read_zip(source, skipped, progress):
-    with zipfile.ZipFile(source) as archive:
+    with open(source, "rb") as raw, zipfile.ZipFile(raw) as archive:
+        raw.seek(max(0, os.path.getsize(source) - 66_000))  # the end record says how many members there are; zipfile does not look
+        end = raw.read()
+        count = int.from_bytes(end[end.rindex(b"PK\5\6") + 10 :][:2], "little")
+        if count not in (0xFFFF, len(archive.infolist())):
+            raise zipfile.BadZipFile(f"{count} members are said to be there, {len(archive.infolist())} are")
         for member in archive.infolist():
             progress(member.compress_size)
             if member.is_dir() or SKIPPED_DIRECTORIES.intersection(member.filename.split("/")[:-1]):

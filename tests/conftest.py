@@ -67,7 +67,7 @@ def write_corpus(directory, tokenizer, *parts):
             for ids in documents:
                 part.add(split, "python", len(ids), np.array(ids, np.uint16))
         part.close()
-    corpus._finish(str(directory), len(parts), {}, tokenizer, np.dtype(np.uint16), {"sources": []})
+    corpus._finish(str(directory), len(parts), {}, tokenizer, np.dtype(np.uint16), [])
     return str(directory)
 
 
