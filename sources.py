@@ -210,8 +210,10 @@ OUTPUT_CHARACTERS = 1000  # of a cell's output are kept
 
 
 def _text(value):
-    """A notebook's text, which is a string or a list of lines."""
-    return value if isinstance(value, str) else "".join(value)
+    """A notebook's text, which is a string or a list of lines; old notebooks have lines without their ends."""
+    if isinstance(value, str):
+        return value
+    return ("" if value and value[0].endswith("\n") else "\n").join(value)
 
 
 def notebook_record(notebook):
