@@ -131,6 +131,8 @@ def documents(sources, skipped, *, commits=False, languages=None, limit=None, de
                 else:
                     seen.add(key)
                     taken[language] += 1
+                    if len(seen) % 1000 == 0:
+                        bar.set_postfix_str(f"{len(seen):,} documents", refresh=False)
                     size_of_text = sum(len(text.encode(errors="replace")) for _, text in document.content) if is_record else len(content)
                     yield int.from_bytes(digest[:8]) / 2**64, size_of_text, document
 

@@ -26,6 +26,7 @@ import json
 import lzma
 import os
 import re
+import stat
 import subprocess
 import tarfile
 import zipfile
@@ -159,7 +160,7 @@ NAMES = {"c++": "cpp", "c#": "c-sharp", "f#": "f-sharp", "jupyter-notebook": "ju
 
 RECORDS = ("git-commits", "github-issues", "jupyter")  # what else a document may be
 
-# Directories that hold other people's files or no sources, wherever they lie in a source.
+# Directories that hold other people's files or no sources, wherever they lie in a source: they are not entered.
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "node_modules", "__pycache__", ".git"}
 
 
@@ -386,31 +387,34 @@ class Damaged(ValueError):
     """A source that ends in the middle, or is not what its name says."""
 
 
-def _files(directory):
-    for folder, folders, names in os.walk(directory):
+def _files(directory, skipped=None):
+    def unreadable(error):
+        if skipped is not None:
+            skipped["unreadable"] += 1
+
+    for folder, folders, names in os.walk(directory, onerror=unreadable):
         folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
         for name in sorted(names):
             yield os.path.join(folder, name)
 
 
 def _read_directory(source, skipped, progress):
-    for path in _files(source):
+    for path in _files(source, skipped):
         if not os.path.isfile(path):  # a link to nothing or to itself, a pipe: reading it would fail or never end
             skipped["not a file"] += 1
         elif not _may_be_source(path):
             skipped["no known extension"] += 1
-        elif (size := os.path.getsize(path)) > LARGEST:
-            skipped[TOO_LARGE] += 1
-            progress(size)
         else:
             try:
                 with open(path, "rb") as f:
-                    content = f.read(LARGEST)
+                    content = f.read(LARGEST + 1)
             except OSError:
                 skipped["unreadable"] += 1
                 continue
             progress(len(content))
-            if document := _document(path, content, skipped):
+            if len(content) > LARGEST:
+                skipped[TOO_LARGE] += 1
+            elif document := _document(path, content, skipped):
                 yield document
 
 
@@ -421,9 +425,11 @@ def _read_tar(source, skipped, progress):
             archive.members.clear()  # tarfile would keep them all
             progress(raw.tell(), absolute=True)
             folders = member.name.split("/")[:-1]
-            if not member.isfile() or SKIPPED_DIRECTORIES.intersection(folders):
+            if member.isdir() or SKIPPED_DIRECTORIES.intersection(folders):
                 continue
-            if not _may_be_source(member.name):
+            if not member.isfile():
+                skipped["not a file"] += 1
+            elif not _may_be_source(member.name):
                 skipped["no known extension"] += 1
             elif member.size > LARGEST:
                 skipped[TOO_LARGE] += 1
@@ -449,7 +455,9 @@ def _read_zip(source, skipped, progress):
             progress(member.compress_size)
             if member.is_dir() or SKIPPED_DIRECTORIES.intersection(member.filename.split("/")[:-1]):
                 continue
-            if not _may_be_source(member.filename):
+            if stat.S_ISLNK(member.external_attr >> 16):
+                skipped["not a file"] += 1
+            elif not _may_be_source(member.filename):
                 skipped["no known extension"] += 1
             elif member.file_size > LARGEST:
                 skipped[TOO_LARGE] += 1
@@ -550,7 +558,8 @@ def _git(repository, *arguments, **options):
 
 def _read_commits(source, skipped, progress):
     """The changes of files by the commits of a git repository's current branch, the newest first; merges and new files are none."""
-    log = _git(source, "log", "--no-merges", "--raw", "--no-abbrev", "--no-renames", "--diff-filter=M", "-z", "--format=%x01%s", "HEAD")
+    how = "--no-merges --no-show-signature --raw --no-abbrev --no-renames --diff-filter=M -z --format=%x01%s".split()
+    log = _git(source, "log", *how, "HEAD")
     objects = _git(source, "cat-file", "--batch", stdin=subprocess.PIPE)
 
     def blob(name):
