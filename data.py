@@ -255,7 +255,10 @@ def part_file(directory, number, name):
 def windows_table(lengths):
     """[C] -> windows of C tokens in documents of these lengths, C < WINDOWS_TABLE: with it, opening a part need not read its index."""
     lengths, counts = np.unique(lengths, return_counts=True)
-    return np.array([0] + [int((-(-lengths // C) * counts).sum()) for C in range(1, WINDOWS_TABLE)], np.int64)
+    table, size = np.zeros(WINDOWS_TABLE, np.int64), np.arange(1, WINDOWS_TABLE)
+    for i in range(0, len(lengths), 100):  # few at a time stay in cache
+        table[1:] += counts[i : i + 100] @ -(-lengths[i : i + 100, None] // size)
+    return table
 
 
 class _Part:

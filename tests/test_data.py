@@ -255,20 +255,20 @@ def test_a_thousand_parts_open_without_being_read(tokenizer, tmp_path, monkeypat
 
 
 def test_offsets_beyond_four_billion_tokens(tokenizer, tmp_path):
-    """A part with a hole of 10 GB in it."""
-    directory, far = write_corpus(tmp_path, tokenizer, unique_documents([20, 30])), 5_000_000_000
+    """Two documents that are holes of 5 GB in a file, and a real one behind them."""
+    directory, far = write_corpus(tmp_path, tokenizer, unique_documents([20, 30, 30])), 5_000_000_000
     with open(os.path.join(directory, "00000.train.bin"), "r+b") as f:
         f.seek(2 * far)
         f.write(np.arange(20, 50, dtype=np.uint16).tobytes())
-    lengths = np.array([far, 30])
-    np.save(os.path.join(directory, "00000.train.index.npy"), np.array([(0, 0), (far, 0), (far + 30, 0)], data.INDEX))
-    np.save(os.path.join(directory, "00000.train.windows.npy"), data.windows_table(lengths))
+    offsets = np.array([(0, 0), (far // 2, 0), (far, 0), (far + 30, 0)], data.INDEX)
+    np.save(os.path.join(directory, "00000.train.index.npy"), offsets)
+    np.save(os.path.join(directory, "00000.train.windows.npy"), data.windows_table(np.diff(offsets["offset"])))
     meta = data.read_meta(directory)
-    meta["parts"][0]["train"] = meta["splits"]["train"] = {"documents": 2, "tokens": far + 30, "longest": 30}  # or it would be one giant
+    meta["parts"][0]["train"] = meta["splits"]["train"] = {"documents": 3, "tokens": far + 30, "longest": far // 2}
     data.write_whole(os.path.join(directory, "meta.json"), json.dumps(meta))
     dataset = PairDataset(directory, "train", 33, 0)
-    assert len(dataset) == far // 30 + 2 and dataset.document(1).tolist() == list(range(20, 50))
-    assert dataset.window(len(dataset) - 1) == (1, 0, 30) and len(dataset[3].input_ids) == 33
+    assert len(dataset) == 2 * -(-far // 60) + 1 and dataset.document(2).tolist() == list(range(20, 50))
+    assert dataset.window(len(dataset) - 1) == (2, 0, 30) and len(dataset[3].input_ids) == 33
 
 
 def test_an_epoch_takes_every_window_once_and_epochs_differ(small_corpus):

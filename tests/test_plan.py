@@ -80,6 +80,7 @@ def test_memory_is_within_15_percent_and_the_published_micro_batch_fits_80_gb(se
     assert abs(planned / measured - 1) < 0.15 and measured < 80e9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="there is no Triton here")
 def test_what_the_savings_are_worth_in_memory():
     """The head on the masked rows only, and a cross-entropy without fp32 copies of its logits."""
