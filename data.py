@@ -269,8 +269,11 @@ class _Part:
         path, count = self.path("bin"), counts["tokens"]
         if os.path.getsize(path) != count * dtype.itemsize:
             raise ValueError(f"{path}: {os.path.getsize(path):,} bytes instead of {count * dtype.itemsize:,}; prepare the corpus again")
-        table = self.load("windows.npy") if room < WINDOWS_TABLE else None
-        self.windows = int(self.first_window[-1] if table is None else table[room])
+        self.index = self.load("index.npy")
+        ends = len(self.index), int(self.index["offset"][0]), int(self.index["offset"][-1])
+        if ends != (counts["documents"] + 1, 0, count):
+            raise ValueError(f"{self.path('index.npy')} does not fit {path}; prepare the corpus again")
+        self.windows = int(self.load("windows.npy")[room] if room < WINDOWS_TABLE else self.first_window[-1])
 
     def path(self, name):
         return part_file(self.directory, self.number, self.stem + name)
@@ -285,21 +288,21 @@ class _Part:
     def tokens(self):
         return np.memmap(self.path("bin"), dtype=self.dtype, mode="r") if self.counts["tokens"] else np.zeros(0, self.dtype)
 
-    @functools.cached_property
+    @property
     def offsets(self):
-        offsets = self.load("index.npy")["offset"]
-        fits = len(offsets) == self.counts["documents"] + 1 and offsets[0] == 0 and offsets[-1] == self.counts["tokens"]
-        if not fits or np.diff(offsets).min(initial=2) < 2:
-            raise ValueError(f"{self.path('index.npy')} does not fit {self.path('bin')}; prepare the corpus again")
-        return offsets
+        return self.index["offset"]
 
     @functools.cached_property
     def first_window(self):
-        return np.concatenate([[0], np.cumsum(-(-np.diff(self.offsets) // self.room))])
+        lengths = np.diff(self.offsets)
+        first = np.concatenate([[0], np.cumsum(-(-lengths // self.room))])
+        if lengths.min(initial=2) < 2 or first[-1] != getattr(self, "windows", first[-1]):
+            raise ValueError(f"{self.path('index.npy')}: damaged; prepare the corpus again")
+        return first
 
     def language(self, document):
         """The name of the language of a document of this part."""
-        return self.languages[self.load("index.npy")["language"][document]]
+        return self.languages[self.index["language"][document]]
 
     @functools.cached_property
     def languages(self):

@@ -1,10 +1,13 @@
 """Shared by all tests: hypothesis profiles, a small tokenizer, and corpora made once."""
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -74,6 +77,18 @@ def write_corpus(directory, tokenizer, *parts):
 def command(*arguments, **kwargs):
     """Runs `python ARGUMENTS...` as a user would."""
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=kwargs.pop("cwd", ROOT), timeout=600, **kwargs)
+
+
+def program(module, *arguments):
+    """The same in this process, which has imported what a new one would import for seconds."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *arguments]):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                data.run(module.main)
+            except SystemExit as end:
+                status = end.code
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def assert_refused(result, *words):

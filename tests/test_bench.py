@@ -3,7 +3,7 @@
 import json
 
 import torch
-from conftest import assert_refused, command
+from conftest import assert_refused, program
 
 import bench
 from starencoder import StarEncoderConfig
@@ -43,6 +43,6 @@ def test_original_lengths_are_quantiles(small_corpus):
 
 def test_refusals():
     if not torch.cuda.is_available():
-        assert_refused(command("bench.py", "kernels", "--tune"), "needs a CUDA device")
-    assert_refused(command("bench.py", "speed"), "invalid choice")
-    assert_refused(command("bench.py", "model", "--tune"), "takes --ablate or --profile")
+        assert_refused(program(bench, "kernels", "--tune"), "needs a CUDA device")
+    assert_refused(program(bench, "speed"), "invalid choice")
+    assert_refused(program(bench, "model", "--tune"), "takes --ablate or --profile")

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import MODULES, ROOT, assert_refused, command
+from conftest import MODULES, ROOT, assert_refused, command, program
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -259,7 +259,7 @@ def test_report(small_corpus, tmp_path):
     result = command("corpus.py", "--report", str(directory))
     assert result.returncode == 0 and "python" in result.stdout, result.stderr
     assert (directory / "report.png").read_bytes().startswith(b"\x89PNG") and os.path.getsize(directory / "report.png") > 10_000
-    assert_refused(command("corpus.py", "--report", str(tmp_path)), "no corpus here")
+    assert_refused(program(corpus, "--report", str(tmp_path)), "no corpus here")
 
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50)
@@ -331,9 +331,9 @@ def test_command_line(tmp_path, sources):
     result = command("corpus.py", sources, "--out", str(tmp_path / "out"), "--vocab-size", "400", "--validation", "0.3", "--workers", "1")
     assert result.returncode == 0, result.stderr
     assert "python" in result.stdout and "vocabulary 400" in result.stdout
-    assert_refused(command("corpus.py", sources, "--out", str(tmp_path / "out")), "exists already")
-    assert_refused(command("corpus.py", str(tmp_path / "none"), "--out", str(tmp_path / "new")), "no such file")
-    assert_refused(command("corpus.py", sources, "--out", "/proc/none/x"), "No such file")
-    assert_refused(command("corpus.py", sources, "--out", str(tmp_path / "n"), "--colour"), "--colour")
-    assert_refused(command("corpus.py", sources, "--out", str(tmp_path / "n"), "--shard", "1"), "give i/n")
-    assert_refused(command("corpus.py", sources), "--out")
+    assert_refused(program(corpus, sources, "--out", str(tmp_path / "out")), "exists already")
+    assert_refused(program(corpus, str(tmp_path / "none"), "--out", str(tmp_path / "new")), "no such file")
+    assert_refused(program(corpus, sources, "--out", "/proc/none/x"), "No such file")
+    assert_refused(program(corpus, sources, "--out", str(tmp_path / "n"), "--colour"), "--colour")
+    assert_refused(program(corpus, sources, "--out", str(tmp_path / "n"), "--shard", "1"), "give i/n")
+    assert_refused(program(corpus, sources), "--out")

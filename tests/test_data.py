@@ -1,6 +1,7 @@
 """The tokenizer against the tokenizers library, pairs and masks by their properties, and batches."""
 
 import glob
+import io
 import json
 import os
 import pickle
@@ -250,7 +251,7 @@ def test_parts_change_nothing(tokenizer, tmp_path_factory, lengths, cuts, max_le
 
 def test_a_thousand_parts_open_without_being_read(tokenizer, tmp_path, monkeypatch):
     dataset = PairDataset(write_corpus(tmp_path, tokenizer, *[unique_documents([9, 30])] * 1000), "train", 16, 0)
-    assert len(dataset) == 4000 and not any({"offsets", "tokens"} & vars(part).keys() for part in dataset.parts)
+    assert len(dataset) == 4000 and not any({"first_window", "tokens"} & vars(part).keys() for part in dataset.parts)
     assert len(dataset[7].input_ids) <= 16 and 1 <= sum("tokens" in vars(part) for part in dataset.parts) <= 2
 
 
@@ -452,10 +453,12 @@ def test_refuses_a_corpus_that_is_not_whole(small_corpus, sources, tmp_path):
     os.truncate(torn / "00000.train.bin", os.path.getsize(torn / "00000.train.bin") - 2)
     with pytest.raises(ValueError, match="00000.train.bin.*bytes instead of"):
         PairDataset(str(torn), "train", 64, 0)
+    np.save(index := io.BytesIO(), np.array([(0, 0), (9, 0)], data.INDEX))
     for name, content, words in [
         ("meta.json", b"{}", "format"),
         ("meta.json", b'{"for', "meta.json: damaged"),
         ("00000.train.windows.npy", b"", "damaged"),
+        ("00000.train.index.npy", index.getvalue(), "index.npy does not fit"),
     ]:
         broken = shutil.copytree(small_corpus, tmp_path / "broken", dirs_exist_ok=True)
         (broken / name).write_bytes(content)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, command
+from conftest import assert_refused, command, program
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,12 +104,22 @@ def test_checkpoint_bytes_are_those_of_the_file(small_corpus, tmp_path):
     assert 0 <= os.path.getsize(run_directory.checkpoints(config)[-1]) - planned < 64e3  # names and shapes come on top
 
 
+def test_gpus_by_the_names_that_drivers_give():
+    peaks = {
+        "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+        "NVIDIA GB200": 2500e12, "NVIDIA B200": 2250e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12,
+    }  # fmt: skip
+    assert {name: plan.gpu_facts(name)[0] for name in peaks} == peaks
+    assert plan.gpu_facts("NVIDIA A100-SXM4-40GB")[1] == 40e9
+    assert plan.gpu_facts("NVIDIA GeForce RTX 4090 Laptop GPU") is None and plan.gpu_facts("NVIDIA H2000") is None
+
+
 def test_a_plan_is_printed(small_corpus):
     result = command("train.py", "--preset", "starencoder", "--plan", "64xA100")
     assert result.returncode == 0, result.stderr
     for words in ("124.83 M parameters", "64 pairs of 1,024 tokens, 1 to a step", "of 80:", "419.4 B tokens"):
         assert words in result.stdout
-    result = command("train.py", "--plan", "1xH200", "--data", small_corpus)
+    result = program(train, "--plan", "1xH200", "--data", small_corpus)
     assert "vocabulary 600" in result.stdout
     for flags, words in (
         (["--plan", "64"], "as in 64xA100"),
@@ -118,4 +128,4 @@ def test_a_plan_is_printed(small_corpus):
         (["--plan", "1xA100", "--plan-mfu", "2"], "between 0 and 1"),
         (["--plan", "1xA100", "--data", "nowhere"], "nowhere"),
     ):
-        assert_refused(command("train.py", *flags), words)
+        assert_refused(program(train, *flags), words)

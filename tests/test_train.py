@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from conftest import ROOT, assert_refused, command
+from conftest import ROOT, assert_refused, command, program
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -501,11 +501,11 @@ def test_programs_end_with_one_line(small_corpus, undisturbed, tmp_path):
         fields = [(k, v) for k, v in json.load(f).items() if k not in ("tokenizer_sha256", "train_tokens") and not isinstance(v, bool)]
     arguments = [x for k, v in fields for x in ("--" + k.replace("_", "-"), str(v))]
     assert_refused(command("train.py", *arguments, "--out", str(torn)), "all of its checkpoints are damaged")
-    assert_refused(command("train.py", "--data", small_corpus, "--device", "cpu", "--bf16-gradients"), "--bf16-gradients: needs GPUs")
-    assert_refused(command("train.py", "--colour"), "--colour")
-    assert_refused(command("train.py", "--preset", "huge"), "huge")
-    assert_refused(command("train.py", "--steps", "many"), "many")
-    assert_refused(command("train.py", "--data", small_corpus, "--out", str(tmp_path / "new"), "--steps", "-1"), "steps")
+    assert_refused(program(train, "--data", small_corpus, "--device", "cpu", "--bf16-gradients"), "--bf16-gradients: needs GPUs")
+    assert_refused(program(train, "--colour"), "--colour")
+    assert_refused(program(train, "--preset", "huge"), "huge")
+    assert_refused(program(train, "--steps", "many"), "many")
+    assert_refused(program(train, "--data", small_corpus, "--out", str(tmp_path / "new"), "--steps", "-1"), "steps")
 
 
 @pytest.mark.gpu

@@ -110,6 +110,7 @@ def test_the_order_of_the_keys_does_not_matter(length, seed):
     )
 
 
+@pytest.mark.slow
 @few
 @given(lengths=st.lists(corner, min_size=2, max_size=3), seed=seeds, p=dropouts, which=st.integers(0, 3))
 def test_sequences_do_not_touch_each_other(lengths, seed, p, which):
@@ -224,6 +225,7 @@ def test_layer_norm_and_dropout_drop_by_the_same_rule(seed, p, H, dtype):
     assert torch.equal(gradient != 0, y != 0) or (x == 0).any()
 
 
+@pytest.mark.slow
 @few
 @given(lengths=lengths_strategy, seed=seeds)
 def test_two_runs_have_the_same_bits(lengths, seed):
