@@ -24,8 +24,10 @@ import shutil
 import sysconfig
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -106,7 +108,7 @@ def documents(sources, skipped, *, commits=False, languages=None, limit=None, de
     which what is left out is added by reason. languages: those to take; None: all. limit: documents of each language at most.
     Raises ValueError for a missing or damaged source.
     """
-    parts = [(source, *found) for source in sources for found in readers.readers(source, commits)]
+    parts = [found for source in sources for found in readers.readers(source, commits)]
     seen, taken = set(), Counter()  # of each document 8 bytes of its hash: some 70 bytes of memory
     with tqdm(total=sum(size for *_, size in parts), unit="B", unit_scale=True, desc=description) as bar:
         for source, reader, size in parts:
@@ -183,13 +185,19 @@ def _encode(chunk, tokenize, dtype):
 
 
 class _Part:
-    """A part that is being written. It is there when its JSON is, which comes last."""
+    """A part that is being written. It is there when its JSON is, which comes last.
+
+    Its files have names of their own until they are whole, so that two processes that write the same part do not disturb each other.
+    """
 
     def __init__(self, directory, number, dtype):
-        self.directory, self.number, self.dtype = directory, number, np.dtype(dtype)
-        self.files = {split: open(part_file(directory, number, f"{split}.bin.tmp"), "wb") for split in ("train", "validation")}
+        self.directory, self.number, self.dtype, self.unique = directory, number, np.dtype(dtype), uuid.uuid4().hex[:8]
+        self.files = {split: open(self.temporary(f"{split}.bin"), "wb") for split in ("train", "validation")}
         self.index = {split: [(0, 0)] for split in self.files}
-        self.languages, self.skipped = {}, Counter()
+        self.languages, self.numbers, self.skipped = {}, {}, Counter()
+
+    def temporary(self, name):
+        return part_file(self.directory, self.number, f"{name}.{self.unique}.tmp")
 
     def add(self, split, language, size, tokens):
         self.files[split].write(tokens)
@@ -197,22 +205,25 @@ class _Part:
         for key, n in {"documents": 1, "bytes": size, "tokens": len(tokens)}.items():
             counts[key] += n
         index = self.index[split]
-        index[-1] = (index[-1][0], list(self.languages).index(language))  # an entry: where a document begins, and its language
+        number = self.numbers.setdefault(language, len(self.numbers))
+        index[-1] = (index[-1][0], number)  # an entry: where a document begins, and its language
         index.append((index[-1][0] + len(tokens), 0))
 
     def close(self):
-        splits = {}
+        splits, files = {}, {}
         for split, file in self.files.items():
             index = np.array(self.index[split], INDEX)
             lengths = np.diff(index["offset"])
             splits[split] = {"documents": len(lengths), "tokens": int(index["offset"][-1]), "longest": int(lengths.max(initial=0))}
-            path = part_file(self.directory, self.number, f"{split}.")
-            np.save(path + "index.npy", index)
-            np.save(path + "windows.npy", windows_table(lengths))
+            files[f"{split}.bin"] = file
+            for name, array in ((f"{split}.index.npy", index), (f"{split}.windows.npy", windows_table(lengths))):
+                files[name] = open(self.temporary(name), "wb")
+                np.save(files[name], array)
+        for name, file in files.items():
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            os.replace(path + "bin.tmp", path + "bin")
+            os.replace(self.temporary(name), part_file(self.directory, self.number, name))
         facts = {"splits": splits, "languages": self.languages, "skipped": dict(sorted(self.skipped.items()))}
         write_whole(part_file(self.directory, self.number, "json"), json.dumps(facts))
 
@@ -225,10 +236,11 @@ def prepare(
 
     sources: a list of paths (see sources.py); None: the standard library of the running Python. vocab_size: of a tokenizer that is trained
     on the training documents, unless `tokenizer`, a path or a `data.Tokenizer`, is given. validation: share of the documents held out.
-    workers: processes; None: one for each core. commits: the histories of sources that are git repositories, too. languages: names of those
-    to take; None: all. limit_per_language: distinct documents of a language that are taken at most, the first ones. clean: leave out files
-    as StarCoder's basic filters do. near_dedup: leave out near duplicates. shard: (i, n), to write every n-th part from the i-th.
-    part_bytes: of text in a part. The files are those that data.py describes; tokens are uint16, or uint32 where the vocabulary needs it.
+    workers: processes; None: one for each core. commits: the histories of git repositories among them, too. languages: names of those
+    to take; None: all. limit_per_language: distinct documents of a language that are taken at most, the first ones, before cleaning.
+    clean: leave out files as StarCoder's basic filters do. near_dedup: leave out near duplicates. shard: (i, n), to write every n-th part
+    from the i-th. part_bytes: of text in a part. The files are those that data.py describes; tokens are uint16, or uint32 where the
+    vocabulary needs it.
 
     Stopped at any moment and called again with the same arguments, it goes on. Raises ValueError for bad sources or arguments, for sources
     without documents, and for an `out` that holds something else.
@@ -245,22 +257,25 @@ def prepare(
         raise ValueError(f"shard must be i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
     if shard[1] > 1 and tokenizer is None:
         raise ValueError("shards need one tokenizer: train it beforehand, on a part of the sources, and give it with --tokenizer")
-    if languages is not None and (unknown := {*languages} - {*readers.LANGUAGE_OF.values(), *readers.RECORDS}):
+    named = any(source.endswith(readers.TABLES) for source in sources)  # their records name languages that are not in the table here
+    if languages and not named and (unknown := {*languages} - {*readers.LANGUAGE_OF.values(), *readers.RECORDS}):
         raise ValueError(f"no language named {min(unknown)}; known: {', '.join(sorted({*readers.LANGUAGE_OF.values(), *readers.RECORDS}))}")
+    found = [reader for source in sources for reader in readers.readers(source, commits)]
+    if commits and not any(reader is readers.read_commits for _, reader, _ in found):
+        raise ValueError("--commits: none of the sources is a git repository or holds one")
     for source in sources:
-        readers.readers(source)
         if os.path.isdir(source) and out.startswith(os.path.join(os.path.realpath(source), "")):
             raise ValueError(f"{out} lies inside the source {source}; choose a directory outside of it")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_pretrained(tokenizer)
-    languages = sorted(languages) if languages is not None else None
+    languages, given = sorted(languages) if languages is not None else None, tokenizer is not None
     near = NearDuplicates() if near_dedup else None
     arguments = {
         "sources": sources, "tokenizer": tokenizer.sha256 if tokenizer else vocab_size, "validation": validation,
         "commits": commits, "languages": languages, "limit_per_language": limit_per_language, "clean": clean,
         "near_dedup": near_dedup, "part_bytes": part_bytes,
     }  # fmt: skip
-    _open(out, arguments)
+    begun = _open(out, arguments)
     try:
         which = dict(commits=commits, languages=languages, limit=limit_per_language)
         if os.path.exists(os.path.join(out, "tokenizer.json")):
@@ -275,15 +290,24 @@ def prepare(
             stream = documents(sources, skipped, description="tokenizing", **which)
             parts = _write(out, stream, validation, pool, 3 * (workers or os.cpu_count()), shard, part_bytes, near, dtype)
         return _finish(out, parts, skipped, tokenizer, dtype, sources)
+    except BrokenProcessPool:
+        raise ValueError("a worker process was killed (for the memory it took?); the same command goes on from here") from None
     finally:
-        if shard[1] == 1 and not glob.glob(os.path.join(glob.escape(out), "*.train.bin")):
+        trained = not given and os.path.exists(os.path.join(out, "tokenizer.json"))
+        made = trained or glob.glob(os.path.join(glob.escape(out), "[0-9]*.json"))
+        if begun and shard[1] == 1 and not made:
             shutil.rmtree(out, ignore_errors=True)  # nothing worth keeping was made
 
 
 def _open(out, arguments):
-    """Makes the directory with prepare.json, which says how the corpus is made; or checks that one made so was begun there."""
+    """Makes the directory with prepare.json, which says how the corpus is made; or checks that one made so was begun there.
+
+    Returns whether it is begun here. Shards that are started together may all begin it: with the same content.
+    """
     path = os.path.join(out, "prepare.json")
-    if os.path.exists(out) and not os.path.exists(path) and (not os.path.isdir(out) or os.listdir(out)):
+    other = os.path.exists(out) and (not os.path.isdir(out) or any(not name.endswith(".tmp") for name in os.listdir(out)))
+    begun = not os.path.exists(path)
+    if other and begun:
         raise ValueError(f"{out}: exists already; choose another directory or remove it")
     if os.path.exists(os.path.join(out, "meta.json")):
         raise ValueError(f"{out}: exists already, and is whole; choose another directory or remove it")
@@ -294,6 +318,7 @@ def _open(out, arguments):
                 raise ValueError(f"{out}: was begun with {name} {before.get(name)}, not {value}; choose another directory or remove it")
     os.makedirs(out, exist_ok=True)
     write_whole(path, json.dumps(arguments, indent=1))
+    return begun
 
 
 def _training_texts(sources, validation, clean, which):
@@ -458,9 +483,11 @@ def main(argv=None):
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--vocab-size", type=int, default=49156, metavar="N", help="of the tokenizer to train (default: 49156)")
     choice.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer.json, or the one in this directory")
-    parser.add_argument("--commits", action="store_true", help="of sources that are git repositories, the history too")
+    parser.add_argument("--commits", action="store_true", help="of git repositories among the sources, the history too")
     parser.add_argument("--languages", metavar="A,B,...", help="take only these")
-    parser.add_argument("--limit-per-language", type=int, metavar="N", help="take the first N distinct documents of each language")
+    parser.add_argument(
+        "--limit-per-language", type=int, metavar="N", help="take the first N distinct documents of each language (before cleaning)"
+    )
     parser.add_argument(
         "--clean", action="store_true", help="leave out what StarCoder's basic filters do: long lines, generated files, ..."
     )

@@ -243,7 +243,7 @@ def read_meta(directory):
     return meta
 
 
-INDEX = np.dtype([("offset", np.int64), ("language", np.uint16)])
+INDEX = np.dtype([("offset", np.int64), ("language", np.uint32)])
 WINDOWS_TABLE = 4096
 
 
@@ -280,13 +280,22 @@ class _Part:
 
     def load(self, name):
         try:
-            return np.load(self.path(name), mmap_mode="r")
-        except (ValueError, EOFError) as error:
+            with open(self.path(name), "rb") as f:
+                np.lib.format.read_magic(f)
+                (length,), _, dtype = np.lib.format.read_array_header_1_0(f)
+                return self.mapped(self.path(name), f.tell()).view(dtype)[:length]
+        except ValueError as error:
             raise ValueError(f"{self.path(name)}: damaged ({error}); prepare the corpus again") from None
+
+    @staticmethod
+    def mapped(path, offset=0):
+        """The bytes of a file, mapped. NumPy would keep a file descriptor for each, of which a process may have 1,024."""
+        size = os.path.getsize(path)
+        return torch.from_file(path, size=size, dtype=torch.uint8).numpy()[offset:] if size else np.zeros(0, np.uint8)
 
     @functools.cached_property
     def tokens(self):
-        return np.memmap(self.path("bin"), dtype=self.dtype, mode="r") if self.counts["tokens"] else np.zeros(0, self.dtype)
+        return self.mapped(self.path("bin")).view(self.dtype)
 
     @property
     def offsets(self):

@@ -1,6 +1,7 @@
 """What a corpus is made of: source files, archives, The Stack's records, commits, issues and notebooks, read one document at a time.
 
-    directory               source files by the table of languages below, Jupyter notebooks; with `commits`, the history of a git repository
+    directory               source files by the table of languages below, Jupyter notebooks; with `commits`, the history of the git
+                            repositories in it
     .tar .tar.gz .zip ...   the same inside an archive; nothing is ever unpacked to disk
     .parquet                rows with a `content`, as The Stack has them, read in batches
     .jsonl .gz .zst         records, each by its fields: a file (`content`), a commit (`old_contents`, `new_contents`), a GitHub issue
@@ -12,7 +13,7 @@ A file is its bytes. What has a structure becomes a record of StarCoder's: pairs
     issue      <issue_start> Title: title \\n username_0: text <issue_comment> username_1: text ... <issue_closed>
     notebook   <jupyter_start> <jupyter_text> text <jupyter_code> code <jupyter_output> output, or <empty_output>
 
-Memory does not grow with a source: nothing larger than LARGEST bytes is held, and what is larger is counted as left out.
+Memory does not grow with a source: a table is read 64 rows at a time, all else one document; those over LARGEST are counted as left out.
 
 References: Li et al., StarCoder, 2023, section 3 (records and their filters); Kocetkov et al., The Stack, 2022.
 """
@@ -26,9 +27,11 @@ import json
 import lzma
 import os
 import re
+import shutil
 import stat
 import subprocess
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -141,19 +144,20 @@ LANGUAGE_OF = {suffix: line.split()[0] for line in LANGUAGES.strip().split("\n")
 # Extensions that several languages share: (extension, what its text must match, language), the first that fits. None: a language that is
 # not in the table. Verilog and MATLAB have the extension to themselves there; others that use it are recognized, and left out.
 SHARED = [
-    (".h", r"^\s*(class\s+\w+|namespace\b|template\s*<|using\s+\w|(public|private|protected)\s*:)|\bstd::|#\s*include\s*<\w+>", "cpp"),
-    (".h", r"^\s*@(interface|protocol|class|end)\b|^\s*#\s*import\b", None),  # Objective-C
+    (".h", r"^[ \t]*@(interface|protocol|class|end)\b|^[ \t]*#[ \t]*import\b", None),  # Objective-C
+    (".h", r"^[ \t]*class\s+([A-Z_]\w*\s+)?\w+\s*(final\s*)?[:{;]|\bstd::|#[ \t]*include[ \t]*<\w+>", "cpp"),
+    (".h", r"^[ \t]*(namespace\b|template[ \t]*<|using[ \t]+\w|(public|private|protected)[ \t]*:)", "cpp"),
     (".h", "", "c"),
-    (".m", r"^\s*(@(interface|implementation|protocol|class|end)\b|#\s*(import|include|define)\b)", None),  # Objective-C
-    (".m", r"^\s*:-\s*module\b", None),  # Mercury
-    (".m", r"\(\*.*\*\)|^\s*\w+\[[^\]]*_[^\]]*\]\s*:?=|\b(Module|Block|With|BeginPackage)\[", "mathematica"),
-    (".m", r"^\s*(%|function\b|classdef\b|end\b|clear\b|for\b|if\b)|;\s*$", "matlab"),
-    (".v", r"^\s*(module\s+\w+|endmodule\b|`(timescale|define|include|ifdef)\b|primitive\b)", "verilog"),
-    (".pl", r"^#!.*\b(swipl|prolog)\b|^\s*:-\s*\w+|^\w+\([^\n]*\)\s*(:-|\.\s*$)", "prolog"),
+    (".m", r"^[ \t]*(@(interface|implementation|protocol|class|end)\b|#[ \t]*(import|include|define)\b)", None),  # Objective-C
+    (".m", r"^[ \t]*:-[ \t]*module\b", None),  # Mercury
+    (".m", r"\(\*.{0,200}\*\)|^[ \t]*\w+\[[^]\n]{0,80}_[^]\n]{0,80}\][ \t]*:?=|\b(Module|Block|With|BeginPackage)\[", "mathematica"),
+    (".m", r"^[ \t]*(%|function\b|classdef\b|end\b|clear\b|for\b|if\b)|;[ \t\r]*$", "matlab"),
+    (".v", r"^[ \t]*(module\s+\w+\s*(#\s*\(|[(;])|endmodule\b|`(timescale|define|include|ifdef)\b|primitive\b)", "verilog"),
+    (".pl", r"^#!.*\b(swipl|prolog)\b|^[ \t]*:-[ \t]*\w+|^\w+\([^\n]*\)[ \t]*(:-|\.[ \t\r]*$)", "prolog"),
     (".pl", "", "perl"),
 ]
 SHARED = [(extension, re.compile(pattern.encode(), re.MULTILINE), language) for extension, pattern, language in SHARED]
-PERL = re.compile(rb"^\s*(use\s+(strict|warnings|\w+::|v?5)|package\s+\w|my\s+[$@%(]|sub\s+\w+)|^#!.*\bperl\b", re.MULTILINE)
+PERL = re.compile(rb"^[ \t]*(use[ \t]+(strict|warnings|\w+::|v?5)|package[ \t]+\w|my[ \t]+[$@%(]|sub[ \t]+\w+)|^#!.*\bperl\b", re.MULTILINE)
 
 # The Stack's names of languages that differ from its directories.
 NAMES = {"c++": "cpp", "c#": "c-sharp", "f#": "f-sharp", "jupyter-notebook": "jupyter", "objective-c++": "objective-cpp"}
@@ -177,6 +181,7 @@ def language_of(path, content=b""):
     name = os.path.basename(path)
     suffixes = [name] + [name[i:] for i, c in enumerate(name) if c == "."]
     extension = os.path.splitext(name)[1]
+    extension = extension if extension in LANGUAGE_OF else extension.lower()
     rules = [rule for rule in SHARED if rule[0] == extension]
     if rules:
         head = content[:20_000]
@@ -188,12 +193,12 @@ def language_of(path, content=b""):
 
 def _may_be_source(path):
     """Whether a file can count, by its name alone."""
-    return path.endswith((".ipynb", *{rule[0] for rule in SHARED})) or language_of(path) is not None
+    return path.lower().endswith((".ipynb", *{rule[0] for rule in SHARED})) or language_of(path) is not None
 
 
 def _document(name, content, skipped):
     """The `Document` of a file, or None, counted."""
-    if name.endswith(".ipynb"):
+    if name.lower().endswith(".ipynb"):
         try:
             return Document("jupyter", notebook_record(json.loads(content)))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -218,7 +223,10 @@ def _text(value):
 
 
 def notebook_record(notebook):
-    """The record of a Jupyter notebook, format 3 or 4, given as what json.loads returns. Raises TypeError or KeyError for what is none."""
+    """The record of a Jupyter notebook, format 3 or 4, given as what json.loads returns; [] for one without text.
+
+    Raw cells are left out. Raises TypeError or KeyError for what is no notebook.
+    """
     cells = notebook["cells"] if "cells" in notebook else [cell for sheet in notebook["worksheets"] for cell in sheet["cells"]]
     record = [("<jupyter_start>", "")]
     for cell in cells:
@@ -229,7 +237,7 @@ def notebook_record(notebook):
             record.append(("<jupyter_code>", text))
             output = "".join(_output_text(output) for output in cell.get("outputs", []))[:OUTPUT_CHARACTERS]
             record.append(("<jupyter_output>", output) if output.strip() else ("<empty_output>", ""))
-    return record if len(record) > 1 else []
+    return record if any(text.strip() for _, text in record) else []
 
 
 def _output_text(output):
@@ -295,40 +303,57 @@ LONGEST_COMMENT, SHORTEST_ISSUE = 80, 200  # lines; characters
 BOT = re.compile(
     r"\[bot\]$|(^|[-_])(bot|ci)$|^(codecov|dependabot|renovate|greenkeeper|coveralls|stale|k8s-ci-robot|googlebot)\b", re.IGNORECASE
 )
-# A mail client's quotation of what was answered, and what GitHub and mail clients put below an answer.
-MAIL = re.compile(
-    r"^(On .{0,200}(wrote|writes):|From: .*|-+ ?Original Message ?-+|Reply to this email directly.*|Sent from my .*)\s*$", re.MULTILINE
-)
+# What mail clients and GitHub put around an answer: what is forwarded below it, who is quoted below it, and from where it was sent.
+FORWARDED = re.compile(r"Reply to this email directly|-+ ?Original Message ?-+$|From: .*\n(Sent|Date|To|Cc|Subject): ", re.MULTILINE)
+QUOTED = re.compile(r"On (?=.*[\d@]).{0,300} (wrote|writes):")
+SENT_FROM = re.compile(r"Sent from my .{1,50}")
+# A name that may be a user's, or StarCoder's for one: in ASCII, whatever stands around it.
+MENTION = re.compile(r"(?<![A-Za-z0-9-])(@?)(username_\d+|[A-Za-z0-9][A-Za-z0-9-]{0,38})(?![A-Za-z0-9-])")
 
 
 def _said(text):
-    """A comment without e-mail boilerplate and quoted lines at its end, of at most LONGEST_COMMENT lines."""
-    text = (text or "").replace("\r\n", "\n")
-    if found := MAIL.search(text):
-        text = text[: found.start()]
-    return "\n".join(text.strip().split("\n")[:LONGEST_COMMENT])
+    """A comment of at most LONGEST_COMMENT lines, without what an answer by mail carries at its end."""
+    lines = (text or "").replace("\r\n", "\n").strip().split("\n")
+    end = next((i for i in range(len(lines)) if FORWARDED.match("\n".join(lines[i : i + 2]))), len(lines))
+    quoted = end
+    while quoted and not lines[quoted - 1].split(">")[0].strip():
+        quoted -= 1
+    for n in (1, 2):  # it may be broken in two
+        if quoted >= n and QUOTED.fullmatch(" ".join(lines[quoted - n : quoted]).strip()):
+            end = quoted - n
+            break
+    lines = "\n".join(lines[:end]).strip().split("\n")
+    return "\n".join(lines[: -1 if SENT_FROM.fullmatch(lines[-1].strip()) else None][:LONGEST_COMMENT]).strip()
 
 
 def issue_record(title, comments, closed, skipped):
     """The record of a GitHub issue, or None where a filter leaves it out, counted.
 
-    comments: [(author, is a bot, text), ...], the issue's own text first. Authors become username_0, username_1, ... in the order in which
-    they appear, wherever they are mentioned. Comments of bots go; the issue with them, where a bot opened it.
+    comments: [(names of its author, is a bot, text), ...], the issue's own text first; without a text, somebody who only took part. Authors
+    become username_0, username_1, ... in the order in which they appear, wherever they are mentioned; others that are mentioned become
+    @username. Comments of bots go; the issue with them, where a bot opened it.
     """
     if not comments or comments[0][1]:
         skipped["issue: opened by a bot"] += 1
         return None
-    said = [(author, _said(text)) for author, bot, text in comments if not bot]
-    said = [(author, text) for i, (author, text) in enumerate(said) if text or i == 0]
-    names = {author: f"username_{i}" for i, author in enumerate(dict.fromkeys(author for author, _ in said))}
-    known = "|".join(re.escape(author) for author in sorted(names, key=len, reverse=True) if author)
-    mention = re.compile(rf"(?<![\w.-])(?:{known})(?![\w-])" if known else r"(?!)")
+    people = [(authors, _said(text)) for authors, bot, text in comments if not bot]
+    said = [(authors, text) for i, (authors, text) in enumerate(people) if text or i == 0]
+    names = {}
+    for authors, _ in said + people:
+        name = next((names[a.lower()] for a in authors if a.lower() in names), f"username_{len(set(names.values()))}")
+        names |= {a.lower(): name for a in authors}
 
     def anonymous(text):
-        text = mention.sub(lambda found: names[found[0]], text)
-        return re.sub(r"(?<![\w.@/])@(?!username_\d)[A-Za-z\d](?:[A-Za-z\d-]{0,38})", "@username", text)
+        def renamed(found):
+            at, name = found.groups()
+            if name.lower() in names:
+                return at + names[name.lower()]
+            around = text[max(0, found.start() - 1) : found.start()], text[found.end() : found.end() + 1]
+            return "@username" if at and not re.match(r"[\w.@/]", around[0]) and around[1] != "/" else found[0]  # no address, no package
 
-    first, *others = [f"{names[author]}: {anonymous(text)}" for author, text in said]
+        return MENTION.sub(renamed, text)
+
+    first, *others = [f"{names[authors[0].lower()]}: {anonymous(text)}" for authors, text in said]
     record = [("<issue_start>", f"Title: {anonymous(title.strip())}\n{first}")]
     record += [("<issue_comment>", text) for text in others] + [("<issue_closed>", "")] * closed
     if sum(len(text) for _, text in record) < SHORTEST_ISSUE:
@@ -339,23 +364,25 @@ def issue_record(title, comments, closed, skipped):
 
 def _issue_of(record):
     """(title, comments, closed) of an issue in The Stack's shape or the API's, for `issue_record`."""
+    comments, silent = [], []
     if "events" in record:
         events = [event for event in record["events"] if isinstance(event, dict)]
         title = record.get("title") or next((event["title"] for event in events if event.get("title")), "")
-        comments, closed = [], False
+        closed = False
         for event in events:
-            author = event.get("masked_author") or event.get("author") or ""
+            authors = tuple(name for name in (event.get("author"), event.get("masked_author")) if name) or ("",)
             if event.get("action") in ("closed", "reopened"):
                 closed = event["action"] == "closed"
-            if event.get("text") or event.get("action") == "opened":
-                comments.append((author, bool(BOT.search(author)), event.get("text")))
-        return title, comments, closed
-    comments = []
+            says = event.get("text") or event.get("action") == "opened"
+            (comments if says else silent).append((authors, any(map(BOT.search, authors)), event.get("text")))
+        return title, comments + silent, closed
     for said in [record, *(record["comments"] if isinstance(record.get("comments"), list) else [])]:
         user = said.get("user") or {}
         login = user.get("login") or ""
-        comments.append((login, user.get("type") == "Bot" or bool(BOT.search(login)), said.get("body")))
-    return record["title"], comments, record.get("state") == "closed"
+        comments.append(((login,), user.get("type") == "Bot" or bool(BOT.search(login)), said["body"]))
+    for user in filter(None, [record.get("closed_by"), *(record.get("assignees") or [])]):
+        silent.append(((user["login"],), user.get("type") == "Bot" or bool(BOT.search(user["login"])), None))
+    return record["title"], comments + silent, record.get("state") == "closed"
 
 
 def _documents_of(record, skipped):
@@ -393,6 +420,8 @@ def _files(directory, skipped=None):
             skipped["unreadable"] += 1
 
     for folder, folders, names in os.walk(directory, onerror=unreadable):
+        if skipped is not None and (links := sum(os.path.islink(os.path.join(folder, f)) for f in folders)):
+            skipped["not a file"] += links  # they are not followed
         folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
         for name in sorted(names):
             yield os.path.join(folder, name)
@@ -483,23 +512,24 @@ def _read_parquet(source, skipped, progress):
             raise Damaged("it has neither a content, nor commits, nor issues")
         size, seen = os.path.getsize(source), 0
         for batch in table.iter_batches(batch_size=64, columns=names):
-            for record in batch.to_pylist():
-                yield from _checked(record, skipped)
+            for i in range(len(batch)):
+                yield from _checked(lambda i=i, batch=batch: {name: batch[name][i].as_py() for name in names}, skipped)
             seen += len(batch)
             progress(size * seen // max(table.metadata.num_rows, 1), absolute=True)
 
 
 def _checked(record, skipped):
-    """The documents of a record; one of unknown shape is counted."""
+    """The documents of a record, which a function returns; one of unknown shape is counted."""
     try:
-        found = _documents_of(record, skipped)
+        found = _documents_of(record(), skipped)
     except UnicodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
         skipped["not UTF-8"] += 1
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         skipped["no content field"] += 1
     else:
         for document in found:
-            if isinstance(document.content, bytes) and len(document.content) > LARGEST:
+            content = document.content
+            if (len(content) if isinstance(content, bytes) else sum(len(text) for _, text in content)) > LARGEST:
                 skipped[TOO_LARGE] += 1
             else:
                 yield document
@@ -514,7 +544,7 @@ def _read_jsonl(source, skipped, progress):
             plain = gzip.open(raw)
         elif source.endswith(".zst"):
             plain = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), 1 << 20)
-        issue = None  # the API answers comments apart; they join the issue before them
+        issue, joined = None, 0  # the API answers comments apart; they join the issue before them
         while line := plain.readline(2 * LARGEST):
             progress(raw.tell(), absolute=True)
             if len(line) == 2 * LARGEST and not line.endswith(b"\n"):
@@ -533,34 +563,36 @@ def _read_jsonl(source, skipped, progress):
                 skipped["not JSON"] += 1
                 continue
             if isinstance(record, dict) and "issue_url" in record and "title" not in record:
-                if issue and record["issue_url"] == issue.get("url"):
-                    issue["comments"].append(record)
-                else:
+                joined += len(line)
+                if not (issue and record["issue_url"] == issue.get("url")):
                     skipped["a comment without its issue"] += 1
+                elif joined > LARGEST:
+                    skipped[f"a comment of an issue {TOO_LARGE}"] += 1
+                else:
+                    issue["comments"].append(record)
                 continue
             if issue:
-                yield from _checked(issue, skipped)
-            issue = None
+                yield from _checked(lambda issue=issue: issue, skipped)
+            issue, joined = None, 0
             if isinstance(record, dict) and isinstance(record.get("comments"), int) and "title" in record and "url" in record:
                 issue = record | {"comments": []}
             else:
-                yield from _checked(record, skipped)
+                yield from _checked(lambda record=record: record, skipped)
         if issue:
-            yield from _checked(issue, skipped)
+            yield from _checked(lambda: issue, skipped)
 
 
-def _git(repository, *arguments, **options):
+def _git(repository, *arguments, **pipes):
     command = ["git", "-C", repository, "-c", "core.fsmonitor=false", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}, **options
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}, **pipes)
 
 
-def _read_commits(source, skipped, progress):
+def read_commits(source, skipped, progress):
     """The changes of files by the commits of a git repository's current branch, the newest first; merges and new files are none."""
-    how = "--no-merges --no-show-signature --raw --no-abbrev --no-renames --diff-filter=M -z --format=%x01%s".split()
-    log = _git(source, "log", *how, "HEAD")
-    objects = _git(source, "cat-file", "--batch", stdin=subprocess.PIPE)
+    how = "--no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames --diff-filter=M -z --format=%x01%s".split()
+    said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop git when it is full
+    log = _git(source, "log", *how, "HEAD", stderr=said)
+    objects = _git(source, "cat-file", "--batch", stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def blob(name):
         objects.stdin.write(name + b"\n")
@@ -580,12 +612,13 @@ def _read_commits(source, skipped, progress):
     try:
         subject, change = "", None
         for field in _fields(log.stdout):
-            field = field.lstrip(b"\n")
-            if field.startswith(b"\1"):
-                subject, change = field[1:].decode(errors="replace"), None
-            elif field.startswith(b":"):
-                change = field.split()
-            elif change:
+            if not change:
+                field = field.lstrip(b"\n")
+                if field.startswith(b"\1"):
+                    subject = field[1:].decode(errors="replace")
+                elif field.startswith(b":"):
+                    change = field.split()
+            else:
                 path, (old_mode, new_mode, old, new, _) = field.decode(errors="replace"), change
                 change = None
                 if not (old_mode.startswith(b":100") and new_mode.startswith(b"100")) or not _may_be_source(path):
@@ -604,14 +637,16 @@ def _read_commits(source, skipped, progress):
                     yield Document("git-commits", record)
         objects.stdin.close()
         if log.wait():
-            raise Damaged(log.stderr.read().decode(errors="replace").strip().split("\n")[0])
+            said.seek(0)
+            raise Damaged(said.read(1000).decode(errors="replace").strip().split("\n")[0])
     finally:
         for process in (log, objects):
             process.kill()
-            for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+            for pipe in filter(None, (process.stdin, process.stdout)):
                 with contextlib.suppress(OSError):  # a pipe whose other end is gone
                     pipe.close()
             process.wait()
+        said.close()
 
 
 def _fields(stream):
@@ -630,23 +665,35 @@ READERS = {
     _read_parquet: (".parquet",),
     _read_jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
 }
+TABLES = READERS[_read_parquet] + READERS[_read_jsonl]
 KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 
 
-def readers(source, commits=False):
-    """[(reader, bytes on disk), ...] of a source. Raises ValueError for one that is missing or of an unknown kind.
+def _repositories(directory):
+    """The git repositories in a directory, which may be one itself: with a work tree, or bare."""
+    for folder, folders, names in os.walk(directory):
+        folders.sort()
+        if ".git" in folders + names or {"objects", "refs"} <= {*folders} and "HEAD" in names:
+            yield folder
+        folders[:] = [f for f in folders if f not in SKIPPED_DIRECTORIES]
 
-    A reader is a generator of `Document`; its arguments are the source, a Counter of what is left out, by reason, and a function that is
-    told of progress in bytes. commits: the history of a directory that is a git repository, too.
+
+def readers(source, commits=False):
+    """[(path, reader, bytes on disk), ...] of a source. Raises ValueError for one that is missing or of an unknown kind.
+
+    A reader is a generator of `Document`; its arguments are the path, a Counter of what is left out, by reason, and a function that is
+    told of progress in bytes. commits: the histories of the git repositories in a directory, too.
     """
     if os.path.isdir(source):
         size = sum(os.path.getsize(path) for path in _files(source) if os.path.isfile(path) and _may_be_source(path))
-        return [(_read_directory, size)] + [(_read_commits, 0)] * (commits and os.path.exists(os.path.join(source, ".git")))
+        if commits and not shutil.which("git"):
+            raise ValueError("--commits: needs the git program")
+        return [(source, _read_directory, size)] + [(path, read_commits, 0) for path in (_repositories(source) if commits else [])]
     if not os.path.exists(source):
         raise ValueError(f"{source}: no such file or directory")
     for reader, endings in READERS.items():
         if source.endswith(endings):
-            return [(reader, os.path.getsize(source))]
+            return [(source, reader, os.path.getsize(source))]
     raise ValueError(f"{source}: not a source; give {KINDS}")
 
 

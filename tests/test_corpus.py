@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -337,3 +338,43 @@ def test_command_line(tmp_path, sources):
     assert_refused(program(corpus, sources, "--out", str(tmp_path / "n"), "--colour"), "--colour")
     assert_refused(program(corpus, sources, "--out", str(tmp_path / "n"), "--shard", "1"), "give i/n")
     assert_refused(program(corpus, sources), "--out")
+
+
+def test_shards_that_start_together(tmp_path, small_corpus):
+    """One may find what another is just beginning to write."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "prepare.json.0123.tmp").write_text("{")
+    source = write_files(tmp_path / "in", {f"{i}.py": f"x = {i}\n".encode() * 9 for i in range(9)})
+    assert corpus.prepare([source], str(out), tokenizer=small_corpus, workers=1, shard=(0, 2), part_bytes=200) is None
+    assert corpus.prepare([source], str(out), tokenizer=small_corpus, workers=1, shard=(1, 2), part_bytes=200)
+
+
+def test_two_processes_may_write_the_same_part(tmp_path):
+    parts = [corpus._Part(str(tmp_path), 0, np.uint16) for _ in range(2)]
+    for i in range(3):
+        for part in parts:
+            part.add("train", "python", 9, np.arange(i, 9, dtype=np.uint16))
+    parts[0].close()
+    first = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path) if not name.endswith(".tmp")}
+    parts[1].close()
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == first and len(first) == 7
+
+
+def test_a_worker_that_is_killed_is_one_sentence(tmp_path, small_corpus, monkeypatch):
+    monkeypatch.setattr(corpus, "_encode", _kill)
+    source = write_files(tmp_path / "in", GOOD)
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        corpus.prepare([source], str(tmp_path / "out"), tokenizer=small_corpus, workers=1)
+    assert not os.path.exists(tmp_path / "out")
+
+
+def _kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_languages_that_only_records_name(tmp_path, small_corpus):
+    path = tmp_path / "s.jsonl"
+    path.write_text("\n".join(json.dumps({"content": f"x = {i}\n" * 9, "lang": "Vue" if i % 2 else "C"}) for i in range(40)))
+    meta = corpus.prepare([str(path)], str(tmp_path / "out"), tokenizer=small_corpus, workers=1, languages=["vue"])
+    assert meta["languages"]["vue"]["documents"] == 20 and meta["skipped"] == {"another language": 20}

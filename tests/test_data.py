@@ -253,6 +253,10 @@ def test_a_thousand_parts_open_without_being_read(tokenizer, tmp_path, monkeypat
     dataset = PairDataset(write_corpus(tmp_path, tokenizer, *[unique_documents([9, 30])] * 1000), "train", 16, 0)
     assert len(dataset) == 4000 and not any({"first_window", "tokens"} & vars(part).keys() for part in dataset.parts)
     assert len(dataset[7].input_ids) <= 16 and 1 <= sum("tokens" in vars(part) for part in dataset.parts) <= 2
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(len(dataset)):
+        dataset[i]
+    assert len(os.listdir("/proc/self/fd")) == before  # a process may have 1,024
 
 
 def test_offsets_beyond_four_billion_tokens(tokenizer, tmp_path):

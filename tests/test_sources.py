@@ -53,6 +53,11 @@ def text_of(record):
         ("a.m", "#import <Foundation/Foundation.h>\n", None),
         ("a.v", "module adder(input a, output b);\nendmodule\n", "verilog"),
         ("a.v", "Theorem t : 1 = 1.\nProof. reflexivity. Qed.\n", None),
+        ("a.h", "/* one\n   class of functions\n */\nint f(void);", "c"),
+        ("a.h", "class EXPORT A\n{\n};", "cpp"),
+        ("a.H", "", "cpp"),
+        ("A.M", "function y = f(x)\n", "matlab"),
+        ("a.v", "module main\n\nimport os\n\nfn main() {}\n", None),  # V
         ("a.pl", "use strict;\nmy $x = 1;\n", "perl"),
         ("a.pl", "print 1;\n", "perl"),
         ("a.pl", ":- module(a, []).\nf(X) :- g(X).\n", "prolog"),
@@ -94,6 +99,21 @@ def test_parquet_as_the_stack_has_it(tmp_path, binary):
     documents, skipped = read(tmp_path / "s.parquet")
     assert [d.content for d in documents] == [*expected_files().values(), b"x"]
     assert [d.language for d in documents] == ["python", "cpp", "c-sharp", "other"] and skipped == {"no content field": 1}
+
+
+def test_one_bad_row_of_a_table_costs_that_row(tmp_path):
+    content = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, pyarrow.py_buffer(np.array([0, 5, 11, 16], np.int32)), pyarrow.py_buffer(b"x = 1y = \xff\xffz = 3")]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"content": content, "ext": ["py"] * 3}), tmp_path / "s.parquet")
+    documents, skipped = read(tmp_path / "s.parquet")
+    assert [d.content for d in documents] == [b"x = 1", b"z = 3"] and skipped == {"not UTF-8": 1}
+    when = pyarrow.array([2**60, 0], pyarrow.timestamp("us"))  # in the year 38,505
+    events = pyarrow.StructArray.from_arrays([["opened"] * 2, ["alice"] * 2, [LONG, LONG], when], ["action", "author", "text", "when"])
+    table = pyarrow.table({"title": ["a", "b"], "events": pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2], pyarrow.int32()), events)})
+    pyarrow.parquet.write_table(table, tmp_path / "s.parquet")
+    documents, skipped = read(tmp_path / "s.parquet")
+    assert len(documents) == 1 and sum(skipped.values()) == 1
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -143,6 +163,7 @@ def test_notebooks(tmp_path):
     documents, skipped = read(tmp_path / "in")
     assert [(d.language, text_of(d.content)) for d in documents] == [("jupyter", NOTEBOOK_TEXT)]
     assert skipped == {"not a notebook": 2}
+    assert readers.notebook_record({"cells": [{"cell_type": "code", "source": []}, {"cell_type": "raw", "source": "raw"}]}) == []
     old = {"worksheets": [{"cells": [{"cell_type": "code", "input": ["x"], "outputs": [{"output_type": "pyout", "text": ["1"]}]}]}]}
     assert text_of(readers.notebook_record(old)) == "<jupyter_start><jupyter_code>x<jupyter_output>1"
 
@@ -180,6 +201,56 @@ def test_issues_in_the_shapes_of_the_api_and_of_the_stack(tmp_path):
     orphan = {"issue_url": "elsewhere", "body": "text"}
     path.write_text("\n".join(map(json.dumps, [short, bots, orphan])))
     assert read(path) == ([], {"issue: under 200 characters": 1, "issue: opened by a bot": 1, "a comment without its issue": 1})
+
+
+def issue(comments, **fields):
+    """The text of an issue of these (login, body); or what was left out."""
+    said = [{"user": {"login": login}, "body": body} for login, body in comments]
+    skipped = Counter()
+    found = list(readers._checked(lambda: {"title": "t", "comments": said[1:]} | said[0] | fields, skipped))
+    return text_of(found[0].content) if found else dict(skipped)
+
+
+def test_no_name_of_a_user_remains():
+    """In any case, beside any character, of those who only closed, were quoted, or said nothing."""
+    text = LONG + "@Alice, ALICE's _alice_ alice. alice@x.org alicea @bob @CAROL; @dave @babel/core a@b.c username_7"
+    found = issue([("alice", text), ("Bob", ""), ("erin", "bob: hi"), ("ALICE", "again")], closed_by={"login": "Carol"})
+    assert found == (
+        f"<issue_start>Title: t\nusername_0: {LONG}@username_0, username_0's _username_0_ username_0. username_0@x.org alicea @username_2 "
+        "@username_3; @username @babel/core a@b.c username_7<issue_comment>username_1: username_2: hi<issue_comment>username_0: again"
+    )
+    events = [
+        {"action": "opened", "author": "Alice", "masked_author": "username_4", "title": "t", "text": LONG},
+        {"action": "created", "author": "stale[bot]", "masked_author": "username_1", "text": "I am a bot"},
+        {"action": "created", "author": "bob", "masked_author": "username_2", "text": "as alice (username_4) and @bob said"},
+    ]
+    (found,) = readers._checked(lambda: {"events": events}, skipped := Counter())
+    expected = "<issue_comment>username_1: as username_0 (username_0) and @username_1 said"
+    assert text_of(found.content) == f"<issue_start>Title: t\nusername_0: {LONG.strip()}{expected}" and not skipped
+    assert list(readers._checked(lambda: {"title": "t", "lang": "python"}, skipped)) == [] and skipped == {"no content field": 1}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "\n\nOn Mon, Jan 1, 2020 Bob <bob@x.org> wrote:\n> quoted\n\n> more",
+        "\nOn Mon, Jan 1, 2020 at 10:00 AM Bob <\nbob@x.org> wrote:\n>quoted",
+        "\nSent from my phone\n\nOn 1.1.2020 Bob wrote:\n> quoted",
+        "\n\nSent from my phone",
+        "\n-----Original Message-----\nFrom: Bob\nall of it",
+        "\nFrom: Bob <bob@x.org>\nSent: Monday\nTo: all\n\nall of it",
+        "\nReply to this email directly, view it on GitHub, or unsubscribe.",
+    ],
+)
+def test_mail_around_an_answer_goes(end):
+    assert readers._said("Yes.\r\n> an earlier quotation\n\nIt is." + end) == "Yes.\n> an earlier quotation\n\nIt is."
+
+
+@pytest.mark.parametrize(
+    "text", ["From: line 3 on it fails\nand here", "On Linux it writes:\n> error", "On 2020 he wrote:\n> that\nbut no", "a\n> b"]
+)
+def test_what_is_not_mail_stays(text):
+    assert readers._said(text) == text
 
 
 def change(lines, changed, mark="changed"):
@@ -256,6 +327,33 @@ def test_commits_of_a_repository(tmp_path):
     git(repository, "update-ref", "-d", "HEAD")
     with pytest.raises(ValueError, match="damaged"):
         read(repository, commits=True)
+
+
+def test_a_folder_of_clones(tmp_path, small_corpus):
+    """Bare ones too; odd names, messages in another encoding."""
+    clone = tmp_path / "clones" / "a"
+    clone.mkdir(parents=True)
+    git(clone, "init", "-q")
+    git(clone, "config", "i18n.commitEncoding", "latin-1")
+    git(clone, "config", "color.ui", "always")
+    old, expected = "".join(f"line {i}\n" for i in range(40)), []
+    for i in range(12):
+        new = old.replace(f"line {2 * i}\n", f"new {i}\nanother {i}\nthird {i}\n")
+        (clone / ":100644 a.py").write_text(new if i else old)
+        git(clone, "add", "-A")
+        (tmp_path / "message").write_bytes(f"Größe {i}".encode("latin-1"))
+        git(clone, "commit", "-q", "-F", tmp_path / "message")
+        if i:
+            record = readers.commit_record(old, new, f"Größe {i}", "python", Counter())
+            expected += [text_of(record)] if record else []
+            old = new
+    git(tmp_path, "clone", "-q", "--bare", str(clone), str(tmp_path / "clones" / "b.git"))
+    documents, skipped = read(tmp_path / "clones", commits=True)
+    commits = [text_of(d.content) for d in documents if d.language == "git-commits"]
+    assert commits == expected[::-1] and len(expected) >= 8 and skipped["exact duplicate"] == len(expected)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="none of the sources is a git repository"):
+        corpus.prepare([str(tmp_path / "empty")], str(tmp_path / "out"), tokenizer=small_corpus, commits=True)
 
 
 def test_the_history_of_this_project_comes_back_from_the_corpus(tmp_path, small_corpus):
@@ -381,7 +479,15 @@ def test_a_directory_of_traps(tmp_path):
         f.write(b"odd = 1\n")
     documents, skipped = read(trap)
     assert {len(d.content) for d in documents} == {9, 8, readers.LARGEST - 1}
-    assert skipped == {"exact duplicate": 1, "not a file": 3, readers.TOO_LARGE: 1}
+    assert skipped == {"exact duplicate": 1, "not a file": 4, readers.TOO_LARGE: 1}
+
+
+@pytest.mark.parametrize("text", ["\n", " ", "a", "(*", "(*_", "a[_", "a[", "#", "# ", ";", "; ", ")", "f(", "f()", "class ", "-"])
+def test_no_text_takes_long_to_recognize(text):
+    """A regular expression that tries again at every place would take hours here, of what is milliseconds."""
+    for name in ("a.h", "a.m", "a.v", "a.pl"):
+        readers.language_of(name, (text * 20_000).encode())
+    issue([("a" * 39, LONG + text * 300_000), *[(f"user-{i}", "-".join(f"user-{i}" for i in range(99))) for i in range(200)]])
 
 
 def test_bombs(tmp_path):
