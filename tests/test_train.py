@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run_directory
+import starencoder
 import train
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, embed, fill_mask
 
@@ -310,12 +311,12 @@ def test_fill_mask_and_embed(undisturbed, tokenizer):
 
 
 def test_command_lines(undisturbed, tmp_path):
-    result = command("starencoder.py", "fill-mask", undisturbed.out, "def add(a, b): return a <mask> b", "--top-k", "4")
+    result = program(starencoder, "fill-mask", undisturbed.out, "def add(a, b): return a <mask> b", "--top-k", "4")
     assert result.returncode == 0 and result.stdout.count("%") == 4
     (tmp_path / "a.py").write_text("print(1)\n")
-    result = command("starencoder.py", "embed", undisturbed.out, str(tmp_path / "a.py"))
+    result = program(starencoder, "embed", undisturbed.out, str(tmp_path / "a.py"))
     assert len(json.loads(result.stdout)["embedding"]) == 32
-    assert_refused(command("starencoder.py", "fill-mask", undisturbed.out, "no mask"), "no <mask>")
+    assert_refused(program(starencoder, "fill-mask", undisturbed.out, "no mask"), "no <mask>")
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     assert_refused(command("starencoder.py", "fill-mask", str(tmp_path / "none"), "a <mask>", env=offline), "no such directory")
 
