@@ -632,17 +632,41 @@ def bench_profile(path=None, config=None, sequences=None, repetitions=5):
     report(path, "profile", rows, sequences=B, max_length=L, ceilings=ceilings, tokens_per_second=round(T / seconds, 1))
 
 
+def bench_pii(path=None, model="runs/pii", size=100_000_000):
+    """Looks for secrets in Python files of this installation, and beside it in the same files with detect-secrets and credsweeper.
+
+    One pass each: it is minutes. model: what `pii.py train` made.
+    """
+    import pii
+    import pii_eval
+
+    paths, total, skipped = [], 0, Counter()
+    for file, _ in pii.files_of([sysconfig.get_paths()[name] for name in ("stdlib", "purelib")], skipped):
+        if file.endswith(".py") and total + os.path.getsize(file) <= size:
+            paths, total = [*paths, file], total + os.path.getsize(file)
+    detectors = {"rules": pii.Detector(rules=True), "model + rules": pii.Detector.from_pretrained(model, rules=True)}
+    contenders = {f"pii.py, {name}": lambda d=d: pii.scan(d, paths, skipped) for name, d in detectors.items()}
+    contenders |= {"detect-secrets": lambda: pii_eval.scan_with_detect_secrets(paths)}
+    contenders |= {"credsweeper": lambda: pii_eval.scan_with_credsweeper(paths)}
+    rows = []
+    for name, scan in contenders.items():
+        begin = time.perf_counter()
+        found = sum(1 for _ in scan())
+        rows.append({"by": name, "MB/s": f"{total / 1e6 / (time.perf_counter() - begin):.3f}", "found": f"{found:,}"})
+    report(path, "pii-speed", rows, bytes=total, files=len(paths))
+
+
 def main(argv=None):
     """The command line."""
     parser = CommandLine(prog="bench.py", description="Measure the speeds that the README claims.")
-    parser.add_argument("what", choices=["data", "kernels", "model"])
+    parser.add_argument("what", choices=["data", "kernels", "model", "pii"])
     parser.add_argument("--resources", action="store_true", help="kernels: compile for sm_80, sm_90 and sm_100 and show what they take")
     parser.add_argument("--tune", action="store_true", help="kernels: try other launch settings on this GPU and print a table of the best")
     parser.add_argument("--ablate", action="store_true", help="model: what each saving of the step is worth")
     parser.add_argument("--profile", action="store_true", help="model: where the time of a step goes, beside the least that it could take")
     parser.add_argument("--out", metavar="FILE", help="the JSON file to write (default: one in results/)")
     arguments = parser.parse_args(argv)
-    flags = {"data": [], "kernels": ["resources", "tune"], "model": ["ablate", "profile"]}
+    flags = {"data": [], "kernels": ["resources", "tune"], "model": ["ablate", "profile"], "pii": []}
     given = [flag for flag in sum(flags.values(), []) if getattr(arguments, flag)]
     if len(given) > 1 or not {*given} <= {*flags[arguments.what]}:
         takes = " or ".join(f"--{flag}" for flag in flags[arguments.what]) or "no flag"
@@ -650,6 +674,8 @@ def main(argv=None):
     if arguments.what == "data":
         bench_data(arguments.out)
         return bench_corpus(arguments.out and f"{arguments.out}.corpus")
+    if arguments.what == "pii":
+        return bench_pii(arguments.out)
     if arguments.what == "model":
         return bench_profile(arguments.out) if arguments.profile else bench_model(arguments.out, ablate=arguments.ablate)
     if arguments.tune and not torch.cuda.is_available():

@@ -20,14 +20,15 @@ from tqdm import tqdm
 from data import first_line, read_json, write_whole
 
 
-def save_checkpoint(config, model, optimizer, tokenizer, step):
+def save_checkpoint(config, model, optimizer, tokenizer, step, publish=True):
     """Writes the model and checkpoints/STEP.pt, each whole or not at all, and drops the oldest checkpoints.
 
-    The checkpoint comes last: where it exists, all that belongs to its step does.
+    The checkpoint comes last: where it exists, all that belongs to its step does. publish: whether this is the model of the run directory.
     """
     path = os.path.join(config.out, "checkpoints", f"{step:08d}.pt")
     try:
-        model.save_pretrained(config.out)
+        if publish:
+            model.save_pretrained(config.out)
         tokenizer.save_pretrained(config.out)
         with open(path + ".tmp", "wb") as f:
             torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f)
@@ -106,8 +107,8 @@ class Metrics:
     Steps wait on the device, and are read, summed over the ranks and written at each `flush`, so that no step waits for a GPU.
     """
 
-    def __init__(self, path, first_step, ranks, peak, tensorboard=None):
-        self.path, self.ranks, self.peak, self.waiting, self.unwritten = path, ranks, peak, [], []
+    def __init__(self, path, first_step, ranks, peak, tensorboard=None, terms=("mlm_loss", "nsp_loss")):
+        self.path, self.ranks, self.peak, self.terms, self.waiting, self.unwritten = path, ranks, peak, terms, [], []
         self.skipped, self.in_a_row, self.tensorboard, kept = 0, 0, None, []
         with ranks.together():
             if ranks.rank == 0:
@@ -135,9 +136,10 @@ class Metrics:
         """Called after an evaluation or a checkpoint: their time is not the training's."""
         self.clock, self.tokens, self.flops = time.perf_counter(), 0, 0.0
 
-    def add(self, step, mlm_loss, nsp_loss, grad_norm, learning_rate):
-        """A step: this rank's parts of the two losses and the norm as 0-d tensors on the device."""
-        self.waiting.append((step, learning_rate, torch.stack([mlm_loss, nsp_loss, grad_norm / self.ranks.world_size])))
+    def add(self, step, *values):
+        """A step: this rank's parts of the `terms` of the loss and the norm, as 0-d tensors on the device, and the learning rate."""
+        *parts, grad_norm, learning_rate = values
+        self.waiting.append((step, learning_rate, torch.stack([*parts, grad_norm / self.ranks.world_size])))
 
     def flush(self):
         """Writes the lines of all waiting steps and returns the last one, on every rank.
@@ -152,8 +154,8 @@ class Metrics:
         if self.peak:
             speed["mfu"] = round(flops / elapsed / self.peak / self.ranks.world_size, 4)
         lines = []
-        for (step, rate, _), (mlm, nsp, norm) in zip(self.waiting, values):
-            figures = {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, "grad_norm": norm}
+        for (step, rate, _), (*parts, norm) in zip(self.waiting, values):
+            figures = {"loss": sum(parts)} | dict(zip(self.terms, parts)) | {"grad_norm": norm}
             lines.append({"step": step} | (figures if math.isfinite(norm) else {"skipped": True}) | {"learning_rate": rate} | speed)
         self.write(*lines)
         self.waiting = []

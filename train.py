@@ -167,6 +167,14 @@ def model_shape(config, vocab_size):
     return shape | {"vocab_size": vocab_size, "max_position_embeddings": config.max_length}
 
 
+def dtype_of(config, device):
+    """The dtype of the computation, "bfloat16" or "float32": where it was left open, the former if the device multiplies it."""
+    if config.dtype != "auto":
+        return config.dtype
+    multiplies_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if device.type == "cuda" or multiplies_bf16 else "float32"
+
+
 def learning_rate(config, step):
     """Linear warm-up, then linear decay to 0: the rate of step `step` (the first is 0)."""
     rise = (step + 1) / max(config.warmup_steps, 1)
@@ -305,10 +313,7 @@ def _train(config, ranks):
         train_set = PairDataset(config.data, "train", config.max_length, config.seed)
         held_out = PairDataset(config.data, "validation", config.max_length, seed=0)
         tokenizer = Tokenizer.from_pretrained(config.data)
-        dtype = config.dtype
-        if dtype == "auto":
-            multiplies_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-            dtype = "bfloat16" if device.type == "cuda" or multiplies_bf16 else "float32"
+        dtype = dtype_of(config, device)
         autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         torch.manual_seed(config.seed)  # for the initial weights; nothing after this draws from torch's generators
         shape = model_shape(config, meta["vocab_size"])

@@ -1,0 +1,989 @@
+"""StarPII: the encoder, fine-tuned to find personal data and secrets in code, and what it takes to remove them.
+
+    python pii.py train                         the tiny run and synthetic data, both made if missing: a small detector in minutes
+    python pii.py detect PATH... [--rules]      a table of what was found, or --json lines; --fail for CI
+    python pii.py redact PATH... --out DIR      copies with <NAME>, <EMAIL>, ... in its place; or --in-place
+    python pii.py eval DATA.jsonl [--peers]     precision, recall and F1, beside other detectors
+    python pii.py synthesize [SOURCE...] --out DIR
+
+A linear layer on each token says whether it begins (B-), continues (I-) or is outside (O) of an entity of one of six categories. Files are
+read in overlapping windows; each token is judged in the window where it is farthest from an edge. `--rules` joins the model with regular
+expressions, for what is regular: addresses and the formats of keys.
+
+References: Li et al., StarCoder, 2023, section 4; Ramshaw & Marcus, 1995 (the B, I, O tags). Hyperparameters: the StarPII model card.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import plan
+import train as pretraining
+from data import CommandLine, Tokenizer, permute, run, share
+from pii_data import CATEGORIES, is_public, synthesize
+from ranks import Ranks
+from run_directory import Metrics, newest_sound_checkpoint, open_run, save_checkpoint, step_of
+from starencoder import StarEncoderConfig, StarEncoderForTokenClassification
+from train import dtype_of, make_optimizer, option, until_signal
+
+LABELS = ["O"] + [f"{tag}-{category}" for category in CATEGORIES for tag in "BI"]  # the class of a token
+# Categories of the annotated set that are no category here. They neither teach nor count.
+IGNORED = {
+    "EMAIL_EXAMPLE",
+    "NAME_EXAMPLE",
+    "USERNAME_EXAMPLE",
+    "KEY_EXAMPLE",
+    "PASSWORD_EXAMPLE",
+    "IP_EXAMPLE",
+    "AMBIGUOUS",
+    "ID",
+    "SSH_KEY",
+}
+
+
+class Entity(NamedTuple):
+    """Something found in a text."""
+
+    start: int  # in characters
+    end: int
+    category: str  # of CATEGORIES
+    score: float  # the model's mean probability; 1 where a rule found it
+
+
+# ---- labelled documents ----------------------------------------------------------------------------------------------------------
+
+
+def read_labelled(path, skipped=None):
+    """[(text, [(start, end, category), ...]), ...] of a file of JSON lines with `text` and `fragments`, sorted by their start.
+
+    skipped: a Counter for fragments that are left out: out of range, not what their `value` says, overlapping one before.
+    Raises ValueError that names the line for what is not such a document, and for a category that is neither known nor to be ignored.
+    """
+    skipped, documents = Counter() if skipped is None else skipped, []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                record = json.loads(line)
+                text, spans = record["text"], []
+                fragments = [(*fragment["position"], fragment["category"], fragment.get("value")) for fragment in record["fragments"]]
+                if not isinstance(text, str) or not all(type(p) is int for fragment in fragments for p in fragment[:2]):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ValueError(f'{path}:{number}: not a line of {{"text", "fragments": [{{"category", "position"}}, ...]}}') from None
+            for start, end, category, value in sorted(fragments, key=lambda fragment: fragment[:2]):
+                if category not in CATEGORIES and category not in IGNORED:
+                    raise ValueError(f"{path}:{number}: unknown category {category!r}; known: {', '.join(CATEGORIES)}")
+                if not 0 <= start < end <= len(text) or value is not None and text[start:end] != value:
+                    skipped["fragments that do not fit their text"] += 1
+                elif spans and start < spans[-1][1]:
+                    skipped["fragments that overlap another"] += 1
+                else:
+                    spans.append((start, end, category))
+            documents.append((text, spans))
+    if not documents:
+        raise ValueError(f"{path}: empty")
+    return documents
+
+
+def labels_of(offsets, spans):
+    """(tokens,) int64: the label of each token, -100 where a category is ignored. offsets: (tokens, 2); spans: sorted, without overlaps."""
+    labels = np.zeros(len(offsets), np.int64)
+    for start, end, category in spans:
+        inside = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
+        if category in IGNORED:
+            labels[inside] = -100
+        elif len(inside):
+            labels[inside] = LABELS.index(f"I-{category}")
+            labels[inside[0]] = LABELS.index(f"B-{category}")
+    return labels
+
+
+def windows(length, room):
+    """Overlapping windows over a text of `length` tokens, of up to `room` each: [(start, end, first, last), ...].
+
+    Each token is judged in one of them, that with first <= token < last. Neighbours overlap by a quarter of `room`, and meet in its middle.
+
+    >>> windows(20, 12)
+    [(0, 12, 0, 10), (8, 20, 10, 20)]
+    """
+    overlap = room // 4
+    starts = [0]
+    while starts[-1] + room < length:
+        starts.append(min(starts[-1] + room - overlap, length - room))
+    meet = [0] + [(a + room + b) // 2 for a, b in zip(starts, starts[1:])] + [length]
+    return [(start, min(start + room, length), first, last) for start, first, last in zip(starts, meet, meet[1:])]
+
+
+class Windows:
+    """The windows of labelled documents, as `[i] -> (ids, labels)`: int64 arrays with <cls> and <sep>, which have no label."""
+
+    def __init__(self, documents, tokenizer, max_length):
+        self.documents, self.places, room = [], [], max_length - 2
+        for text, spans in tqdm(documents, desc="tokenizing", unit=" documents", leave=False, disable=len(documents) < 1000):
+            ids, offsets = np.array(tokenizer.encode(text), np.int32), np.array(tokenizer.offsets(text), np.int64).reshape(-1, 2)
+            self.places += [(len(self.documents), start, end) for start, end, _, _ in windows(len(ids), room) if end > start]
+            self.documents.append((ids, labels_of(offsets, spans).astype(np.int16)))
+        self.cls_id, self.sep_id = tokenizer.cls_id, tokenizer.sep_id
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        d, start, end = self.places[i]
+        ids, labels = (array[start:end].astype(np.int64) for array in self.documents[d])
+        return np.concatenate([[self.cls_id], ids, [self.sep_id]]), np.concatenate([[-100], labels, [-100]])
+
+
+def pack(sequences, device):
+    """(T,) int64 and cu_seqlens (B+1,) int32 of arrays laid end to end."""
+    lengths = np.cumsum([0] + [len(s) for s in sequences]).astype(np.int32)
+    return torch.from_numpy(np.concatenate(sequences)).to(device), torch.from_numpy(lengths).to(device)
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------------------
+
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}(?![\w-])", re.ASCII | re.IGNORECASE)
+NO_EMAIL = re.compile(
+    r"git@|\w+@(example|domain|localhost|company|email|test|foo|bar|site|yourdomain|mysite)\.|(no-?reply|you|your-?name|someone)@|"
+    r".*\.(example|invalid|test|local|png|jpg)$",
+    re.IGNORECASE,
+)
+IP_RUN = re.compile(r"[0-9A-Fa-f:.]+")
+VERSION = re.compile(r"(version|release|\bv|oid|rfc|[=<>~^]=)\W{0,4}$", re.IGNORECASE)
+KEYS = re.compile(
+    r"(?<![A-Za-z0-9_])(?:"
+    r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,90}|glpat-[\w-]{20,}|AIza[\w-]{35}|"
+    r"xox[abeoprs]-[\w-]{10,}|https://hooks\.slack\.com/services/T\w{6,}/B\w{6,}/\w{20,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|"
+    r"SG\.[\w-]{20,24}\.[\w-]{39,50}|SK[0-9a-f]{32}|AC[0-9a-f]{32}|npm_[A-Za-z0-9]{36}|pypi-AgEI[\w-]{50,}|do[oprt]_v1_[0-9a-f]{64}|"
+    r"sk-(?:ant-|proj-)?[\w-]{40,}|key-[0-9a-f]{32}|\d{8,10}:AA[\w-]{33}|sq0[a-z]{3}-[\w-]{22,43}|hf_[A-Za-z]{34}|EAAA[\w-]{60}|"
+    r"[0-9a-f]{32}-us\d{1,2}|AKC[A-Za-z0-9]{10,}|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}|hv[sb]\.[\w-]{24,}|dapi[0-9a-f]{32}|"
+    r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|ya29\.[\w-]{30,}|gl(?:c|sa)_[\w+/=]{32,}|SWMTKN-1-[\w-]{50,}|oy2[a-z0-9]{43}|ATATT3[\w=-]{100,}|"
+    r"amzn\.mws\.[0-9a-f-]{36}|sl\.[\w-]{130,}|gl(?:ptt|dt|rt|ft|soat|imt|agent)-[\w-]{20,}|(?<=AccountKey=)[A-Za-z0-9+/]{86}==|"
+    r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})(?![A-Za-z0-9_])|"
+    r"-----BEGIN(?: [A-Z0-9]+)* PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){20,20000}-----END(?: [A-Z0-9]+)* PRIVATE KEY(?: BLOCK)?-----",
+    re.ASCII,
+)
+SURE = 0.95  # a rule's address that the model gives this probability of being nothing is none
+PLACEHOLDER = re.compile(r"<(?:NAME|EMAIL|KEY|PASSWORD|USERNAME)>")
+ALLOWED = "pii: allow"
+
+
+def addresses(text):
+    """(start, end) of the runs of characters in which IPv4 and IPv6 addresses that belong to somebody are written."""
+    for found in IP_RUN.finditer(text):
+        start, end = found.span()
+        while end > start and text[end - 1] in ".:":
+            end -= 1
+        whole = not (text[start - 1 : start].isalnum() or text[end : end + 1].isalnum() or text[start - 1 : start] == "_")
+        if end - start > 6 and whole:
+            if is_public(text[start:end]):
+                yield start, end
+            elif (port := text.rfind(":", start, end)) > start and "." in text[start:end] and is_public(text[start:port]):
+                yield start, port  # 8.8.8.8:80
+
+
+def by_rules(text, veto=lambda start, end: False):
+    """The entities that regular expressions find: e-mail and IP addresses, unless `veto` says of such a span that it is none; keys."""
+    found = [Entity(*match.span(), "EMAIL", 1.0) for match in EMAIL.finditer(text) if not NO_EMAIL.match(match[0])]
+    found += [Entity(*span, "IP_ADDRESS", 1.0) for span in addresses(text) if not VERSION.search(text[max(0, span[0] - 20) : span[0]])]
+    found = [entity for entity in found if not veto(entity.start, entity.end)]
+    return join(found + [Entity(*match.span(), "KEY", 1.0) for match in KEYS.finditer(text)], [])
+
+
+def join(first, second):
+    """Both lists of entities without overlaps, sorted; `first` has precedence, and in it what begins first."""
+    kept, ends = [], 0
+    for entity in sorted(first):
+        if entity.start >= ends:
+            kept.append(entity)
+            ends = entity.end
+    taken = np.array([(e.start, e.end) for e in kept] or np.zeros((0, 2)), np.int64)
+    for entity in sorted(second):
+        i = np.searchsorted(taken[:, 1], entity.start, side="right")  # the first that ends behind its start
+        if i == len(taken) or taken[i, 0] >= entity.end:
+            if entity.start >= max((e.end for e in kept[len(taken) :]), default=0):
+                kept.append(entity)
+    return sorted(kept)
+
+
+GOES_ON = {"KEY": "_+-=", "PASSWORD": "_+-.=$!#%^*"}  # the signs that with letters and digits belong to one
+CLOSING = {'"': '"', "'": "'", "`": "`", ">": "<"}
+
+
+def snap(text, start, end, category):
+    """(start, end) of what the tokens of an entity cover, without the quotes, blanks and brackets that share tokens with it; or None."""
+    while start < end and text[start] in " \t\r\n\"'`(<[{,;:|":
+        start += 1
+    closing = CLOSING.get(text[start - 1 : start])
+    if closing and (at := text.find(closing, start, end)) > 0:
+        end = at
+    if category == "PASSWORD" and re.search(r"://[^:/\s]*:$", text[max(0, start - 60) : start]) and (at := text.rfind("@", start, end)) > 0:
+        end = at
+    while end > start and text[end - 1] in " \t\r\n\"'`)>]},;:|":
+        end -= 1
+    if category in GOES_ON and start < end:
+        goes_on = lambda at: 0 <= at < len(text) and (text[at].isalnum() or text[at] in GOES_ON[category])
+        while goes_on(start - 1) and text[start - 1] not in "=-":
+            start -= 1
+        while goes_on(end):
+            end += 1
+    if text[end : end + 1] in " \n":  # the end of a sentence
+        while end > start and text[end - 1] == ".":
+            end -= 1
+    if category == "KEY" and (end - start < 12 or not any(c.isdigit() for c in text[start:end])):
+        return None
+    return (start, end) if any(c.isalnum() for c in text[start:end]) else None
+
+
+WORD = re.compile(r"[\w+/=-]{60,}|\w+(?:-\w+)*")  # a long one is base64
+JOINS = frozenset("-_.+/=~!?#$%^&*@:")  # a sign between two words of one category, without blanks, belongs to them
+
+
+def entities_of(text, offsets, probabilities, threshold=0.0):
+    """The entities that the labels of the tokens of a text spell, but for addresses that are nobody's.
+
+    offsets: (tokens, 2), in characters. probabilities: (tokens, len(LABELS)). All tokens of a word have one category, the one that is most
+    probable on average: a model that is sure of most of a key is right about the rest. A B- begins a new entity at the beginning of a word
+    with a blank before it; elsewhere it goes on.
+    """
+    of_category = np.stack([probabilities[:, 0]] + [probabilities[:, k] + probabilities[:, k + 1] for k in range(1, len(LABELS), 2)], 1)
+    words = np.array([match.span() for match in WORD.finditer(text)] or np.zeros((0, 2)), np.int64)
+    word = np.searchsorted(words[:, 1], offsets[:, 1] - 1, side="right")  # of the last character of each token: the word that it may lie in
+    inside = word < len(words)
+    inside[inside] = words[word[inside], 0] < offsets[inside, 1]
+    begins = np.flatnonzero(np.concatenate([[True], ~inside[1:] | ~inside[:-1] | (word[1:] != word[:-1])]))  # the first token of each
+    lengths = np.diff(np.append(begins, len(offsets)))
+    mean = np.add.reduceat(of_category, begins) / lengths[:, None]  # (words, categories)
+    best = mean.argmax(1)
+    spans = []  # [first word, behind the last, category]
+    for w in np.flatnonzero(best).tolist():
+        k, first = best[w], begins[w]
+        inner = not text[offsets[first, 0]].isspace() or probabilities[first, 2 * k] > probabilities[first, 2 * k - 1]
+        if spans and spans[-1][1] == w and 1 in (spans[-1][2], k) and {spans[-1][2], k} <= {1, 1 + CATEGORIES.index("USERNAME")}:
+            spans[-1][1:] = w + 1, 1  # beside a word of a name without a sign between them is another
+            continue
+        if spans and spans[-1][2] == k and inner:
+            between = text[offsets[begins[spans[-1][1]] - 1, 1] : offsets[first, 0]] if spans[-1][1] < w else ""
+            if spans[-1][1] == w or len(between) < 3 and set(between) <= JOINS:
+                spans[-1][1] = w + 1
+                continue
+        spans.append([w, w + 1, k])
+    found = []
+    for v, w, k in spans:
+        category, end = CATEGORIES[k - 1], begins[w] if w < len(begins) else len(offsets)
+        score = float(np.average(mean[v:w, k], weights=lengths[v:w]))
+        place = snap(text, int(offsets[begins[v], 0]), int(offsets[end - 1, 1]), category) if score >= threshold else None
+        if place and category in ("IP_ADDRESS", "EMAIL"):  # the one that is written there, and whole
+            shift = max(0, place[0] - 80)
+            near = text[shift : place[1] + 80]
+            mails = [match.span() for match in EMAIL.finditer(near) if not NO_EMAIL.match(match[0])]
+            written = addresses(near) if category == "IP_ADDRESS" else mails
+            place = next(((a + shift, b + shift) for a, b in written if a + shift < place[1] and b + shift > place[0]), None)
+        if place:
+            found.append(Entity(*place, category, score))
+    return join(found, [])
+
+
+class Detector:
+    """Finds entities by a fine-tuned model, by rules, or by both.
+
+    model, tokenizer: None for the rules alone. rules: whether to use them. threshold: the least score of what the model finds.
+    """
+
+    def __init__(self, model=None, tokenizer=None, rules=False, threshold=0.5, categories=CATEGORIES):
+        self.model, self.tokenizer, self.rules, self.threshold, self.categories = model, tokenizer, rules, threshold, set(categories)
+        self.device, self.dtype = next(model.parameters()).device if model else None, "auto"
+
+    @classmethod
+    def from_pretrained(cls, directory, device="auto", **options):
+        """Reads a directory that `train` wrote. Raises ValueError for a model with other classes."""
+        model = StarEncoderForTokenClassification.from_pretrained(directory)
+        if model.config.id2label is None or list(model.config.id2label.values()) != LABELS:
+            raise ValueError(
+                f"{directory}: no PII detector (its classes are not those of pii.py); fine-tune one with `python pii.py train`"
+            )
+        device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        return cls(model.to(device).eval(), Tokenizer.from_pretrained(directory), **options)
+
+    def find(self, texts):
+        """[[Entity, ...], ...] of each text, sorted, without overlaps."""
+        if not self.model:
+            found = [by_rules(text) for text in texts]
+        else:
+            judged = [(text, *self.judged(text, probabilities)) for text, probabilities in zip(texts, self.probabilities(texts))]
+            found = [join(by_rules(text, veto) if self.rules else [], by_model) for text, by_model, veto in judged]
+        return [[e for e in of_text if e.category in self.categories] for of_text in found]
+
+    @torch.no_grad()
+    def probabilities(self, texts, tokens_at_once=16_384):
+        """[(tokens, len(LABELS)) float32, ...]: what the model says of the tokens of each text."""
+        room, results, places, sequences = self.model.config.max_position_embeddings - 2, [], [], []
+        for t, text in enumerate(texts):
+            ids = np.array(self.tokenizer.encode(text.encode(errors="replace").decode()), np.int64)
+            results.append(np.zeros((len(ids), len(LABELS)), np.float32))
+            for place in windows(len(ids), room) if len(ids) else []:
+                places.append((t, *place))
+                sequences.append(np.concatenate([[self.tokenizer.cls_id], ids[place[0] : place[1]], [self.tokenizer.sep_id]]))
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype_of(self, self.device) == "bfloat16")
+        i = 0
+        while i < len(sequences):
+            j, size = i, 0
+            while j < len(sequences) and (size := size + len(sequences[j])) <= tokens_at_once or j == i:
+                j += 1
+            with autocast:
+                logits = self.model(*pack(sequences[i:j], self.device)).logits.float()
+            probabilities = logits.softmax(-1).cpu().numpy()
+            begin = 1  # behind <cls>
+            for (t, start, _, first, last), sequence in zip(places[i:j], sequences[i:j]):
+                a = begin + first - start
+                results[t][first:last] = probabilities[a : a + last - first]
+                begin += len(sequence)
+            i = j
+        return results
+
+    def judged(self, text, probabilities):
+        """(the entities that the probabilities spell, whether the model is sure that a span, (start, end), is none)."""
+        offsets = functools.cache(lambda: np.array(self.tokenizer.offsets(text.encode(errors="replace").decode())))
+
+        def veto(start, end):
+            inside = (offsets()[:, 0] < end) & (offsets()[:, 1] > start)
+            return probabilities[inside, 0].mean() > SURE
+
+        if not probabilities[:, 1:].max(initial=0) > 0.1:  # as in most code
+            return [], veto
+        return entities_of(text.encode(errors="replace").decode(), offsets(), probabilities, self.threshold), veto
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------------
+
+SEGMENT, GATHER = 1_000_000, 200_000  # bytes of a long file that are read at once; of small files that the model sees at once
+SKIPPED_DIRECTORIES = {".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv"}
+
+
+def segments(file):
+    """The text of a file open for reading bytes, in pieces of about SEGMENT bytes that end with a line: yields (text, encoding).
+
+    The pieces joined and encoded are the file's bytes: UTF-8, and where that fails Latin-1, in which any bytes are text.
+    """
+    rest = b""
+    while True:
+        block = file.read(SEGMENT)
+        content = rest + block
+        if not content:
+            return
+        cut = len(content) if not block else content.rfind(b"\n") + 1
+        begin = content.rfind(b"-----BEGIN")  # of a key, which stays whole
+        if block and begin >= 0 and b"-----END" not in content[begin:] and len(content) - begin < 50_000:
+            cut = min(cut, begin)
+        if not cut:  # a line without end: where a character ends, and if there is one a word
+            cut = max(content.rfind(b" "), content.rfind(b","), 0) + 1 if len(content) > 2 * SEGMENT else 0
+            if not cut and len(content) > 4 * SEGMENT:
+                cut = len(content)
+                while cut > 1 and 0x80 <= content[cut - 1]:
+                    cut -= 1
+        piece, rest = content[:cut], content[cut:]
+        if piece:
+            try:
+                yield piece.decode("utf-8"), "utf-8"
+            except UnicodeDecodeError:
+                yield piece.decode("latin-1"), "latin-1"
+
+
+def files_of(paths, skipped):
+    """[(path, path below its root), ...] of files and of those in directories, sorted. Raises ValueError for a path that is missing."""
+    found = []
+    for root in paths:
+        if os.path.isfile(root):
+            found.append((root, os.path.basename(root)))
+        elif not os.path.isdir(root):
+            raise ValueError(f"{root}: no such file or directory")
+
+        def unreadable(error):
+            skipped["unreadable"] += 1
+
+        for folder, folders, names in os.walk(root, onerror=unreadable):
+            folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
+            for name in sorted(names):
+                path = os.path.join(folder, name)
+                if os.path.isfile(path) and not os.path.islink(path):
+                    found.append((path, os.path.relpath(path, root)))
+                else:
+                    skipped["not a file"] += 1
+    return found
+
+
+def open_text(path, skipped):
+    """A file, open for reading bytes; None, counted, where it cannot be read, is empty or holds no text."""
+    try:
+        file = open(path, "rb")
+        head = file.read(8192)
+        file.seek(0)
+    except OSError:
+        skipped["unreadable"] += 1
+        return None
+    if head and b"\0" not in head:
+        return file
+    skipped["binary" if head else "empty"] += 1
+    file.close()
+    return None
+
+
+def not_allowed(text, entities):
+    """Those entities whose lines do not say that they may stay."""
+    if ALLOWED not in text:
+        return entities
+    kept = []
+    for entity in entities:
+        begin, end = text.rfind("\n", 0, entity.start) + 1, text.find("\n", entity.end)
+        if ALLOWED not in text[begin : end if end >= 0 else None]:
+            kept.append(entity)
+    return kept
+
+
+def scan(detector, paths, skipped, description="detecting"):
+    """Yields (path, line, column, Entity, its text) for all that is found in files and directories; lines and columns count from 1."""
+    files = files_of(paths, skipped)
+    waiting = []  # (path, lines before it, characters of its first line before it, text)
+
+    def found():
+        for (path, line, column, text), entities in zip(waiting, detector.find([text for *_, text in waiting])):
+            for entity in not_allowed(text, entities):
+                begin = text.rfind("\n", 0, entity.start) + 1
+                place = line + text.count("\n", 0, entity.start) + 1, entity.start - begin + 1 + (0 if begin else column)
+                yield path, *place, entity, text[entity.start : entity.end]
+        waiting.clear()
+
+    with tqdm(total=sum(os.path.getsize(path) for path, _ in files), unit="B", unit_scale=True, desc=description, leave=False) as bar:
+        for path, _ in files:
+            if (file := open_text(path, skipped)) is None:
+                bar.update(os.path.getsize(path))
+                continue
+            with file:
+                line, column, before = 0, 0, 0
+                for text, _ in segments(file):
+                    waiting.append((path, line, column, text))
+                    line += text.count("\n")
+                    column = len(text) - text.rfind("\n") - 1 + (0 if "\n" in text else column)
+                    if sum(len(text) for *_, text in waiting) >= GATHER:
+                        yield from found()
+                        bar.update(file.tell() - before)
+                        before = file.tell()
+                bar.update(os.path.getsize(path) - before)
+        yield from found()
+
+
+# Replacements as published: the private addresses are those of StarCoder's data.
+PRIVATE = {
+    4: ["172.16.31.10", "172.16.58.3", "172.16.17.32", "192.168.127.12", "192.168.3.11"],
+    6: ["fd00:c2b6:b24b:be67:2827:688d:e6a1:6a3b", "fd00:a516:7c1b:17cd:6d81:2137:bd2a:2c5b", "fc00:e968:6179::de52:7100",
+        "fc00:db20:35b:7399::5", "fdf8:f53e:61e4::18"],
+}  # fmt: skip
+
+
+def redacted(text, entities, addresses_seen):
+    """The text with each entity replaced. addresses_seen: {address: its private one}, so that one address stays one throughout a file."""
+    pieces, at = [], 0
+    for start, end, category, _ in entities:
+        pieces.append(text[at:start])
+        value, at = text[start:end], end
+        if category != "IP_ADDRESS":
+            pieces.append(f"<{category}>")
+            continue
+        choices = PRIVATE[6 if ":" in value else 4]
+        pieces.append(addresses_seen.setdefault(value, choices[len(addresses_seen) % len(choices)]))
+    return "".join([*pieces, text[at:]])
+
+
+def outside_placeholders(text, entities):
+    """Entities without the parts that are placeholders: what was replaced stays as it is."""
+    holes = [match.span() for match in PLACEHOLDER.finditer(text)]
+    kept = []
+    for entity in entities:
+        pieces = [(entity.start, entity.end)]
+        for a, b in holes:
+            if a < entity.end and b > entity.start:
+                pieces = [p for s, e in pieces for p in ((s, min(e, a)), (max(s, b), e)) if p[0] < p[1]]
+        kept += [entity._replace(start=s, end=e) for s, e in pieces if any(c.isalnum() for c in text[s:e])]
+    return kept
+
+
+def redact_file(detector, path, out):
+    """Writes `path` to `out`, which may be the same, with everything replaced that is found; returns a Counter of categories.
+
+    What replaces something can let the model see something more, so it is done again until nothing is found: to redact what is redacted
+    changes nothing. Whole or not at all, with the same permissions; bytes outside of entities stay what they are.
+    """
+    counts, seen, source = Counter(), {}, path
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    temporary, other = f"{out}.redacting.tmp", f"{out}.redacting2.tmp"
+    try:
+        while True:
+            changed = False
+            with open(source, "rb") as f, open(temporary, "wb") as g:
+                for text, encoding in segments(f):
+                    (entities,) = detector.find([text])
+                    entities = outside_placeholders(text, not_allowed(text, entities))
+                    counts.update(entity.category for entity in entities)
+                    changed = changed or bool(entities)
+                    g.write(redacted(text, entities, seen).encode(encoding))
+                g.flush()
+                os.fsync(g.fileno())
+            if not changed:
+                break
+            os.replace(temporary, other)
+            source = other
+        shutil.copymode(path, temporary)
+        os.replace(temporary, out)
+    finally:
+        for name in (temporary, other):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(name)
+    return counts
+
+
+def redact(detector, paths, out=None):
+    """Redacts files and directories into the directory `out`, or in place where that is None. Returns (found, skipped), two Counters.
+
+    What cannot be read as text is copied as it is. Raises ValueError where two files would get the same name, or a copy exists.
+    """
+    skipped, counts, places = Counter(), Counter(), {}
+    for path, name in files_of(paths, skipped):
+        target = path if out is None else os.path.join(out, name)
+        if target in places or out is not None and os.path.exists(target):
+            raise ValueError(
+                f"{target}: {'two files would be written there' if target in places else 'exists already'}; choose another --out"
+            )
+        places[target] = path
+    for target, path in tqdm(places.items(), desc="redacting", unit=" files", leave=False):
+        file = open_text(path, skipped)
+        if file is None:
+            if out is not None and os.access(path, os.R_OK):
+                os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+                shutil.copyfile(path, target)
+            continue
+        file.close()
+        counts += redact_file(detector, path, target)
+    return counts, skipped
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------------------
+
+
+def count_spans(expected, found, text=None):
+    """{category: [right, found, expected, overlapped, overlapping]} of two lists of (start, end, category), counted as seqeval does.
+
+    An entity is right where start, end and category are. overlapped: of the expected, those that one found of their category touches;
+    overlapping: of the found, those that touch one expected. Found ones that touch an ignored one do not count.
+    """
+    ignored = [(s, e) for s, e, category in expected if category in IGNORED]
+    found = [f for f in found if not any(s < f[1] and e > f[0] for s, e in ignored)]
+    counts = {}
+    for category in CATEGORIES:
+        want, have = ({(s, e) for s, e, c in spans if c == category} for spans in (expected, found))
+        touch = lambda a, others: any(s < a[1] and e > a[0] for s, e in others)
+        counts[category] = np.array(
+            [len(want & have), len(have), len(want), sum(touch(w, have) for w in want), sum(touch(h, want) for h in have)]
+        )
+    return counts
+
+
+def scores(counts):
+    """{category: {precision, recall, f1, overlap_..., support}} of summed counts, and "macro", their mean.
+
+    A category that is neither there nor found has no score, and is not in the mean.
+    """
+    table = {}
+    ratio = lambda a, b: float(a / b) if b else 0.0
+    for category, (right, found, expected, overlapped, overlapping) in counts.items():
+        if not found and not expected:
+            continue
+        row = {"precision": ratio(right, found), "recall": ratio(right, expected)}
+        row |= {"overlap_precision": ratio(overlapping, found), "overlap_recall": ratio(overlapped, expected), "support": int(expected)}
+        for way in ("", "overlap_"):
+            p, r = row[f"{way}precision"], row[f"{way}recall"]
+            row[f"{way}f1"] = ratio(2 * p * r, p + r)
+        table[category] = row
+    if table:
+        table["macro"] = {key: float(np.mean([row[key] for row in table.values()])) for key in next(iter(table.values()))}
+        table["macro"]["support"] = sum(row["support"] for name, row in table.items() if name != "macro")
+    return table
+
+
+def evaluate(find, documents, ranks=None, at_once=64, description="evaluating"):
+    """The `scores` of a function from texts to lists of entities, on documents as `read_labelled` gives them, shared out over the ranks."""
+    ranks = ranks or Ranks()
+    counts = {category: np.zeros(5) for category in CATEGORIES}
+    mine = documents[ranks.rank :: ranks.world_size]
+    for i in tqdm(range(0, len(mine), at_once), desc=description, leave=False, disable=ranks.rank != 0):
+        part = mine[i : i + at_once]
+        for (_, expected), found in zip(part, find([text for text, _ in part])):
+            for category, n in count_spans(expected, [tuple(e[:3]) for e in found]).items():
+                counts[category] += n
+    totals = np.array(ranks.sum(np.stack([counts[c] for c in CATEGORIES])))
+    return scores(dict(zip(CATEGORIES, totals)))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_ENCODER, DEFAULT_DATA = "runs/tiny", "data/pii"  # made where they are missing
+
+
+@dataclass
+class PIIConfig:
+    """All arguments of a fine-tuning; the defaults are the published StarPII's."""
+
+    encoder: str = option("bigcode/starencoder", "the pretrained model: a run directory, or any Bert directory of transformers")
+    data: str = option(DEFAULT_DATA, "directory with train.jsonl and validation.jsonl; the default is synthesized where it is missing")
+    out: str = option("runs/starpii", "run directory; an unfinished run there is continued")
+    random_weights: bool = option(False, "begin from the encoder's shape without its weights: what pretraining is worth")
+    steps: int = option(10_000, "optimizer steps at most")
+    batch_size: int = option(64, "windows in a step, over all ranks and micro-batches")
+    micro_batch_size: int = option(64, "windows that a rank computes at once, at most")
+    learning_rate: float = option(2e-5, "at its peak")
+    warmup_steps: int = option(100, "of linear rise; then a cosine to 0 at the last step")
+    adam_beta1: float = option(0.9, "AdamW")
+    adam_beta2: float = option(0.999, "AdamW")
+    adam_epsilon: float = option(1e-8, "AdamW")
+    weight_decay: float = option(0.01, "AdamW; not on biases and LayerNorms")
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
+    eval_every: int = option(200, "steps between evaluations and checkpoints")
+    patience: int = option(10, "evaluations without a better F1 after which the run ends")
+    seed: int = option(0, "fixes the new weights, the order of the windows and dropout")
+    device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
+    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it")
+    keep_checkpoints: int = option(1, "the newest to keep")
+    timeout: int = option(600, "seconds after which a rank that does not answer is given up")
+    log_every: int = option(10, "steps between lines written to metrics.jsonl")
+    keep_every = 2**62  # none for good
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), 0 if f.name in ("warmup_steps", "seed") else 1
+            if f.type is int and not least <= value < 2**62:
+                raise ValueError(f"{f.name} must be at least {least}, got {value}")
+            if f.type is float and not 0 <= value < math.inf or f.name == "max_grad_norm" and value == 0:
+                raise ValueError(f"{f.name} must be a number from 0 up, got {value}")
+        if self.device not in ("auto", "cpu", "cuda") or self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"device must be auto, cpu or cuda and dtype auto, bfloat16 or float32, got {self.device} and {self.dtype}")
+
+
+PRESETS = {
+    # The tiny encoder on a CPU, minutes: narrower, so with a higher rate.
+    "tiny": dict(encoder=DEFAULT_ENCODER, out="runs/pii", steps=900, learning_rate=2e-3, eval_every=450),
+    "starpii": dict(),
+}
+MACHINE_FIELDS = set("data out encoder micro_batch_size device log_every keep_checkpoints timeout".split())
+
+
+def learning_rate(config, step):
+    """Linear warm-up, then half a cosine to 0: the rate of step `step` (the first is 0)."""
+    rise = (step + 1) / max(config.warmup_steps, 1)
+    rest = min(1.0, max(0.0, (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)))
+    return config.learning_rate * min(rise, (1 + math.cos(math.pi * rest)) / 2)
+
+
+def train(config):
+    """Runs, or continues, the fine-tuning that `config` describes; returns the best validation scores, or None where a signal stopped it.
+
+    Raises ValueError for arguments, data, an encoder or a run directory that do not fit together.
+    """
+    ranks = Ranks.start(config.device, config.timeout)
+    with ranks.watched():
+        return _train(config, ranks)
+
+
+def _train(config, ranks):
+    lead, device = ranks.rank == 0, ranks.device
+    say = print if lead else lambda *_: None
+    if config.encoder == DEFAULT_ENCODER and not os.path.exists(os.path.join(DEFAULT_ENCODER, "model.safetensors")):
+        say(f"No encoder at {DEFAULT_ENCODER} yet: pretraining it first.")
+        if pretraining._train(pretraining.TrainConfig(**pretraining.PRESETS["tiny"]), ranks) is None:
+            return None
+    with ranks.together():
+        tokenizer, skipped = Tokenizer.from_pretrained(config.encoder), Counter()
+    with ranks.together():
+        if lead and config.data == DEFAULT_DATA and not os.path.exists(os.path.join(DEFAULT_DATA, "train.jsonl")):
+            say(f"No data at {DEFAULT_DATA} yet: synthesizing it from the standard library of this Python.")
+            synthesize([], DEFAULT_DATA)
+    with ranks.together():
+        labelled = {split: read_labelled(os.path.join(config.data, f"{split}.jsonl"), skipped) for split in ("train", "validation")}
+        for reason, n in skipped.items():
+            say(f"left out: {n:,} {reason}")
+        torch.manual_seed(config.seed)  # for the new weights
+        id2label = dict(enumerate(LABELS))
+        if config.random_weights:
+            shape = StarEncoderConfig.load(config.encoder)
+            model = StarEncoderForTokenClassification(StarEncoderConfig(**asdict(shape) | {"id2label": id2label}))
+        else:
+            model = StarEncoderForTokenClassification.from_pretrained(config.encoder, id2label=id2label)
+        model.to(device).train()
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(f"{config.encoder}: its tokenizer has more tokens than its model")
+        train_set = Windows(labelled["train"], tokenizer, model.config.max_position_embeddings)
+        if config.batch_size < ranks.world_size:
+            raise ValueError(f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a window")
+        optimizer = make_optimizer(model, config)
+        dtype = dtype_of(config, device)
+    with ranks.together():
+        if lead:
+            open_run(config, asdict(config) | {"dtype": dtype}, MACHINE_FIELDS)
+    with ranks.together():
+        path = newest_sound_checkpoint(config) if lead else None
+    first = int(ranks.sum([step_of(path) if path else 0])[0])
+    with ranks.together():
+        if first:
+            path = os.path.join(config.out, "checkpoints", f"{first:08d}.pt")
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+    metrics = Metrics(os.path.join(config.out, "metrics.jsonl"), first, ranks, plan.peak_flops(device), terms=("loss",))
+    best, since = best_so_far(metrics.path, ranks)
+    ddp = model
+    if ranks.world_size > 1:
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{parameters / 1e6:.2f} M parameters; {len(labelled['train']):,} documents, {len(train_set):,} windows; {config.steps:,} steps of")
+    say(f"{config.batch_size} windows of up to {model.config.max_position_embeddings} tokens on {device}, {dtype}")
+    if first:
+        say(f"Continuing {config.out} after step {first}.")
+
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    bar = tqdm(total=config.steps, initial=first, unit="step", disable=not lead, desc="fine-tuning")
+    done, stop, ended = first, [], since >= config.patience
+    for step in until_signal(range(config.steps if ended else first, config.steps), stop):
+        parts = []
+        for part in share(step * config.batch_size, config.batch_size, ranks.rank, ranks.world_size, config.micro_batch_size):
+            drawn = [train_set[permute(i % len(train_set), len(train_set), config.seed + i // len(train_set))] for i in part]
+            parts.append([pack(arrays, device) for arrays in zip(*drawn)])
+        labelled_tokens = [int((labels >= 0).sum()) for _, (labels, _) in parts]
+        total, stopping = ranks.sum([sum(labelled_tokens), len(stop)])
+        loss_sum = torch.zeros(1, device=device)
+        for j, ((ids, cu_seqlens), (labels, _)) in enumerate(parts):
+            metrics.tokens += len(ids)
+            metrics.flops += plan.model_flops(model.config, cu_seqlens.diff().cpu().numpy(), 0)
+            key = np.random.SeedSequence((config.seed, step, ranks.rank, j)).generate_state(1, np.uint64)[0]
+            alone = ranks.world_size == 1 or j == len(parts) - 1
+            with contextlib.nullcontext() if alone else ddp.no_sync():
+                with autocast():
+                    out = ddp(ids, cu_seqlens, labels, seed=torch.full((), int(key >> 2), dtype=torch.int64, device=device))
+                    loss = out.loss * (labelled_tokens[j] / max(total, 1))  # the mean over the labelled tokens of the global batch
+                (loss * ranks.world_size).backward()
+            loss_sum += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.found_inf = (~norm.isfinite()).float()
+        rate = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        metrics.add(done, *loss_sum, norm, rate)
+        bar.update()
+        evaluating = done == config.steps or done % config.eval_every == 0
+        if evaluating or stopping or done % config.log_every == 0:
+            line = metrics.flush()
+            bar.set_postfix_str(f"loss {line.get('loss', math.nan):.4f}, {line['tokens_per_second']:,.0f} tokens/s, best F1 {best:.3f}")
+        if evaluating:
+            model.eval()
+            figures = evaluate(Detector(model, tokenizer, threshold=0.0).find, labelled["validation"], ranks)
+            model.train()
+            f1 = figures.get("macro", {}).get("f1", 0.0)
+            by_category = {f"f1/{name}": row["f1"] for name, row in figures.items() if name != "macro"}
+            better, since = f1 > best, 0 if f1 > best else since + 1
+            best = max(best, f1)
+            metrics.write({"step": done, "f1": f1} | by_category)
+            if lead:
+                words = ", ".join(f"{name.partition('/')[2]} {value:.3f}" for name, value in by_category.items())
+                bar.write(f"step {done:6}: F1 {f1:.3f} ({words})", file=sys.stderr)
+                if better:
+                    model.save_pretrained(config.out)
+        if lead and (evaluating or stopping):
+            save_checkpoint(config, model, optimizer, tokenizer, done, publish=False)
+        if evaluating or stopping:
+            metrics.start_clock()
+        ended = evaluating and since >= config.patience
+        if stopping or ended:
+            break
+    bar.close()
+    if done < config.steps and not ended:
+        say(f"Stopped after step {done} of {config.steps}; the same command goes on from there.")
+        return None
+    say(f"Best F1 {best:.3f} on {config.data}/validation.jsonl. The detector is in {config.out} (a Hugging Face directory).")
+    return best
+
+
+def best_so_far(path, ranks):
+    """(the best F1 in a metrics.jsonl, evaluations since then), as the first rank reads it."""
+    best, since = -1.0, 0
+    if ranks.rank == 0:
+        with open(path) as f:
+            for f1 in (line["f1"] for line in map(json.loads, f) if "f1" in line):
+                best, since = (f1, 0) if f1 > best else (best, since + 1)
+    best, since = ranks.sum([best, since] if ranks.rank == 0 else [0.0, 0])
+    return best, int(since)
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------------------
+
+# Nobody's data: what the detector is shown on after training. Put together from halves, so that no scanner of this file complains.
+SAMPLE = f'''"""Nightly backup of the orders.
+
+Author: Katarzyna Nowak <k.nowak{"@"}posteo.de>, with help of Jean-Luc Moreau
+"""
+
+import os
+
+VERSION = "2.14.0.1"
+HOST, USER, PASSWORD = "{"81.169"}.145.92", "knowak84", "{"Tr0ub"}4dor&3!"
+API_KEY = "{"AKIA"}QJ7ZP2XKM4RTVW3N"
+CHECKSUM = "9e107d9d372bb6826bd81d3542a419d6"
+
+
+def connect(password=os.environ["DB_PASSWORD"]):
+    # TODO(jlmoreau): the old server was 127.0.0.1
+    return f"postgres://{{USER}}:{{password}}@{{HOST}}/orders"
+'''
+
+
+def shown(value, show=False):
+    """What is printed of a finding: its first two characters."""
+    value = value.replace("\n", "\\n")
+    return value if show else value[:2] + "…"
+
+
+def show_at_work(detector):
+    """Prints SAMPLE before and after."""
+    (entities,) = detector.find([SAMPLE])
+    print(f"\nBefore:\n\n{SAMPLE}\nFound:\n")
+    for e in entities:
+        line = SAMPLE.count("\n", 0, e.start) + 1
+        print(f"  line {line:2}  {e.category:11} {e.score:4.0%}  {SAMPLE[e.start : e.end]}")
+    print(f"\nAfter:\n\n{redacted(SAMPLE, entities, {})}")
+
+
+def parse_arguments(argv=None):
+    """The command line as (command, arguments)."""
+    parser = CommandLine(prog="pii.py", description="Find and redact personal data and secrets in code.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    fine_tune = commands.add_parser("train", help="fine-tune an encoder")
+    fine_tune.add_argument("--preset", choices=PRESETS, default="tiny", help="default: tiny")
+    for f in fields(PIIConfig):
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        text = f"{f.metadata['help']} (starpii: {f.default})".replace("%", "%%")
+        fine_tune.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
+
+    synthetic = commands.add_parser("synthesize", help="make labelled data from source files")
+    synthetic.add_argument("sources", nargs="*", metavar="SOURCE", help="as for corpus.py (default: the standard library of this Python)")
+    synthetic.add_argument("--out", required=True, metavar="DIR")
+    synthetic.add_argument("--count", type=int, default=16_000, metavar="N", help="documents (default: 16000)")
+    synthetic.add_argument("--seed", type=int, default=0)
+
+    for name, help in (("detect", "show what is found"), ("redact", "replace what is found"), ("eval", "measure how well it is found")):
+        command = commands.add_parser(name, help=help)
+        if name == "eval":
+            command.add_argument(
+                "paths", metavar="DATA", help="labelled documents, JSON lines; or a clone of CredSweeper or detect-secrets"
+            )
+        else:
+            command.add_argument("paths", nargs="+", metavar="PATH", help="files, and directories with all that is below them")
+        command.add_argument("--model", default="runs/pii", metavar="RUN", help="the fine-tuned model (default: runs/pii)")
+        command.add_argument("--rules", action="store_true", help="join the model with rules for addresses and known formats of keys")
+        command.add_argument("--rules-only", action="store_true", help="the rules without the model")
+        command.add_argument("--threshold", type=float, default=0.5, metavar="P", help="least score of what the model finds (default: 0.5)")
+        command.add_argument("--categories", metavar="A,B", default=",".join(CATEGORIES), help="only these (default: all six)")
+        command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        if name == "detect":
+            command.add_argument("--json", action="store_true", help="a line of JSON for each")
+            command.add_argument("--show", action="store_true", help="print what was found, not only its first two characters")
+            command.add_argument("--fail", action="store_true", help="exit with status 1 where something is found")
+        if name == "redact":
+            where = command.add_mutually_exclusive_group(required=True)
+            where.add_argument("--out", metavar="DIR", help="write copies there")
+            where.add_argument("--in-place", action="store_true", help="replace the files")
+        if name == "eval":
+            command.add_argument("--peers", action="store_true", help="beside detect-secrets, credsweeper and presidio")
+            command.add_argument("--out", metavar="FILE", help="write the scores as JSON")
+    given = vars(parser.parse_args(argv))
+    command = given.pop("command")
+    if command == "train":
+        return command, PIIConfig(**(PRESETS[given.pop("preset")] | given))
+    return command, argparse.Namespace(**given)
+
+
+def detector_of(arguments):
+    """The `Detector` that the arguments of detect, redact and eval ask for."""
+    categories = arguments.categories.split(",")
+    if unknown := set(categories) - set(CATEGORIES):
+        raise ValueError(f"unknown category {min(unknown)}; known: {', '.join(CATEGORIES)}")
+    if not 0 <= arguments.threshold <= 1:
+        raise ValueError(f"--threshold must lie between 0 and 1, got {arguments.threshold}")
+    options = dict(threshold=arguments.threshold, categories=categories)
+    if arguments.rules_only:
+        return Detector(rules=True, **options)
+    if not os.path.isdir(arguments.model):
+        raise ValueError(f"{arguments.model}: no such directory; `python pii.py train` makes a detector, --rules-only needs none")
+    return Detector.from_pretrained(arguments.model, arguments.device, rules=arguments.rules, **options)
+
+
+def detect_command(arguments):
+    """Prints what is found, as a table or as JSON lines; returns the exit status."""
+    skipped, found = Counter(), Counter()
+    for path, line, column, entity, value in scan(detector_of(arguments), arguments.paths, skipped):
+        found[entity.category] += 1
+        text = shown(value, arguments.show)
+        if arguments.json:
+            record = {"file": path, "line": line, "column": column, "category": entity.category, "text": text}
+            print(json.dumps(record | {"score": round(entity.score, 4)}))
+        else:
+            print(f"{entity.category:11} {entity.score:4.0%}  {path.encode(errors='replace').decode()}:{line}:{column}  {text}")
+    counted = ", ".join(f"{n:,} {what}" for what, n in found.most_common()) or "nothing"
+    left_out = "".join(f", {n:,} {what}" for what, n in skipped.items())
+    print(f"found: {counted}{'; left out:' + left_out[1:] if left_out else ''}", file=sys.stderr)
+    return 1 if found and arguments.fail else 0
+
+
+def main(argv=None):
+    """The command line."""
+    command, arguments = parse_arguments(argv)
+    if command == "train":
+        try:
+            if train(arguments) is not None and os.environ.get("RANK", "0") == "0":
+                show_at_work(Detector.from_pretrained(arguments.out, arguments.device, rules=True))
+                print(f"Try: python pii.py detect --rules --model {arguments.out} PATH")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    elif command == "synthesize":
+        made = synthesize(arguments.sources, arguments.out, arguments.count, arguments.seed)
+        print(f"{arguments.out}: " + ", ".join(f"{split} {n:,}" for split, n in made.items()) + " documents")
+    elif command == "detect":
+        raise SystemExit(detect_command(arguments))
+    elif command == "redact":
+        counts, skipped = redact(detector_of(arguments), arguments.paths, arguments.out)
+        print("redacted: " + (", ".join(f"{n:,} {what}" for what, n in counts.most_common()) or "nothing"))
+        if skipped:
+            print("left as they are: " + ", ".join(f"{n:,} {what}" for what, n in skipped.items()))
+    else:
+        import pii_eval
+
+        print(pii_eval.run(detector_of(arguments), arguments.paths, arguments.peers, arguments.out))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,530 @@
+"""Labels land on the right characters, redaction touches nothing else, the figures are seqeval's, and bad input costs nothing."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import transformers
+from conftest import assert_refused, program
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import pii
+import pii_data
+import pii_eval
+from data import Tokenizer
+from pii import LABELS, Detector, Entity
+from starencoder import StarEncoderConfig, StarEncoderForPreTraining
+
+CODE = st.text(st.sampled_from("ab1 .@:-_\"'<>\r\n\té中🙂\ufeff"), max_size=60)
+
+
+class Random:
+    """A detector that sees things: anything, anywhere, by the hash of the text; the worst case of a model."""
+
+    def __init__(self, seed=0):
+        self.seed = seed
+
+    def find(self, texts):
+        found = []
+        for text in texts:
+            generator = random.Random(hashlib.sha256(f"{self.seed} {text}".encode(errors="replace")).digest())
+            spans = [sorted(generator.sample(range(len(text) + 1), 2)) for _ in range(3)] if len(text) > 2 else []
+            entities = [Entity(a, b, generator.choice([c for c in pii_data.CATEGORIES if c != "IP_ADDRESS"]), 1.0) for a, b in spans]
+            found.append(pii.join(pii.by_rules(text), entities))
+        return found
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------------------
+
+
+@given(length=st.integers(0, 500), room=st.integers(4, 64))
+def test_each_token_is_judged_once_and_far_from_an_edge(length, room):
+    places = pii.windows(length, room)
+    assert [t for *_, first, last in places for t in range(first, last)] == list(range(length))
+    for start, end, first, last in places:
+        assert 0 <= start <= first <= last <= end <= length and end - start <= room
+        assert start == 0 or first - start >= room // 8
+        assert end == length or end - last >= room // 8
+
+
+@given(seed=st.integers(0, 1000))
+def test_synthetic_labels_are_true_and_come_back_from_tokens(small_corpus, seed):
+    """What is said to be there is there; and what the true labels of the tokens spell are the entities, to the character."""
+    generator = random.Random(seed)
+    values, groups = VALUES["train"], pii_data.templates("train")
+    values.random = generator
+    document = pii_data.compose("def f(x):\n    return x\n" * 5, generator.choice(["python", "c", "html"]), values, groups)
+    text, spans = document["text"], []
+    for fragment in document["fragments"]:
+        a, b = fragment["position"]
+        assert text[a:b] == fragment["value"] and pii_data.split_of(text[a:b]) == "train" or fragment["value"].startswith("-----BEGIN")
+        spans.append((a, b, fragment["category"]))
+    tokenizer = Tokenizer.from_pretrained(small_corpus)
+    offsets = np.array(tokenizer.offsets(text))
+    labels = pii.labels_of(offsets, sorted(spans))
+    found = pii.entities_of(text, offsets, np.eye(len(LABELS))[labels])
+    wrong = {tuple(e[:3]) for e in found} ^ set(spans)
+    assert len(wrong) <= 0.15 * len(spans) + 2, [(text[a:b], c) for a, b, c in wrong]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _values():
+    for split in pii_data.SPLITS:
+        VALUES[split] = pii_data.Values(split, random.Random(0))
+
+
+VALUES = {}
+
+
+def test_splits_share_no_template_and_no_value():
+    sets = {}
+    for split in pii_data.SPLITS:
+        groups = pii_data.templates(split)
+        sets[split] = {t for name, group in groups.items() if name != "assignments" for t in group} | {
+            t for kind in groups["assignments"] for t in kind
+        }
+        for group in groups.values():
+            assert group
+        for category in pii_data.CATEGORIES:
+            assert any(f"{{{category}}}" in t for t in sets[split])
+    assert not sets["train"] & sets["test"] and not sets["validation"] & (sets["train"] | sets["test"])
+    drawn = {split: {VALUES[split].draw(kind) for kind in pii_data.CATEGORIES for _ in range(50)} for split in sets}
+    assert not drawn["train"] & drawn["test"] and not drawn["validation"] & (drawn["train"] | drawn["test"])
+    for address in (VALUES["test"].draw("IP_ADDRESS") for _ in range(50)):
+        assert pii_data.is_public(address)
+
+
+def test_labelled_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    fragments = [
+        {"category": "NAME", "position": [0, 5], "value": "Alice"},
+        {"category": "NAME", "position": [3, 7]},  # overlaps
+        {"category": "EMAIL", "position": [8, 99]},  # out of range
+        {"category": "KEY", "position": [6, 7], "value": "not this"},
+        {"category": "AMBIGUOUS", "position": [8, 11]},
+    ]
+    path.write_text(json.dumps({"text": "Alice & Bob", "fragments": fragments}) + "\n")
+    documents = pii.read_labelled(path, skipped := {"fragments that overlap another": 0, "fragments that do not fit their text": 0})
+    assert documents == [("Alice & Bob", [(0, 5, "NAME"), (8, 11, "AMBIGUOUS")])]
+    assert skipped == {"fragments that overlap another": 1, "fragments that do not fit their text": 2}
+    offsets = np.array([(0, 5), (5, 7), (7, 11)])
+    assert pii.labels_of(offsets, documents[0][1]).tolist() == [LABELS.index("B-NAME"), 0, -100]
+    for line in ("{", "[]", '{"text": 3, "fragments": []}', '{"text": "a"}', '{"text": "a", "fragments": [{"position": ["0", 1]}]}'):
+        path.write_text(line)
+        with pytest.raises(ValueError, match="a.jsonl:1: not a line of"):
+            pii.read_labelled(path)
+    path.write_text(json.dumps({"text": "Alice", "fragments": [{"category": "SHOE", "position": [0, 5]}]}))
+    with pytest.raises(ValueError, match="unknown category 'SHOE'"):
+        pii.read_labelled(path)
+
+
+# ---- rules and figures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("mail bob.smith+x@mail.org, now", ["EMAIL bob.smith+x@mail.org"]),
+        ("x@example.com git@github.com:a/b.git a@b logo@2x.png user@localhost", []),
+        ("at 8.8.8.8:53 and 2001:4860:4860::8888.", ["IP_ADDRESS 8.8.8.8", "IP_ADDRESS 2001:4860:4860::8888"]),
+        ("127.0.0.1 10.0.0.1 192.168.1.1 0.0.0.0 ::1 1.2.3 300.1.1.1 std::vector 12:30:45 1.2.3.4.5 a8.8.8.8", []),
+        ('version = "8.8.8.8"', []),
+        ("AKIA" + "A1B2" * 4, ["KEY AKIA" + "A1B2" * 4]),
+        ("xAKIA" + "A1B2" * 4, []),
+        ("-----BEGIN RSA PRIVATE KEY-----\n" + "Ab1/" * 30 + "\n-----END RSA PRIVATE KEY-----", ["KEY -----BEGIN"]),
+        ("-----BEGIN PUBLIC KEY-----\n" + "Ab1/" * 30 + "\n-----END PUBLIC KEY-----", []),
+    ],
+)
+def test_rules(text, expected):
+    found = [f"{e.category} {text[e.start : e.end]}" for e in pii.by_rules(text)]
+    assert len(found) == len(expected) and all(a.startswith(b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "a.", "@", "a@", "1", "1.", ":", "-----BEGIN PRIVATE KEY-----", "eyJ", "sk-", "a-", "xox", '"', "<NAME>"]
+)
+def test_no_text_takes_the_rules_long(text):
+    """A regular expression that tries again at every place would take hours here."""
+    pii.by_rules(text * 100_000)
+
+
+@given(text=st.text(st.sampled_from("a1.@: -"), max_size=40))
+def test_addresses_are_public_and_whole(text):
+    for a, b in pii.addresses(text):
+        assert pii_data.is_public(text[a:b]) and not text[a - 1 : a].isalnum() and not text[b : b + 1].isalnum()
+
+
+spans = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9), st.sampled_from(pii_data.CATEGORIES)), max_size=12)
+
+
+@given(first=spans, second=spans)
+def test_joined_entities_do_not_overlap_and_the_first_list_has_precedence(first, second):
+    make = lambda spans: [Entity(a, a + n, c, 1.0) for a, n, c in spans]  # noqa: E731
+    first = pii.join(make(first), [])
+    joined = pii.join(first, make(second))
+    assert all(a.end <= b.start for a, b in zip(joined, joined[1:])) and set(first) <= set(joined) <= set(first) | set(make(second))
+    for entity in make(second):  # none is left out but for one that is there
+        assert any(e.start < entity.end and e.end > entity.start for e in joined)
+
+
+@pytest.mark.filterwarnings("ignore")  # of seqeval's, where there is nothing
+@given(tags=st.lists(st.lists(st.sampled_from(LABELS), max_size=20), min_size=1, max_size=4), data=st.data())
+def test_figures_are_those_of_seqeval(tags, data):
+    from seqeval.metrics import classification_report
+    from seqeval.scheme import IOB2  # noqa: F401  (its default mode reads an I- without its B- as a beginning, as here)
+
+    others = [data.draw(st.lists(st.sampled_from(LABELS), min_size=len(row), max_size=len(row))) for row in tags]
+    theirs = classification_report(tags, others, output_dict=True, zero_division=0)
+    counts = {category: np.zeros(5) for category in pii_data.CATEGORIES}
+    for want, have in zip(tags, others):
+        for category, n in pii.count_spans(chunks(want), chunks(have)).items():
+            counts[category] += n
+    ours = pii.scores(counts)
+    for category in pii_data.CATEGORIES:
+        row = theirs.get(category, {"precision": 0, "recall": 0, "f1-score": 0})
+        for name, their_name in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
+            assert ours.get(category, {name: 0})[name] == pytest.approx(float(row[their_name]))
+
+
+def chunks(tags):
+    """[(start, end, category), ...] of tags, written from the definition: a B-, or a change of category, begins one; an O ends it."""
+    found, before = [], "O"
+    for i, tag in enumerate([*tags, "O"]):
+        if before != "O" and (tag == "O" or tag[0] == "B" or tag[2:] != before[2:]):
+            found.append((start, i, before[2:]))  # noqa: F821
+        if tag != "O" and (tag[0] == "B" or before == "O" or tag[2:] != before[2:]):
+            start = i  # noqa: F841
+        before = tag
+    return found
+
+
+def test_overlapping_and_ignored_spans():
+    expected = [(0, 5, "NAME"), (10, 20, "KEY"), (30, 35, "AMBIGUOUS")]
+    counts = pii.count_spans(expected, [(0, 4, "NAME"), (12, 14, "KEY"), (15, 20, "KEY"), (31, 33, "KEY"), (40, 41, "NAME")])
+    assert counts["NAME"].tolist() == [0, 2, 1, 1, 1] and counts["KEY"].tolist() == [0, 2, 1, 1, 2]
+    table = pii.scores(counts)
+    assert table["NAME"]["overlap_f1"] == pytest.approx(2 / 3) and table["macro"]["f1"] == 0 and "EMAIL" not in table
+
+
+# ---- redaction -------------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    text=CODE,
+    encoding=st.sampled_from(["utf-8", "latin-1", "utf-8-sig"]),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    planted=st.lists(st.sampled_from(["a@b.org", "8.8.8.8", "9.9.9.9", "2001:4860:4860::8888", "<NAME>", "AKIA" + "A1" * 8]), max_size=5),
+    seed=st.integers(0, 5),
+)
+@example("é\r\n", "latin-1", "\r\n", ["8.8.8.8", "9.9.9.9", "8.8.8.8"], 0)
+def test_redaction(tmp_path_factory, text, encoding, newline, planted, seed):
+    """Redacted twice is redacted once; bytes outside of entities stay, in any encoding; the same address gets the same replacement."""
+    directory = tmp_path_factory.mktemp("r")
+    content = (newline.join([text, *planted]) + newline).encode(encoding, errors="ignore")
+    source, once, twice = (str(directory / name) for name in ("a.py", "once.py", "twice.py"))
+    with open(source, "wb") as f:
+        f.write(content)
+    rules = Detector(rules=True)
+    pii.redact_file(rules, source, once)
+    result = read(once)
+    for piece in content.splitlines(keepends=True):  # by the rules alone: lines without anything are untouched
+        if not rules.find([piece.decode("latin-1")])[0]:
+            assert piece in result
+    assert not rules.find([result.decode("latin-1")])[0]
+    lines = result.decode("latin-1").split(newline)
+    replaced = dict(zip(planted, lines[-len(planted) - 1 : -1]))
+    for before, after in zip(planted, lines[-len(planted) - 1 : -1]):
+        assert replaced[before] == after and (after == before) == (before == "<NAME>")
+    for detector in (rules, Random(seed)):
+        pii.redact_file(detector, source, once)
+        pii.redact_file(detector, once, twice)
+        assert read(once) == read(twice)
+    assert sorted(os.listdir(directory)) == ["a.py", "once.py", "twice.py"]
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+@given(text=CODE, seed=st.integers(0, 100))
+def test_only_entities_change(text, seed):
+    (entities,) = Random(seed).find([text])
+    entities = pii.outside_placeholders(text, entities)
+    pattern, at = "", 0
+    for entity in entities:
+        pattern += re.escape(text[at : entity.start]) + ".+?"
+        at = entity.end
+    assert re.fullmatch(pattern + re.escape(text[at:]), pii.redacted(text, entities, {}), re.DOTALL)
+
+
+@given(content=st.binary(max_size=300), size=st.sampled_from([7, 30, 1000]))
+def test_segments_are_the_file(content, size):
+    import io
+    from unittest import mock
+
+    with mock.patch.object(pii, "SEGMENT", size):
+        assert b"".join(text.encode(encoding) for text, encoding in pii.segments(io.BytesIO(content))) == content
+
+
+def test_a_private_key_is_not_cut(monkeypatch):
+    import io
+
+    monkeypatch.setattr(pii, "SEGMENT", 1000)
+    key = "-----BEGIN RSA PRIVATE KEY-----\n" + "Ab1/\n" * 300 + "-----END RSA PRIVATE KEY-----\n"
+    for before in range(0, 1500, 100):
+        texts = [text for text, _ in pii.segments(io.BytesIO(("x\n" * before + key + "y\n" * 900).encode()))]
+        assert sum(len(pii.by_rules(text)) for text in texts) == 1, before
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A directory of everything that a repository may hold."""
+    root = tmp_path / "repository"
+    (root / "sub").mkdir(parents=True)
+    (root / ".git").mkdir()
+    (root / ".git" / "config").write_text("bob@mail.org")
+    (root / "a.py").write_text("# bob@mail.org\nx = 1\n")
+    (root / "allowed.py").write_text("# bob@mail.org  pii: allow\nhost = '8.8.8.8'\n")
+    (root / "sub" / "latin.txt").write_bytes("Größe bob@mail.org\r\n".encode("latin-1"))
+    (root / "binary.bin").write_bytes(b"a\0bob@mail.org")
+    (root / "empty.py").write_bytes(b"")
+    (root / "link.py").symlink_to("a.py")
+    (root / "line.json").write_text("[" + "1, " * 700_000 + '"bob@mail.org"]')
+    os.chmod(root / "a.py", 0o755)
+    return root
+
+
+def test_detect(files):
+    result = program(pii, "detect", str(files), "--rules-only")
+    assert result.returncode == 0 and "mail.org" not in result.stdout  # only its first two characters
+    assert len(result.stdout.splitlines()) == 4 and f"{files / 'a.py'}:1:3  bo…" in result.stdout
+    assert "found: 3 EMAIL, 1 IP_ADDRESS; left out:" in result.stderr and "1 binary" in result.stderr and "1 empty" in result.stderr
+    result = program(pii, "detect", str(files), "--rules-only", "--json", "--show", "--fail", "--categories", "EMAIL")
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == 1 and {record["text"] for record in records} == {"bob@mail.org"}
+    assert {(os.path.basename(r["file"]), r["line"], r["column"]) for r in records} == {
+        ("a.py", 1, 3), ("latin.txt", 1, 7), ("line.json", 1, 2_100_003)
+    }  # fmt: skip
+    assert program(pii, "detect", str(files / "empty.py"), "--rules-only", "--fail").returncode == 0
+
+
+def test_redact(files, tmp_path):
+    before = {name: read(files / name) for name in ("a.py", "allowed.py", "binary.bin", "sub/latin.txt")}
+    result = program(pii, "redact", str(files), "--rules-only", "--out", str(tmp_path / "out"))
+    assert result.returncode == 0 and "3 EMAIL" in result.stdout
+    out = tmp_path / "out"
+    assert read(out / "a.py") == b"# <EMAIL>\nx = 1\n" and os.access(out / "a.py", os.X_OK)
+    assert read(out / "sub" / "latin.txt") == "Größe <EMAIL>\r\n".encode("latin-1")
+    assert read(out / "allowed.py") == b"# bob@mail.org  pii: allow\nhost = '172.16.31.10'\n"
+    assert read(out / "binary.bin") == before["binary.bin"] and read(out / "empty.py") == b"" and not (out / ".git").exists()
+    assert {name: read(files / name) for name in before} == before
+    assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", str(out)), "exists already")
+    assert program(pii, "redact", str(files), "--rules-only", "--in-place").returncode == 0
+    assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py") and not list(files.rglob("*.tmp"))
+
+
+def test_a_file_that_cannot_be_written_stays(files, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert_refused(program(pii, "redact", str(files / "a.py"), "--rules-only", "--in-place"), "No space left")
+    assert read(files / "a.py") == b"# bob@mail.org\nx = 1\n" and not list(files.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["detect", "/nowhere", "--rules-only"], "no such file"),
+        (["detect", "README.md", "--model", "/nowhere"], "python pii.py train"),
+        (["detect", "README.md", "--rules-only", "--categories", "SHOE"], "unknown category SHOE"),
+        (["detect", "README.md", "--rules-only", "--threshold", "2"], "--threshold"),
+        (["redact", "README.md", "--rules-only"], "--out"),
+        (["eval", "/nowhere", "--rules-only"], "No such file"),
+        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--learning-rate", "nan"], "learning_rate"),
+        (["train", "--encoder", "/nowhere"], "/nowhere"),
+        (["synthesize", "/nowhere", "--out", "x"], "no such file"),
+        (["nonsense"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("x")
+    assert_refused(program(pii, *arguments), words)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(small_corpus, tmp_path_factory):
+    """A pretrained encoder, as it were."""
+    out = str(tmp_path_factory.mktemp("encoder"))
+    tokenizer = Tokenizer.from_pretrained(small_corpus)
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=48)
+    config = StarEncoderConfig(vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, initializer_range=0.1, **shape)
+    StarEncoderForPreTraining(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Data in which names have letters of their own."""
+    directory, generator = tmp_path_factory.mktemp("labelled"), random.Random(0)
+    for split, count in (("train", 60), ("validation", 20)):
+        lines = []
+        for _ in range(count):
+            words = ["".join(generator.choices("abcdefgh", k=5)) for _ in range(6)]
+            name = "".join(generator.choices("uvwxyz", k=5))
+            text = "".join(f"x = {word}\n" for word in words) + f"name = {name}\n"
+            fragment = {"category": "NAME", "position": [len(text) - 6, len(text) - 1], "value": name}
+            lines.append(json.dumps({"text": text, "fragments": [fragment]}))
+        (directory / f"{split}.jsonl").write_text("\n".join(lines))
+    return str(directory)
+
+
+def config_of(encoder, labelled, out, **fields):
+    fields = dict(steps=60, batch_size=16, micro_batch_size=8, eval_every=20, learning_rate=3e-3, warmup_steps=5, dtype="float32") | fields
+    return pii.PIIConfig(encoder=encoder, data=labelled, out=str(out), device="cpu", **fields)
+
+
+@pytest.fixture(scope="module")
+def trained(encoder, labelled, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "pii"
+    return str(out), pii.train(config_of(encoder, labelled, out))
+
+
+def test_training_learns_and_opens_in_transformers(trained, labelled):
+    out, f1 = trained
+    assert f1 > 0.8
+    detector = Detector.from_pretrained(out, "cpu")
+    assert pii.evaluate(detector.find, pii.read_labelled(os.path.join(labelled, "validation.jsonl")))["macro"]["f1"] >= f1 - 1e-6
+    theirs = transformers.BertForTokenClassification.from_pretrained(out).eval()
+    assert list(theirs.config.id2label.values()) == LABELS and theirs.config.label2id["B-KEY"] == LABELS.index("B-KEY")
+    ids = torch.randint(300, (40,))
+    with torch.no_grad():
+        ours = detector.model(ids, torch.tensor([0, 40], dtype=torch.int32)).logits
+        torch.testing.assert_close(ours, theirs(ids[None]).logits[0], atol=1e-5, rtol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
+
+
+def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, labelled, tmp_path, monkeypatch):
+    """Ended by a crash in an evaluation, and by a signal between two: weights and metrics are those of the undisturbed run."""
+    out, f1 = trained
+    config = config_of(encoder, labelled, tmp_path / "pii")
+    evaluate, calls = pii.evaluate, []
+
+    def crash(*arguments, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return evaluate(*arguments, **kwargs)
+
+    monkeypatch.setattr(pii, "evaluate", crash)
+    with pytest.raises(MemoryError):
+        pii.train(config)
+    rate = pii.learning_rate
+    monkeypatch.setattr(pii, "learning_rate", lambda c, step: os.kill(os.getpid(), 15) or rate(c, step) if step == 30 else rate(c, step))
+    assert pii.train(config) is None
+    monkeypatch.setattr(pii, "learning_rate", rate)
+    assert pii.train(config) == f1 == pii.train(config)
+    assert read(os.path.join(config.out, "model.safetensors")) == read(os.path.join(out, "model.safetensors"))
+    lines = [[json.loads(line) for line in read(os.path.join(run, "metrics.jsonl")).splitlines()] for run in (config.out, out)]
+    timeless = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in run] for run in lines]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 63
+
+
+def test_early_stopping_and_random_weights(encoder, labelled, tmp_path):
+    config = config_of(encoder, labelled, tmp_path / "pii", learning_rate=0.0, patience=2, random_weights=True)
+    assert pii.train(config) < 0.1
+    assert sum(b'"f1"' in line for line in read(os.path.join(config.out, "metrics.jsonl")).splitlines()) == 3
+    with pytest.raises(ValueError, match="holds a run with random_weights True"):
+        pii.train(config_of(encoder, labelled, tmp_path / "pii", learning_rate=0.0, patience=2))
+
+
+def test_two_ranks_are_one(trained, encoder, labelled, tmp_path):
+    """The same losses on two processes, whose micro-batches have unequal counts of labelled tokens."""
+    plain = shutil.copytree(encoder, tmp_path / "encoder")  # without dropout, which differs from rank to rank
+    facts = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(facts | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    config = config_of(str(plain), labelled, tmp_path / "pii", steps=6, eval_every=6, batch_size=6)
+    alone = config_of(str(plain), labelled, tmp_path / "alone", steps=6, eval_every=6, batch_size=6)
+    mp.spawn(_rank, (config, str(tmp_path)), nprocs=2)
+    pii.train(alone)
+    losses = [
+        [json.loads(line) for line in read(os.path.join(run.out, "metrics.jsonl")).splitlines() if b'"loss"' in line]
+        for run in (config, alone)
+    ]
+    np.testing.assert_allclose(*[[line["loss"] for line in run] for run in losses], rtol=1e-5)
+    np.testing.assert_allclose(*[[line["grad_norm"] for line in run] for run in losses], rtol=1e-4)
+
+
+def _rank(rank, config, directory):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29653"}
+    torch.set_num_threads(1)
+    pii.train(config)
+
+
+def test_the_model_alone_is_no_slower_to_be_right_in_company(trained):
+    """What is found in a text does not depend on the texts beside it."""
+    detector = Detector.from_pretrained(trained[0], "cpu", threshold=0.0)
+    texts = [f"x = {w}\nname = {w}\n" * n for n, w in ((1, "uvwxy"), (9, "fghab"), (0, ""), (40, "zuvxy"))]
+    together = detector.find(texts)
+    for text, found in zip(texts, together):
+        (alone,) = detector.find([text])
+        assert [e[:3] for e in alone] == [e[:3] for e in found]
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_by_command(trained, labelled, tmp_path):
+    path, out = os.path.join(labelled, "validation.jsonl"), tmp_path / "scores.json"
+    result = program(pii, "eval", path, "--model", trained[0], "--out", str(out))
+    assert result.returncode == 0 and "| model + rules |" in result.stdout
+    assert json.loads(out.read_text())["scores"]["model"]["NAME"]["f1"] > 0.8
+
+
+def test_samples_of_the_peers(tmp_path):
+    """Clones as they are laid out: tests/data/output.json with tests/samples, and parametrizations in tests/plugins."""
+    (tmp_path / "c" / "tests" / "samples").mkdir(parents=True)
+    (tmp_path / "c" / "tests" / "data").mkdir()
+    (tmp_path / "c" / "tests" / "samples" / "a").write_text("first\npassword = 'dog' 1-2-3\n")
+    entry = lambda rule, value, a, b: {"rule": rule, "line_data_list": [  # noqa: E731
+        {"line_num": 2, "path": "./tests/samples/a", "value": value, "value_start": a, "value_end": b}]}  # fmt: skip
+    entries = [entry("Password", "dog", 12, 15), entry("Secret", "dog", 12, 15), entry("UUID", "1-2-3", 17, 22)]
+    (tmp_path / "c" / "tests" / "data" / "output.json").write_text(json.dumps(entries))
+    ((text, spans),) = pii_eval.credsweeper_samples(str(tmp_path / "c"))
+    assert [(text[a:b], category) for a, b, category in spans] == [("dog", "PASSWORD"), ("1-2-3", "AMBIGUOUS")]
+    (tmp_path / "d" / "tests" / "plugins").mkdir(parents=True)
+    (tmp_path / "d" / "tests" / "plugins" / "keyword_test.py").write_text(
+        "@pytest.mark.parametrize('payload, flag', [('password = \"x\"', True), ['y', False], (z, True)])\ndef test(payload, flag): pass\n"
+    )
+    assert pii_eval.detect_secrets_payloads(str(tmp_path / "d")) == [('password = "x"', True, "PASSWORD"), ("y", False, "PASSWORD")]
+    assert program(pii, "eval", str(tmp_path / "c"), "--rules-only").returncode == 0
+    assert "| rules |" in program(pii, "eval", str(tmp_path / "d"), "--rules-only").stdout
+    assert_refused(program(pii, "eval", str(tmp_path), "--rules-only"), "a clone of CredSweeper or detect-secrets")
+
+
+@pytest.mark.parametrize("name", pii_eval.PEERS)
+def test_peers_find_what_they_are_for(name):
+    pytest.importorskip(pii_eval.PEERS[name][0])
+    text = "x = 1\naws_access_key_id = 'AKIA" + "QJ7ZP2XKM4RTVW3N'\nmail = 'bob.smith@mail.org'\nhost = '8.8.4.4'\n"
+    (found,) = pii_eval.FIND[name]([text])
+    values = {text[e.start : e.end]: e.category for e in found}
+    assert ("AKIAQJ7ZP2XKM4RTVW3N", "KEY") in values.items() or values == {"bob.smith@mail.org": "EMAIL", "8.8.4.4": "IP_ADDRESS"}
