@@ -637,15 +637,15 @@ def bench_pii(path=None, model="runs/pii", size=100_000_000):
 
     One pass each: it is minutes. model: what `pii.py train` made.
     """
-    import pii
+    import pii_detector
     import pii_eval
 
     paths, total, skipped = [], 0, Counter()
-    for file, _ in pii.files_of([sysconfig.get_paths()[name] for name in ("stdlib", "purelib")], skipped):
+    for file, _ in pii_detector.files_of([sysconfig.get_paths()[name] for name in ("stdlib", "purelib")], skipped):
         if file.endswith(".py") and total + os.path.getsize(file) <= size:
             paths, total = [*paths, file], total + os.path.getsize(file)
-    detectors = {"rules": pii.Detector(rules=True), "model + rules": pii.Detector.from_pretrained(model, rules=True)}
-    contenders = {f"pii.py, {name}": lambda d=d: pii.scan(d, paths, skipped) for name, d in detectors.items()}
+    detectors = {"rules": pii_detector.Detector(rules=True), "model + rules": pii_detector.Detector.from_pretrained(model, rules=True)}
+    contenders = {f"pii.py, {name}": lambda d=d: pii_detector.scan(d, paths, skipped) for name, d in detectors.items()}
     contenders |= {"detect-secrets": lambda: pii_eval.scan_with_detect_secrets(paths)}
     contenders |= {"credsweeper": lambda: pii_eval.scan_with_credsweeper(paths)}
     rows = []

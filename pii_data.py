@@ -458,7 +458,7 @@ log.info("{Lead} {value}, {words}")
 {words}\n{Lead} {value}\n{words}
 """
 
-# Rows of tables and lists: {0}, {1}, ... are the fields.
+# Rows of tables and lists; {} are the fields, of which there may be more than two.
 FIELDS = """NAME EMAIL|USERNAME EMAIL|NAME USERNAME EMAIL|USERNAME IP_ADDRESS|IP_ADDRESS USERNAME|USERNAME PASSWORD|EMAIL PASSWORD|
 NAME date|number NAME|USERNAME date|number USERNAME|date USERNAME IP_ADDRESS|USERNAME NAME|NAME NAME|USERNAME USERNAME USERNAME|EMAIL EMAIL|
 IP_ADDRESS IP_ADDRESS|word IP_ADDRESS|word KEY|USERNAME KEY|number word|word word word|version hash|ident number|date version|word title|

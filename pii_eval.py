@@ -15,8 +15,9 @@ import tempfile
 import numpy as np
 
 from data import read_json, write_whole
-from pii import Detector, Entity, evaluate, read_labelled, scores
+from pii import evaluate, read_labelled, scores
 from pii_data import CATEGORIES
+from pii_detector import Detector, Entity
 
 PASSWORD_KINDS = ("password", "passwd", "basic auth", "secret keyword", "credential", "sql", "auth", "salt", "nonce")
 PEERS = {  # the package, and the categories that it covers

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 import pii
 import pii_data
+import pii_detector
 import pii_eval
 from data import Tokenizer
-from pii import LABELS, Detector, Entity
+from pii_detector import LABELS, Detector, Entity
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 
 CODE = st.text(st.sampled_from("ab1 .@:-_\"'<>\r\n\té中🙂\ufeff"), max_size=60)
@@ -38,7 +39,7 @@ class Random:
             generator = random.Random(hashlib.sha256(f"{self.seed} {text}".encode(errors="replace")).digest())
             spans = [sorted(generator.sample(range(len(text) + 1), 2)) for _ in range(3)] if len(text) > 2 else []
             entities = [Entity(a, b, generator.choice([c for c in pii_data.CATEGORIES if c != "IP_ADDRESS"]), 1.0) for a, b in spans]
-            found.append(pii.join(pii.by_rules(text), entities))
+            found.append(pii_detector.join(pii_detector.by_rules(text), entities))
         return found
 
 
@@ -47,7 +48,7 @@ class Random:
 
 @given(length=st.integers(0, 500), room=st.integers(4, 64))
 def test_each_token_is_judged_once_and_far_from_an_edge(length, room):
-    places = pii.windows(length, room)
+    places = pii_detector.windows(length, room)
     assert [t for *_, first, last in places for t in range(first, last)] == list(range(length))
     for start, end, first, last in places:
         assert 0 <= start <= first <= last <= end <= length and end - start <= room
@@ -70,7 +71,7 @@ def test_synthetic_labels_are_true_and_come_back_from_tokens(small_corpus, seed)
     tokenizer = Tokenizer.from_pretrained(small_corpus)
     offsets = np.array(tokenizer.offsets(text))
     labels = pii.labels_of(offsets, sorted(spans))
-    found = pii.entities_of(text, offsets, np.eye(len(LABELS))[labels])
+    found = pii_detector.entities_of(text, offsets, np.eye(len(LABELS))[labels])
     wrong = {tuple(e[:3]) for e in found} ^ set(spans)
     assert len(wrong) <= 0.15 * len(spans) + 2, [(text[a:b], c) for a, b, c in wrong]
 
@@ -144,7 +145,7 @@ def test_labelled_documents(tmp_path):
     ],
 )
 def test_rules(text, expected):
-    found = [f"{e.category} {text[e.start : e.end]}" for e in pii.by_rules(text)]
+    found = [f"{e.category} {text[e.start : e.end]}" for e in pii_detector.by_rules(text)]
     assert len(found) == len(expected) and all(a.startswith(b) for a, b in zip(found, expected))
 
 
@@ -153,12 +154,12 @@ def test_rules(text, expected):
 )
 def test_no_text_takes_the_rules_long(text):
     """A regular expression that tries again at every place would take hours here."""
-    pii.by_rules(text * 100_000)
+    pii_detector.by_rules(text * 100_000)
 
 
 @given(text=st.text(st.sampled_from("a1.@: -"), max_size=40))
 def test_addresses_are_public_and_whole(text):
-    for a, b in pii.addresses(text):
+    for a, b in pii_detector.addresses(text):
         assert pii_data.is_public(text[a:b]) and not text[a - 1 : a].isalnum() and not text[b : b + 1].isalnum()
 
 
@@ -168,8 +169,8 @@ spans = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9), st.sampled_fro
 @given(first=spans, second=spans)
 def test_joined_entities_do_not_overlap_and_the_first_list_has_precedence(first, second):
     make = lambda spans: [Entity(a, a + n, c, 1.0) for a, n, c in spans]  # noqa: E731
-    first = pii.join(make(first), [])
-    joined = pii.join(first, make(second))
+    first = pii_detector.join(make(first), [])
+    joined = pii_detector.join(first, make(second))
     assert all(a.end <= b.start for a, b in zip(joined, joined[1:])) and set(first) <= set(joined) <= set(first) | set(make(second))
     for entity in make(second):  # none is left out but for one that is there
         assert any(e.start < entity.end and e.end > entity.start for e in joined)
@@ -233,7 +234,7 @@ def test_redaction(tmp_path_factory, text, encoding, newline, planted, seed):
     with open(source, "wb") as f:
         f.write(content)
     rules = Detector(rules=True)
-    pii.redact_file(rules, source, once)
+    pii_detector.redact_file(rules, source, once)
     result = read(once)
     for piece in content.splitlines(keepends=True):  # by the rules alone: lines without anything are untouched
         if not rules.find([piece.decode("latin-1")])[0]:
@@ -244,8 +245,8 @@ def test_redaction(tmp_path_factory, text, encoding, newline, planted, seed):
     for before, after in zip(planted, lines[-len(planted) - 1 : -1]):
         assert replaced[before] == after and (after == before) == (before == "<NAME>")
     for detector in (rules, Random(seed)):
-        pii.redact_file(detector, source, once)
-        pii.redact_file(detector, once, twice)
+        pii_detector.redact_file(detector, source, once)
+        pii_detector.redact_file(detector, once, twice)
         assert read(once) == read(twice)
     assert sorted(os.listdir(directory)) == ["a.py", "once.py", "twice.py"]
 
@@ -258,12 +259,12 @@ def read(path):
 @given(text=CODE, seed=st.integers(0, 100))
 def test_only_entities_change(text, seed):
     (entities,) = Random(seed).find([text])
-    entities = pii.outside_placeholders(text, entities)
+    entities = pii_detector.outside_placeholders(text, entities)
     pattern, at = "", 0
     for entity in entities:
         pattern += re.escape(text[at : entity.start]) + ".+?"
         at = entity.end
-    assert re.fullmatch(pattern + re.escape(text[at:]), pii.redacted(text, entities, {}), re.DOTALL)
+    assert re.fullmatch(pattern + re.escape(text[at:]), pii_detector.redacted(text, entities, {}), re.DOTALL)
 
 
 @given(content=st.binary(max_size=300), size=st.sampled_from([7, 30, 1000]))
@@ -271,18 +272,18 @@ def test_segments_are_the_file(content, size):
     import io
     from unittest import mock
 
-    with mock.patch.object(pii, "SEGMENT", size):
-        assert b"".join(text.encode(encoding) for text, encoding in pii.segments(io.BytesIO(content))) == content
+    with mock.patch.object(pii_detector, "SEGMENT", size):
+        assert b"".join(text.encode(encoding) for text, encoding in pii_detector.segments(io.BytesIO(content))) == content
 
 
 def test_a_private_key_is_not_cut(monkeypatch):
     import io
 
-    monkeypatch.setattr(pii, "SEGMENT", 1000)
+    monkeypatch.setattr(pii_detector, "SEGMENT", 1000)
     key = "-----BEGIN RSA PRIVATE KEY-----\n" + "Ab1/\n" * 300 + "-----END RSA PRIVATE KEY-----\n"
     for before in range(0, 1500, 100):
-        texts = [text for text, _ in pii.segments(io.BytesIO(("x\n" * before + key + "y\n" * 900).encode()))]
-        assert sum(len(pii.by_rules(text)) for text in texts) == 1, before
+        texts = [text for text, _ in pii_detector.segments(io.BytesIO(("x\n" * before + key + "y\n" * 900).encode()))]
+        assert sum(len(pii_detector.by_rules(text)) for text in texts) == 1, before
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------------------
@@ -331,6 +332,7 @@ def test_redact(files, tmp_path):
     assert read(out / "binary.bin") == before["binary.bin"] and read(out / "empty.py") == b"" and not (out / ".git").exists()
     assert {name: read(files / name) for name in before} == before
     assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", str(out)), "exists already")
+    assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", str(files / "out")), "lies in")
     assert program(pii, "redact", str(files), "--rules-only", "--in-place").returncode == 0
     assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py") and not list(files.rglob("*.tmp"))
 
@@ -423,6 +425,7 @@ def test_training_learns_and_opens_in_transformers(trained, labelled):
     assert transformers.AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, labelled, tmp_path, monkeypatch):
     """Ended by a crash in an evaluation, and by a signal between two: weights and metrics are those of the undisturbed run."""
     out, f1 = trained
@@ -457,6 +460,7 @@ def test_early_stopping_and_random_weights(encoder, labelled, tmp_path):
         pii.train(config_of(encoder, labelled, tmp_path / "pii", learning_rate=0.0, patience=2))
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(trained, encoder, labelled, tmp_path):
     """The same losses on two processes, whose micro-batches have unequal counts of labelled tokens."""
     plain = shutil.copytree(encoder, tmp_path / "encoder")  # without dropout, which differs from rank to rank

@@ -1,0 +1,489 @@
+"""Finding personal data and secrets in texts and files by a fine-tuned model and by rules, and replacing what was found.
+
+A text is read in overlapping windows; each token is judged in the window where it is farthest from an edge. The labels of the tokens spell
+entities, whose ends are then put where words, quotes and addresses end. Rules are regular expressions for what is regular: addresses, and
+the formats of keys. Where both are used, rules decide on those, unless the model is sure that an address is none (a version, say).
+
+References: Li et al., StarCoder, 2023, section 4; Ramshaw & Marcus, 1995 (the B, I, O tags).
+"""
+
+import bisect
+import contextlib
+import functools
+import os
+import re
+import shutil
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import Tokenizer
+from pii_data import CATEGORIES, is_public
+from starencoder import StarEncoderForTokenClassification
+from train import dtype_of
+
+LABELS = ["O"] + [f"{tag}-{category}" for category in CATEGORIES for tag in "BI"]  # the class of a token
+
+
+class Entity(NamedTuple):
+    """Something found in a text."""
+
+    start: int  # in characters
+    end: int
+    category: str  # of CATEGORIES
+    score: float  # the model's mean probability; 1 where a rule found it
+
+
+def windows(length, room):
+    """Overlapping windows over a text of `length` tokens, of up to `room` each: [(start, end, first, last), ...].
+
+    Each token is judged in one of them, that with first <= token < last. Neighbours overlap by a quarter of `room`, and meet in its middle.
+
+    >>> windows(20, 12)
+    [(0, 12, 0, 10), (8, 20, 10, 20)]
+    """
+    overlap = room // 4
+    starts = [0]
+    while starts[-1] + room < length:
+        starts.append(min(starts[-1] + room - overlap, length - room))
+    meet = [0] + [(a + room + b) // 2 for a, b in zip(starts, starts[1:])] + [length]
+    return [(start, min(start + room, length), first, last) for start, first, last in zip(starts, meet, meet[1:])]
+
+
+def pack(sequences, device):
+    """(T,) int64 and cu_seqlens (B+1,) int32 of arrays laid end to end."""
+    lengths = np.cumsum([0] + [len(s) for s in sequences]).astype(np.int32)
+    return torch.from_numpy(np.concatenate(sequences)).to(device), torch.from_numpy(lengths).to(device)
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------------------
+
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}(?![\w-])", re.ASCII | re.IGNORECASE)
+NO_EMAIL = re.compile(
+    r"git@|\w+@(example|domain|localhost|company|email|test|foo|bar|site|yourdomain|mysite)\.|(no-?reply|you|your-?name|someone)@|"
+    r".*\.(example|invalid|test|local|png|jpg)$",
+    re.IGNORECASE,
+)
+IP_RUN = re.compile(r"[0-9A-Fa-f:.]+")
+VERSION = re.compile(r"(version|release|\bv|oid|rfc|[=<>~^]=)\W{0,4}$", re.IGNORECASE)
+KEYS = re.compile(
+    r"(?<![A-Za-z0-9_])(?:"
+    r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,90}|glpat-[\w-]{20,}|AIza[\w-]{35}|"
+    r"xox[abeoprs]-[\w-]{10,}|https://hooks\.slack\.com/services/T\w{6,}/B\w{6,}/\w{20,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|"
+    r"SG\.[\w-]{20,24}\.[\w-]{39,50}|SK[0-9a-f]{32}|AC[0-9a-f]{32}|npm_[A-Za-z0-9]{36}|pypi-AgEI[\w-]{50,}|do[oprt]_v1_[0-9a-f]{64}|"
+    r"sk-(?:ant-|proj-)?[\w-]{40,}|key-[0-9a-f]{32}|\d{8,10}:AA[\w-]{33}|sq0[a-z]{3}-[\w-]{22,43}|hf_[A-Za-z]{34}|EAAA[\w-]{60}|"
+    r"[0-9a-f]{32}-us\d{1,2}|AKC[A-Za-z0-9]{10,}|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}|hv[sb]\.[\w-]{24,}|dapi[0-9a-f]{32}|"
+    r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|ya29\.[\w-]{30,}|gl(?:c|sa)_[\w+/=]{32,}|SWMTKN-1-[\w-]{50,}|oy2[a-z0-9]{43}|ATATT3[\w=-]{100,}|"
+    r"amzn\.mws\.[0-9a-f-]{36}|sl\.[\w-]{130,}|gl(?:ptt|dt|rt|ft|soat|imt|agent)-[\w-]{20,}|(?<=AccountKey=)[A-Za-z0-9+/]{86}==|"
+    r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})(?![A-Za-z0-9_])|"
+    r"-----BEGIN(?: [A-Z0-9]+)* PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){20,20000}-----END(?: [A-Z0-9]+)* PRIVATE KEY(?: BLOCK)?-----",
+    re.ASCII,
+)
+SURE = 0.95  # a rule's address that the model gives this probability of being nothing is none
+PLACEHOLDER = re.compile(r"<(?:NAME|EMAIL|KEY|PASSWORD|USERNAME)>")
+ALLOWED = "pii: allow"
+
+
+def addresses(text):
+    """(start, end) of the runs of characters in which IPv4 and IPv6 addresses that belong to somebody are written."""
+    for found in IP_RUN.finditer(text):
+        start, end = found.span()
+        while end > start and text[end - 1] in ".:":
+            end -= 1
+        whole = not (text[start - 1 : start].isalnum() or text[end : end + 1].isalnum() or text[start - 1 : start] == "_")
+        if end - start > 6 and whole:
+            if is_public(text[start:end]):
+                yield start, end
+            elif (port := text.rfind(":", start, end)) > start and "." in text[start:end] and is_public(text[start:port]):
+                yield start, port  # 8.8.8.8:80
+
+
+def by_rules(text, veto=lambda start, end: False):
+    """The entities that regular expressions find: e-mail and IP addresses, unless `veto` says of such a span that it is none; keys."""
+    found = [Entity(*match.span(), "EMAIL", 1.0) for match in EMAIL.finditer(text) if not NO_EMAIL.match(match[0])]
+    found += [Entity(*span, "IP_ADDRESS", 1.0) for span in addresses(text) if not VERSION.search(text[max(0, span[0] - 20) : span[0]])]
+    found = [entity for entity in found if not veto(entity.start, entity.end)]
+    return join(found + [Entity(*match.span(), "KEY", 1.0) for match in KEYS.finditer(text)], [])
+
+
+def join(first, second):
+    """Both lists of entities without overlaps, sorted; `first` has precedence, and in it what begins first."""
+    kept, end = [], 0
+    for entity in sorted(first):
+        if entity.start >= end:
+            kept.append(entity)
+            end = entity.end
+    starts, ends, end = [e.start for e in kept], [e.end for e in kept], 0
+    for entity in sorted(second):
+        i = bisect.bisect_right(ends, entity.start)  # the first that ends behind its start
+        if (i == len(ends) or starts[i] >= entity.end) and entity.start >= end:
+            kept.append(entity)
+            end = entity.end
+    return sorted(kept)
+
+
+GOES_ON = {"KEY": "_+-=", "PASSWORD": "_+-.=$!#%^*"}  # the signs that with letters and digits belong to one
+CLOSING = {'"': '"', "'": "'", "`": "`", ">": "<"}
+
+
+def snap(text, start, end, category):
+    """(start, end) of what the tokens of an entity cover, without the quotes, blanks and brackets that share tokens with it; or None."""
+    while start < end and text[start] in " \t\r\n\"'`(<[{,;:|":
+        start += 1
+    closing = CLOSING.get(text[start - 1 : start])
+    if closing and (at := text.find(closing, start, end)) > 0:
+        end = at
+    if category == "PASSWORD" and re.search(r"://[^:/\s]*:$", text[max(0, start - 60) : start]) and (at := text.rfind("@", start, end)) > 0:
+        end = at
+    while end > start and text[end - 1] in " \t\r\n\"'`)>]},;:|":
+        end -= 1
+    if category in GOES_ON and start < end:
+        goes_on = lambda at: 0 <= at < len(text) and (text[at].isalnum() or text[at] in GOES_ON[category])
+        while goes_on(start - 1) and text[start - 1] not in "=-":
+            start -= 1
+        while goes_on(end):
+            end += 1
+    if text[end : end + 1] in " \n":  # the end of a sentence
+        while end > start and text[end - 1] == ".":
+            end -= 1
+    if category == "KEY" and (end - start < 12 or not any(c.isdigit() for c in text[start:end])):
+        return None
+    return (start, end) if any(c.isalnum() for c in text[start:end]) else None
+
+
+WORD = re.compile(r"[\w+/=-]{60,}|\w+(?:-\w+)*")  # a long one is base64
+JOINS = frozenset("-_.+/=~!?#$%^&*@:")  # a sign between two words of one category, without blanks, belongs to them
+
+
+def entities_of(text, offsets, probabilities, threshold=0.0):
+    """The entities that the labels of the tokens of a text spell, but for addresses that are nobody's.
+
+    offsets: (tokens, 2), in characters. probabilities: (tokens, len(LABELS)). All tokens of a word have one category, the one that is most
+    probable on average: a model that is sure of most of a key is right about the rest. A B- begins a new entity at the beginning of a word
+    with a blank before it; elsewhere it goes on.
+    """
+    of_category = np.stack([probabilities[:, 0]] + [probabilities[:, k] + probabilities[:, k + 1] for k in range(1, len(LABELS), 2)], 1)
+    words = np.array([match.span() for match in WORD.finditer(text)] or np.zeros((0, 2)), np.int64)
+    word = np.searchsorted(words[:, 1], offsets[:, 1] - 1, side="right")  # of the last character of each token: the word that it may lie in
+    inside = word < len(words)
+    inside[inside] = words[word[inside], 0] < offsets[inside, 1]
+    begins = np.flatnonzero(np.concatenate([[True], ~inside[1:] | ~inside[:-1] | (word[1:] != word[:-1])]))  # the first token of each
+    lengths = np.diff(np.append(begins, len(offsets)))
+    mean = np.add.reduceat(of_category, begins) / lengths[:, None]  # (words, categories)
+    best = mean.argmax(1)
+    spans = []  # [first word, behind the last, category]
+    for w in np.flatnonzero(best).tolist():
+        k, first = best[w], begins[w]
+        inner = not text[offsets[first, 0]].isspace() or probabilities[first, 2 * k] > probabilities[first, 2 * k - 1]
+        if spans and spans[-1][1] == w and 1 in (spans[-1][2], k) and {spans[-1][2], k} <= {1, 1 + CATEGORIES.index("USERNAME")}:
+            spans[-1][1:] = w + 1, 1  # beside a word of a name without a sign between them is another
+            continue
+        if spans and spans[-1][2] == k and inner:
+            between = text[offsets[begins[spans[-1][1]] - 1, 1] : offsets[first, 0]] if spans[-1][1] < w else ""
+            if spans[-1][1] == w or len(between) < 3 and set(between) <= JOINS:
+                spans[-1][1] = w + 1
+                continue
+        spans.append([w, w + 1, k])
+    found = []
+    for v, w, k in spans:
+        category, end = CATEGORIES[k - 1], begins[w] if w < len(begins) else len(offsets)
+        score = float(np.average(mean[v:w, k], weights=lengths[v:w]))
+        place = snap(text, int(offsets[begins[v], 0]), int(offsets[end - 1, 1]), category) if score >= threshold else None
+        if place and category in ("IP_ADDRESS", "EMAIL"):  # the one that is written there, and whole
+            shift = max(0, place[0] - 80)
+            near = text[shift : place[1] + 80]
+            mails = [match.span() for match in EMAIL.finditer(near) if not NO_EMAIL.match(match[0])]
+            written = addresses(near) if category == "IP_ADDRESS" else mails
+            place = next(((a + shift, b + shift) for a, b in written if a + shift < place[1] and b + shift > place[0]), None)
+        if place:
+            found.append(Entity(*place, category, score))
+    return join(found, [])
+
+
+class Detector:
+    """Finds entities by a fine-tuned model, by rules, or by both.
+
+    model, tokenizer: None for the rules alone. rules: whether to use them. threshold: the least score of what the model finds.
+    """
+
+    def __init__(self, model=None, tokenizer=None, rules=False, threshold=0.5, categories=CATEGORIES):
+        self.model, self.tokenizer, self.rules, self.threshold, self.categories = model, tokenizer, rules, threshold, set(categories)
+        self.device, self.dtype = next(model.parameters()).device if model else None, "auto"
+
+    @classmethod
+    def from_pretrained(cls, directory, device="auto", **options):
+        """Reads a directory that `train` wrote. Raises ValueError for a model with other classes."""
+        model = StarEncoderForTokenClassification.from_pretrained(directory)
+        if model.config.id2label is None or list(model.config.id2label.values()) != LABELS:
+            raise ValueError(
+                f"{directory}: no PII detector (its classes are not those of pii.py); fine-tune one with `python pii.py train`"
+            )
+        device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        return cls(model.to(device).eval(), Tokenizer.from_pretrained(directory), **options)
+
+    def find(self, texts):
+        """[[Entity, ...], ...] of each text, sorted, without overlaps."""
+        if not self.model:
+            found = [by_rules(text) for text in texts]
+        else:
+            judged = [(text, *self.judged(text, probabilities)) for text, probabilities in zip(texts, self.probabilities(texts))]
+            found = [join(by_rules(text, veto) if self.rules else [], by_model) for text, by_model, veto in judged]
+        return [[e for e in of_text if e.category in self.categories] for of_text in found]
+
+    @torch.no_grad()
+    def probabilities(self, texts, tokens_at_once=16_384):
+        """[(tokens, len(LABELS)) float32, ...]: what the model says of the tokens of each text."""
+        room, results, places, sequences = self.model.config.max_position_embeddings - 2, [], [], []
+        for t, text in enumerate(texts):
+            ids = np.array(self.tokenizer.encode(text.encode(errors="replace").decode()), np.int64)
+            results.append(np.zeros((len(ids), len(LABELS)), np.float32))
+            for place in windows(len(ids), room) if len(ids) else []:
+                places.append((t, *place))
+                sequences.append(np.concatenate([[self.tokenizer.cls_id], ids[place[0] : place[1]], [self.tokenizer.sep_id]]))
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype_of(self, self.device) == "bfloat16")
+        i = 0
+        while i < len(sequences):
+            j, size = i, 0
+            while j < len(sequences) and (size := size + len(sequences[j])) <= tokens_at_once or j == i:
+                j += 1
+            with autocast:
+                logits = self.model(*pack(sequences[i:j], self.device)).logits.float()
+            probabilities = logits.softmax(-1).cpu().numpy()
+            begin = 1  # behind <cls>
+            for (t, start, _, first, last), sequence in zip(places[i:j], sequences[i:j]):
+                a = begin + first - start
+                results[t][first:last] = probabilities[a : a + last - first]
+                begin += len(sequence)
+            i = j
+        return results
+
+    def judged(self, text, probabilities):
+        """(the entities that the probabilities spell, whether the model is sure that a span, (start, end), is none)."""
+        offsets = functools.cache(lambda: np.array(self.tokenizer.offsets(text.encode(errors="replace").decode())))
+
+        def veto(start, end):
+            first, last = np.searchsorted(offsets()[:, 1], start, side="right"), np.searchsorted(offsets()[:, 0], end)
+            return probabilities[first:last, 0].mean() > SURE
+
+        if not probabilities[:, 1:].max(initial=0) > 0.1:  # as in most code
+            return [], veto
+        return entities_of(text.encode(errors="replace").decode(), offsets(), probabilities, self.threshold), veto
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------------
+
+SEGMENT, GATHER = 1_000_000, 200_000  # bytes of a long file that are read at once; of small files that the model sees at once
+SKIPPED_DIRECTORIES = {".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv"}
+
+
+def segments(file):
+    """The text of a file open for reading bytes, in pieces of about SEGMENT bytes that end with a line: yields (text, encoding).
+
+    The pieces joined and encoded are the file's bytes: UTF-8, and where that fails Latin-1, in which any bytes are text.
+    """
+    rest = b""
+    while True:
+        block = file.read(SEGMENT)
+        content = rest + block
+        if not content:
+            return
+        cut = len(content) if not block else content.rfind(b"\n") + 1
+        begin = content.rfind(b"-----BEGIN")  # of a key, which stays whole
+        if block and begin >= 0 and b"-----END" not in content[begin:] and len(content) - begin < 50_000:
+            cut = min(cut, begin)
+        if not cut:  # a line without end: where a character ends, and if there is one a word
+            cut = max(content.rfind(b" "), content.rfind(b","), 0) + 1 if len(content) > 2 * SEGMENT else 0
+            if not cut and len(content) > 4 * SEGMENT:
+                cut = len(content)
+                while cut > 1 and 0x80 <= content[cut - 1]:
+                    cut -= 1
+        piece, rest = content[:cut], content[cut:]
+        if piece:
+            try:
+                yield piece.decode("utf-8"), "utf-8"
+            except UnicodeDecodeError:
+                yield piece.decode("latin-1"), "latin-1"
+
+
+def files_of(paths, skipped):
+    """[(path, path below its root), ...] of files and of those in directories, sorted. Raises ValueError for a path that is missing."""
+    found = []
+    for root in paths:
+        if os.path.isfile(root):
+            found.append((root, os.path.basename(root)))
+        elif not os.path.isdir(root):
+            raise ValueError(f"{root}: no such file or directory")
+
+        def unreadable(error):
+            skipped["unreadable"] += 1
+
+        for folder, folders, names in os.walk(root, onerror=unreadable):
+            folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
+            for name in sorted(names):
+                path = os.path.join(folder, name)
+                if os.path.isfile(path) and not os.path.islink(path):
+                    found.append((path, os.path.relpath(path, root)))
+                else:
+                    skipped["not a file"] += 1
+    return found
+
+
+def open_text(path, skipped):
+    """A file, open for reading bytes; None, counted, where it cannot be read, is empty or holds no text."""
+    try:
+        file = open(path, "rb")
+        head = file.read(8192)
+        file.seek(0)
+    except OSError:
+        skipped["unreadable"] += 1
+        return None
+    if head and b"\0" not in head:
+        return file
+    skipped["binary" if head else "empty"] += 1
+    file.close()
+    return None
+
+
+def not_allowed(text, entities):
+    """Those entities whose lines do not say that they may stay."""
+    if ALLOWED not in text:
+        return entities
+    kept = []
+    for entity in entities:
+        begin, end = text.rfind("\n", 0, entity.start) + 1, text.find("\n", entity.end)
+        if ALLOWED not in text[begin : end if end >= 0 else None]:
+            kept.append(entity)
+    return kept
+
+
+def scan(detector, paths, skipped, description="detecting"):
+    """Yields (path, line, column, Entity, its text) for all that is found in files and directories; lines and columns count from 1."""
+    files = files_of(paths, skipped)
+    waiting = []  # (path, lines before it, characters of its first line before it, text)
+
+    def found():
+        for (path, line, column, text), entities in zip(waiting, detector.find([text for *_, text in waiting])):
+            for entity in not_allowed(text, entities):
+                begin = text.rfind("\n", 0, entity.start) + 1
+                place = line + text.count("\n", 0, entity.start) + 1, entity.start - begin + 1 + (0 if begin else column)
+                yield path, *place, entity, text[entity.start : entity.end]
+        waiting.clear()
+
+    with tqdm(total=sum(os.path.getsize(path) for path, _ in files), unit="B", unit_scale=True, desc=description, leave=False) as bar:
+        for path, _ in files:
+            if (file := open_text(path, skipped)) is None:
+                bar.update(os.path.getsize(path))
+                continue
+            with file:
+                line, column, before = 0, 0, 0
+                for text, _ in segments(file):
+                    waiting.append((path, line, column, text))
+                    line += text.count("\n")
+                    column = len(text) - text.rfind("\n") - 1 + (0 if "\n" in text else column)
+                    if sum(len(text) for *_, text in waiting) >= GATHER:
+                        yield from found()
+                        bar.update(file.tell() - before)
+                        before = file.tell()
+                bar.update(os.path.getsize(path) - before)
+        yield from found()
+
+
+# Replacements as published: the private addresses are those of StarCoder's data.
+PRIVATE = {
+    4: ["172.16.31.10", "172.16.58.3", "172.16.17.32", "192.168.127.12", "192.168.3.11"],
+    6: ["fd00:c2b6:b24b:be67:2827:688d:e6a1:6a3b", "fd00:a516:7c1b:17cd:6d81:2137:bd2a:2c5b", "fc00:e968:6179::de52:7100",
+        "fc00:db20:35b:7399::5", "fdf8:f53e:61e4::18"],
+}  # fmt: skip
+
+
+def redacted(text, entities, addresses_seen):
+    """The text with each entity replaced. addresses_seen: {address: its private one}, so that one address stays one throughout a file."""
+    pieces, at = [], 0
+    for start, end, category, _ in entities:
+        pieces.append(text[at:start])
+        value, at = text[start:end], end
+        if category != "IP_ADDRESS":
+            pieces.append(f"<{category}>")
+            continue
+        choices = PRIVATE[6 if ":" in value else 4]
+        pieces.append(addresses_seen.setdefault(value, choices[len(addresses_seen) % len(choices)]))
+    return "".join([*pieces, text[at:]])
+
+
+def outside_placeholders(text, entities):
+    """Entities without the parts that are placeholders: what was replaced stays as it is."""
+    kept = []
+    for entity in entities:
+        at, begin = entity.start, max(0, entity.start - 20)  # a placeholder may reach into it
+        for hole in PLACEHOLDER.finditer(text, begin, min(len(text), entity.end + 20)):
+            if hole.start() < entity.end and hole.end() > entity.start:
+                kept.append(entity._replace(start=at, end=max(at, hole.start())))
+                at = hole.end()
+        kept.append(entity._replace(start=at, end=max(at, entity.end)))
+    return [entity for entity in kept if any(c.isalnum() for c in text[entity.start : entity.end])]
+
+
+def redact_file(detector, path, out):
+    """Writes `path` to `out`, which may be the same, with everything replaced that is found; returns a Counter of categories.
+
+    What replaces something can let the model see something more, so it is done again until nothing is found: to redact what is redacted
+    changes nothing. Whole or not at all, with the same permissions; bytes outside of entities stay what they are.
+    """
+    counts, seen, source = Counter(), {}, path
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    temporary, other = f"{out}.redacting.tmp", f"{out}.redacting2.tmp"
+    try:
+        while True:
+            changed = False
+            with open(source, "rb") as f, open(temporary, "wb") as g:
+                for text, encoding in segments(f):
+                    (entities,) = detector.find([text])
+                    entities = outside_placeholders(text, not_allowed(text, entities))
+                    counts.update(entity.category for entity in entities)
+                    changed = changed or bool(entities)
+                    g.write(redacted(text, entities, seen).encode(encoding))
+                g.flush()
+                os.fsync(g.fileno())
+            if not changed:
+                break
+            os.replace(temporary, other)
+            source = other
+        shutil.copymode(path, temporary)
+        os.replace(temporary, out)
+    finally:
+        for name in (temporary, other):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(name)
+    return counts
+
+
+def redact(detector, paths, out=None):
+    """Redacts files and directories into the directory `out`, or in place where that is None. Returns (found, skipped), two Counters.
+
+    What cannot be read as text is copied as it is. Raises ValueError where two files would get the same name, a copy exists, or `out` lies
+    in a directory that is to be copied.
+    """
+    skipped, counts, places = Counter(), Counter(), {}
+    for path in paths if out is not None else ():
+        if os.path.isdir(path) and os.path.join(os.path.realpath(out), "").startswith(os.path.join(os.path.realpath(path), "")):
+            raise ValueError(f"{out} lies in {path}; choose a directory outside of it")
+    for path, name in files_of(paths, skipped):
+        target = path if out is None else os.path.join(out, name)
+        if target in places or out is not None and os.path.exists(target):
+            raise ValueError(
+                f"{target}: {'two files would be written there' if target in places else 'exists already'}; choose another --out"
+            )
+        places[target] = path
+    for target, path in tqdm(places.items(), desc="redacting", unit=" files", leave=False):
+        file = open_text(path, skipped)
+        if file is None:
+            if out is not None and os.access(path, os.R_OK):
+                os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+                shutil.copyfile(path, target)
+            continue
+        file.close()
+        counts += redact_file(detector, path, target)
+    return counts, skipped
