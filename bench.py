@@ -664,6 +664,7 @@ def main(argv=None):
     parser.add_argument("--tune", action="store_true", help="kernels: try other launch settings on this GPU and print a table of the best")
     parser.add_argument("--ablate", action="store_true", help="model: what each saving of the step is worth")
     parser.add_argument("--profile", action="store_true", help="model: where the time of a step goes, beside the least that it could take")
+    parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="pii: how much to look through (default: 100)")
     parser.add_argument("--out", metavar="FILE", help="the JSON file to write (default: one in results/)")
     arguments = parser.parse_args(argv)
     flags = {"data": [], "kernels": ["resources", "tune"], "model": ["ablate", "profile"], "pii": []}
@@ -675,7 +676,7 @@ def main(argv=None):
         bench_data(arguments.out)
         return bench_corpus(arguments.out and f"{arguments.out}.corpus")
     if arguments.what == "pii":
-        return bench_pii(arguments.out)
+        return bench_pii(arguments.out, size=arguments.megabytes * 1_000_000)
     if arguments.what == "model":
         return bench_profile(arguments.out) if arguments.profile else bench_model(arguments.out, ablate=arguments.ablate)
     if arguments.tune and not torch.cuda.is_available():

@@ -21,7 +21,7 @@ from pii_detector import Detector, Entity
 
 PASSWORD_KINDS = ("password", "passwd", "basic auth", "secret keyword", "credential", "sql", "auth", "salt", "nonce")
 PEERS = {  # the package, and the categories that it covers
-    "detect-secrets": ("detect_secrets", ("KEY", "PASSWORD", "IP_ADDRESS")),
+    "detect-secrets": ("detect_secrets", ("KEY", "PASSWORD")),
     "credsweeper": ("credsweeper", ("KEY", "PASSWORD")),
     "presidio patterns": ("presidio_analyzer", ("EMAIL", "IP_ADDRESS")),
 }

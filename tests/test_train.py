@@ -44,11 +44,15 @@ def tiny(small_corpus, out, **overrides):
 def _gradient(rank, world_size, micro_batch_size, directory, out):
     """The gradient of step 1 as the loop computes it, in fp64 without dropout; rank 0 saves it."""
     torch.set_num_threads(1)
-    if world_size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{out}.init", rank=rank, world_size=world_size)
-        ranks = train.Ranks(rank, world_size, control=dist.group.WORLD)
-    else:
-        ranks = train.Ranks()
+    if world_size == 1:
+        return _save_gradient(train.Ranks(), micro_batch_size, directory, out)
+    dist.init_process_group("gloo", init_method=f"file://{out}.init", rank=rank, world_size=world_size)
+    _save_gradient(train.Ranks(rank, world_size, control=dist.group.WORLD), micro_batch_size, directory, out)
+    dist.destroy_process_group()  # DDP is gone by now: the other way round, gloo's thread and Python's lock can wait for each other
+
+
+def _save_gradient(ranks, micro_batch_size, directory, out):
+    rank, world_size = ranks.rank, ranks.world_size
     torch.manual_seed(0)
     shape = StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, initializer_range=0.2, **MODEL)
     model = StarEncoderForPreTraining(shape).double().eval()
@@ -67,8 +71,6 @@ def _gradient(rank, world_size, micro_batch_size, directory, out):
     if rank == 0:
         counts = [len(b.input_ids) for b in micro_batches]
         torch.save({"loss": loss_sum, "counts": counts, "grads": {n: p.grad for n, p in model.named_parameters()}}, out)
-    if world_size > 1:
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow
