@@ -438,14 +438,12 @@ def summary(meta):
 
 def report(directory):
     """Draws DIRECTORY/report.png: tokens of each language, and how long documents are. Returns its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose state is the caller's
 
     meta = read_meta(directory)
     names, tokens = zip(*[(name, counts["tokens"]) for name, counts in meta["languages"].items()])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.0, 0.17 * len(names))), width_ratios=[1.4, 1])
+    figure = Figure(figsize=(12, max(4.0, 0.17 * len(names))))
+    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
     left.barh(range(len(names)), tokens, color="0.4")
     left.set(yticks=range(len(names)), xscale="log", xlabel="tokens", ylim=(len(names) - 0.5, -0.5))
     left.set_yticklabels(names, fontsize=7)
@@ -462,7 +460,6 @@ def report(directory):
     figure.tight_layout()
     path = os.path.join(directory, "report.png")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 

@@ -192,17 +192,15 @@ class Metrics:
 
 def draw_curves(run):
     """Draws RUN/curves.png from RUN/metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose state is the caller's
 
     with open(os.path.join(run, "metrics.jsonl")) as f:
         lines = [json.loads(line) for line in f]
     train, held_out = [m for m in lines if "loss" in m], [m for m in lines if "mlm_accuracy" in m]  # skipped steps have no loss
     if not train:
         return
-    figure, ((losses, accuracies), (rate, speed)) = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    figure = Figure(figsize=(11, 7))
+    (losses, accuracies), (rate, speed) = figure.subplots(2, 2, sharex=True)
     steps = [m["step"] for m in train]
     width = max(1, len(train) // 100)  # the curve of single steps is noise: a running mean over 1 % of them
     smooth = lambda name: np.convolve([m[name] for m in train], np.ones(width) / width, "valid")  # noqa: E731
@@ -230,4 +228,3 @@ def draw_curves(run):
     figure.tight_layout()
     figure.savefig(os.path.join(run, "curves.tmp.png"), dpi=100)
     os.replace(os.path.join(run, "curves.tmp.png"), os.path.join(run, "curves.png"))
-    plt.close(figure)
