@@ -105,7 +105,8 @@ def test_executes_as_it_stands_here(path):
     notebook.cells = cells
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": os.path.dirname(path)}})
     client.execute(env=environment)
-    assert [text_of(cell) for cell in solved] == [f"Exercise {k}: solved" for k in range(1, len(solved) + 1)]
+    for number, cell in enumerate(solved, 1):
+        assert text_of(cell).endswith(f"Exercise {number}: solved"), text_of(cell)
 
     version = lambda nb: nb.metadata.language_info.version.rsplit(".", 1)[0]
     if version(notebook) == version(committed):  # the texts are those of Python's standard library
