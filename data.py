@@ -517,6 +517,10 @@ def run(main):
     """Runs a program: bad input, which is a ValueError or an OSError everywhere here, becomes one line and exit status 2."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)  # as of a process that SIGPIPE ends
     except (ValueError, OSError) as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -311,15 +311,16 @@ def segments(file):
 def files_of(paths, skipped):
     """[(path, path below its root), ...] of files and of those in directories, sorted. Raises ValueError for a path that is missing."""
     found = []
+
+    def unreadable(error):
+        skipped["unreadable"] += 1
+
     for root in paths:
         if os.path.isfile(root):
             found.append((root, os.path.basename(root)))
-        elif not os.path.isdir(root):
+            continue
+        if not os.path.isdir(root):
             raise ValueError(f"{root}: no such file or directory")
-
-        def unreadable(error):
-            skipped["unreadable"] += 1
-
         for folder, folders, names in os.walk(root, onerror=unreadable):
             folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
             for name in sorted(names):
@@ -463,15 +464,17 @@ def redact_file(detector, path, out):
 def redact(detector, paths, out=None):
     """Redacts files and directories into the directory `out`, or in place where that is None. Returns (found, skipped), two Counters.
 
-    What cannot be read as text is copied as it is. Raises ValueError where two files would get the same name, a copy exists, or `out` lies
-    in a directory that is to be copied.
+    What cannot be read as text is copied as it is. Raises ValueError where two files would get the same name, a copy exists, or `out` is a
+    file or lies in a directory that is to be copied.
     """
     skipped, counts, places = Counter(), Counter(), {}
+    if out is not None and os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"{out}: not a directory; choose another --out")
     for path in paths if out is not None else ():
         if os.path.isdir(path) and os.path.join(os.path.realpath(out), "").startswith(os.path.join(os.path.realpath(path), "")):
             raise ValueError(f"{out} lies in {path}; choose a directory outside of it")
     for path, name in files_of(paths, skipped):
-        target = path if out is None else os.path.join(out, name)
+        target = os.path.realpath(path) if out is None else os.path.join(out, name)  # not a link, but what it names
         if target in places or out is not None and os.path.exists(target):
             raise ValueError(
                 f"{target}: {'two files would be written there' if target in places else 'exists already'}; choose another --out"

@@ -16,7 +16,9 @@ def exercise(number):
     try:
         yield
     except Exception as error:
-        print(f"Exercise {number}: not solved yet ({type(error).__name__}{f': {error}' if str(error) else ''})")
+        print(
+            f"Exercise {number}: not solved yet ({type(error).__name__}{f': {error}' if str(error) else ''})"
+        )
     else:
         print(f"Exercise {number}: solved")
 
@@ -31,7 +33,9 @@ def quiet():
 def modules(directory, count):
     """Copies the first `count` modules of Python's standard library into a new directory, and returns it."""
     os.makedirs(directory)
-    for path in sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "[a-z]*.py")))[:count]:
+    for path in sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "[a-z]*.py")))[
+        :count
+    ]:
         shutil.copy(path, directory)
     return directory
 
@@ -46,8 +50,18 @@ def thinned(run, every=20):
                 continue
             some.append(line)
             if len(some) == every:
-                means = {name: float(f"{sum(m[name] for m in some) / every:.5g}") for name in line if name not in ("step", "learning_rate")}
-                lines.append({"step": line["step"], "learning_rate": float(f"{line['learning_rate']:.8g}"), **means})
+                means = {
+                    name: float(f"{sum(m[name] for m in some) / every:.5g}")
+                    for name in line
+                    if name not in ("step", "learning_rate")
+                }
+                lines.append(
+                    {
+                        "step": line["step"],
+                        "learning_rate": float(f"{line['learning_rate']:.8g}"),
+                        **means,
+                    }
+                )
                 some = []
     return lines
 

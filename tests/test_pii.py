@@ -6,13 +6,15 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 import transformers
-from conftest import assert_refused, program
+from conftest import ROOT, assert_refused, program
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -319,6 +321,14 @@ def test_detect(files):
         ("a.py", 1, 3), ("latin.txt", 1, 7), ("line.json", 1, 2_100_003)
     }  # fmt: skip
     assert program(pii, "detect", str(files / "empty.py"), "--rules-only", "--fail").returncode == 0
+    assert program(pii, "detect", str(files / "a.py"), "--rules-only").stderr.endswith("found: 1 EMAIL\n")  # and nothing left out
+
+
+def test_who_reads_the_output_may_have_enough(files):
+    (files / "many.py").write_text("# bob@mail.org\n" * 100_000)
+    detect = f"{sys.executable} pii.py detect --rules-only {files / 'many.py'}"
+    result = subprocess.run(["bash", "-c", f"{detect} | head -n 1; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 141 and len(result.stdout.splitlines()) == 1 and "rror" not in result.stderr
 
 
 def test_redact(files, tmp_path):
@@ -335,6 +345,10 @@ def test_redact(files, tmp_path):
     assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", str(files / "out")), "lies in")
     assert program(pii, "redact", str(files), "--rules-only", "--in-place").returncode == 0
     assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py") and not list(files.rglob("*.tmp"))
+    assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", str(out / "a.py")), "not a directory")
+    (files / "a.py").write_bytes(before["a.py"])
+    assert program(pii, "redact", str(files / "link.py"), "--rules-only", "--in-place").returncode == 0
+    assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py")
 
 
 def test_a_file_that_cannot_be_written_stays(files, monkeypatch):
