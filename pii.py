@@ -52,15 +52,16 @@ def read_labelled(path, skipped=None):
     Raises ValueError that names the line for what is not such a document, and for a category that is neither known nor to be ignored.
     """
     skipped, documents = Counter() if skipped is None else skipped, []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
                 record = json.loads(line)
                 text, spans = record["text"], []
+                text.encode()  # half a surrogate pair is no text
                 fragments = [(*fragment["position"], fragment["category"], fragment.get("value")) for fragment in record["fragments"]]
-                if not isinstance(text, str) or not all(type(p) is int for fragment in fragments for p in fragment[:2]):
+                if not all(list(map(type, fragment[:-1])) == [int, int, str] for fragment in fragments):
                     raise TypeError
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise ValueError(f'{path}:{number}: not a line of {{"text", "fragments": [{{"category", "position"}}, ...]}}') from None
             for start, end, category, value in sorted(fragments, key=lambda fragment: fragment[:2]):
                 if category not in CATEGORIES and category not in IGNORED:
@@ -216,7 +217,7 @@ PRESETS = {
     "tiny": dict(encoder=DEFAULT_ENCODER, out="runs/pii", steps=900, learning_rate=2e-3, eval_every=450),
     "starpii": dict(),
 }
-MACHINE_FIELDS = set("data out encoder micro_batch_size device log_every keep_checkpoints timeout".split())
+MACHINE_FIELDS = set("out micro_batch_size device log_every keep_checkpoints timeout".split())
 
 
 def learning_rate(config, step):
@@ -264,6 +265,8 @@ def _train(config, ranks):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{config.encoder}: its tokenizer has more tokens than its model")
         train_set = Windows(labelled["train"], tokenizer, model.config.max_position_embeddings)
+        if not len(train_set):
+            raise ValueError(f"{config.data}: no text in its train.jsonl")
         if config.batch_size < ranks.world_size:
             raise ValueError(f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a window")
         optimizer = make_optimizer(model, config)
@@ -430,12 +433,16 @@ def parse_arguments(argv=None):
                 "paths", metavar="DATA", help="labelled documents, JSON lines; or a clone of CredSweeper or detect-secrets"
             )
         else:
-            command.add_argument("paths", nargs="+", metavar="PATH", help="files, and directories with all that is below them")
+            text = "files, and directories with what is below them but for .git, venv, node_modules and the like"
+            command.add_argument("paths", nargs="+", metavar="PATH", help=text)
         command.add_argument("--model", default="runs/pii", metavar="RUN", help="the fine-tuned model (default: runs/pii)")
-        command.add_argument("--rules", action="store_true", help="join the model with rules for addresses and known formats of keys")
+        if name != "eval":  # which measures both ways
+            command.add_argument("--rules", action="store_true", help="join the model with rules for addresses and known formats of keys")
         command.add_argument("--rules-only", action="store_true", help="the rules without the model")
         command.add_argument("--threshold", type=float, default=0.5, metavar="P", help="least score of what the model finds (default: 0.5)")
-        command.add_argument("--categories", metavar="A,B", default=",".join(CATEGORIES), help="only these (default: all six)")
+        command.set_defaults(categories=",".join(CATEGORIES))
+        if name != "eval":
+            command.add_argument("--categories", metavar="A,B", help="only these (default: all six)")
         command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
         if name == "detect":
             command.add_argument("--json", action="store_true", help="a line of JSON for each")
@@ -467,7 +474,7 @@ def detector_of(arguments):
         return Detector(rules=True, **options)
     if not os.path.isdir(arguments.model):
         raise ValueError(f"{arguments.model}: no such directory; `python pii.py train` makes a detector, --rules-only needs none")
-    return Detector.from_pretrained(arguments.model, arguments.device, rules=arguments.rules, **options)
+    return Detector.from_pretrained(arguments.model, arguments.device, rules=getattr(arguments, "rules", False), **options)
 
 
 def detect_command(arguments):

@@ -5,8 +5,9 @@
 The annotated set that StarPII was trained on may not be redistributed, so here labels are made by construction: excerpts of real files get
 author lines, addresses, keys, passwords and so on, whose values are drawn from the `faker` library and from the formats of real keys, and
 as many things that only look like them: hashes, version numbers, placeholders, public keys, images, loopback addresses. A line that
-mentions an author or an address before is left out of the excerpt. A model is tested on files, templates *and* values that it has never
-seen; all the same, what it reaches here says how well it knows these templates' kin, not how well it would do on your repository.
+mentions an author or an address before is left out of the excerpt. A model is tested on files, values *and* templates (but for some
+forms that two of them share) that it has never seen; all the same, what it reaches here says how well it knows these templates' kin, not
+how well it would do on your repository.
 
 A line of JSON is a document, as in the annotated set: its `text`, and `fragments` with `category`, `position` (start and end in characters)
 and `value`.
@@ -830,6 +831,8 @@ def synthesize(sources, out, count=16_000, seed=0):
             break
     if not all(hosts.values()):
         raise ValueError(f"too few files in {', '.join(sources)}: train, validation and test need some each")
+    if not all(round(count * part) for part in SPLITS.values()):
+        raise ValueError(f"{count} documents are too few: train, validation and test need some each")
     made = {}
     for split, part in SPLITS.items():
         values, groups = Values(split, random.Random(f"{seed} {split}")), templates(split)

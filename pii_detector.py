@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ KEYS = re.compile(
     r"[0-9a-f]{32}-us\d{1,2}|AKC[A-Za-z0-9]{10,}|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}|hv[sb]\.[\w-]{24,}|dapi[0-9a-f]{32}|"
     r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|ya29\.[\w-]{30,}|gl(?:c|sa)_[\w+/=]{32,}|SWMTKN-1-[\w-]{50,}|oy2[a-z0-9]{43}|ATATT3[\w=-]{100,}|"
     r"amzn\.mws\.[0-9a-f-]{36}|sl\.[\w-]{130,}|gl(?:ptt|dt|rt|ft|soat|imt|agent)-[\w-]{20,}|(?<=AccountKey=)[A-Za-z0-9+/]{86}==|"
-    r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})(?![A-Za-z0-9_])|"
+    r"(?<!-)eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})(?![A-Za-z0-9_])|"
     r"-----BEGIN(?: [A-Z0-9]+)* PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){20,20000}-----END(?: [A-Z0-9]+)* PRIVATE KEY(?: BLOCK)?-----",
     re.ASCII,
 )
@@ -216,13 +217,15 @@ class Detector:
     @classmethod
     def from_pretrained(cls, directory, device="auto", **options):
         """Reads a directory that `train` wrote. Raises ValueError for a model with other classes."""
-        model = StarEncoderForTokenClassification.from_pretrained(directory)
+        model, tokenizer = StarEncoderForTokenClassification.from_pretrained(directory), Tokenizer.from_pretrained(directory)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(f"{directory}: its tokenizer has more tokens than its model")
         if model.config.id2label is None or list(model.config.id2label.values()) != LABELS:
             raise ValueError(
                 f"{directory}: no PII detector (its classes are not those of pii.py); fine-tune one with `python pii.py train`"
             )
         device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        return cls(model.to(device).eval(), Tokenizer.from_pretrained(directory), **options)
+        return cls(model.to(device).eval(), tokenizer, **options)
 
     def find(self, texts):
         """[[Entity, ...], ...] of each text, sorted, without overlaps."""
@@ -294,12 +297,13 @@ def segments(file):
         begin = content.rfind(b"-----BEGIN")  # of a key, which stays whole
         if block and begin >= 0 and b"-----END" not in content[begin:] and len(content) - begin < 50_000:
             cut = min(cut, begin)
-        if not cut:  # a line without end: where a character ends, and if there is one a word
-            cut = max(content.rfind(b" "), content.rfind(b","), 0) + 1 if len(content) > 2 * SEGMENT else 0
+        if not cut:  # a line without end: where a word ends, or else where a character does
+            cut = max(content.rfind(b" "), content.rfind(b",")) + 1 if len(content) > 2 * SEGMENT else 0
             if not cut and len(content) > 4 * SEGMENT:
                 cut = len(content)
-                while cut > 1 and 0x80 <= content[cut - 1]:
+                while cut > len(content) - 3 and content[cut - 1] & 0xC0 == 0x80:
                     cut -= 1
+                cut -= content[cut - 1] >= 0xC0
         piece, rest = content[:cut], content[cut:]
         if piece:
             try:
@@ -309,7 +313,10 @@ def segments(file):
 
 
 def files_of(paths, skipped):
-    """[(path, path below its root), ...] of files and of those in directories, sorted. Raises ValueError for a path that is missing."""
+    """[(path, path below its root), ...] of files and of those in directories, sorted.
+
+    Raises ValueError for a path that is missing, and for a file named in `paths` that cannot be read: others are counted in `skipped`.
+    """
     found = []
 
     def unreadable(error):
@@ -317,11 +324,15 @@ def files_of(paths, skipped):
 
     for root in paths:
         if os.path.isfile(root):
+            if not os.access(root, os.R_OK):
+                raise ValueError(f"{root}: may not be read")
             found.append((root, os.path.basename(root)))
             continue
         if not os.path.isdir(root):
             raise ValueError(f"{root}: no such file or directory")
         for folder, folders, names in os.walk(root, onerror=unreadable):
+            if left := [f for f in folders if f in SKIPPED_DIRECTORIES]:
+                skipped["directories as .git, venv or node_modules"] += len(left)
             folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
             for name in sorted(names):
                 path = os.path.join(folder, name)
@@ -427,6 +438,14 @@ def outside_placeholders(text, entities):
     return [entity for entity in kept if any(c.isalnum() for c in text[entity.start : entity.end])]
 
 
+def new_file(folder):
+    """The path of a new, empty file in a directory, which is made."""
+    os.makedirs(folder, exist_ok=True)
+    handle, path = tempfile.mkstemp(dir=folder, prefix=".redacting-")
+    os.close(handle)
+    return path
+
+
 def redact_file(detector, path, out):
     """Writes `path` to `out`, which may be the same, with everything replaced that is found; returns a Counter of categories.
 
@@ -434,8 +453,8 @@ def redact_file(detector, path, out):
     changes nothing. Whole or not at all, with the same permissions; bytes outside of entities stay what they are.
     """
     counts, seen, source = Counter(), {}, path
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    temporary, other = f"{out}.redacting.tmp", f"{out}.redacting2.tmp"
+    temporary = new_file(os.path.dirname(out) or ".")
+    other = new_file(os.path.dirname(out) or ".")
     try:
         while True:
             changed = False
@@ -468,13 +487,15 @@ def redact(detector, paths, out=None):
     file or lies in a directory that is to be copied.
     """
     skipped, counts, places = Counter(), Counter(), {}
-    if out is not None and os.path.exists(out) and not os.path.isdir(out):
-        raise ValueError(f"{out}: not a directory; choose another --out")
+    if out is not None and (not out or os.path.exists(out) and not os.path.isdir(out)):
+        raise ValueError(f"{out or repr(out)}: not a directory; choose another --out")
     for path in paths if out is not None else ():
         if os.path.isdir(path) and os.path.join(os.path.realpath(out), "").startswith(os.path.join(os.path.realpath(path), "")):
             raise ValueError(f"{out} lies in {path}; choose a directory outside of it")
     for path, name in files_of(paths, skipped):
         target = os.path.realpath(path) if out is None else os.path.join(out, name)  # not a link, but what it names
+        if target in places and out is None:  # named twice
+            continue
         if target in places or out is not None and os.path.exists(target):
             raise ValueError(
                 f"{target}: {'two files would be written there' if target in places else 'exists already'}; choose another --out"
@@ -484,8 +505,9 @@ def redact(detector, paths, out=None):
         file = open_text(path, skipped)
         if file is None:
             if out is not None and os.access(path, os.R_OK):
-                os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-                shutil.copyfile(path, target)
+                temporary = new_file(os.path.dirname(target))
+                shutil.copy(path, temporary)
+                os.replace(temporary, target)
             continue
         file.close()
         counts += redact_file(detector, path, target)

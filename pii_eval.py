@@ -11,10 +11,11 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections import Counter
 
 import numpy as np
 
-from data import read_json, write_whole
+from data import first_line, read_json, write_whole
 from pii import evaluate, read_labelled, scores
 from pii_data import CATEGORIES
 from pii_detector import Detector, Entity
@@ -202,13 +203,20 @@ def run(detector, path, peers=False, out=None):
 
     Returns a table for people: precision, recall and F1 by category, of exact and of overlapping spans.
     """
-    documents, payloads, results = [], [], {}
-    if not os.path.isdir(path):
-        documents = read_labelled(path)
-    elif os.path.exists(os.path.join(path, "tests", "data", "output.json")):
-        documents = credsweeper_samples(path)
-    elif not (payloads := detect_secrets_payloads(path)):
-        raise ValueError(f"{path}: give labelled documents, or a clone of CredSweeper or detect-secrets")
+    documents, payloads, results, skipped = [], [], {}, Counter()
+    if out and (os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or ".")):
+        raise ValueError(f"{out}: no file can be written there")  # now, not after the measurement
+    try:
+        if not os.path.isdir(path):
+            documents = read_labelled(path, skipped)
+        elif os.path.exists(os.path.join(path, "tests", "data", "output.json")):
+            documents = credsweeper_samples(path)
+        elif not (payloads := detect_secrets_payloads(path)):
+            raise ValueError(f"{path}: give labelled documents, or a clone of CredSweeper or detect-secrets")
+    except (TypeError, KeyError, SyntaxError) as error:
+        raise ValueError(f"{path}: not the tests of CredSweeper or detect-secrets as they are known here ({first_line(error)})") from None
+    for reason, n in skipped.items():
+        print(f"left out: {n:,} {reason}")
     for name, (find, covered) in contenders(detector, peers).items():
         at_once = len(documents) + len(payloads) if name in PEERS else 64
         table = flagged(find, payloads, at_once) if payloads else evaluate(find, documents, at_once=at_once, description=name)

@@ -52,8 +52,8 @@ class StarEncoderConfig:
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "max_position_embeddings", "type_vocab_size"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
         if self.hidden_act != "gelu":
@@ -84,6 +84,8 @@ class StarEncoderConfig:
         with open(path) as f:
             try:
                 entries = json.load(f)
+                if not isinstance(entries, dict) or not isinstance(entries.get("id2label") or {}, dict):
+                    raise ValueError("not the entries of a model")
             except ValueError as error:
                 raise ValueError(f"{path}: damaged ({error})") from None
         if entries.get("model_type", "bert") != "bert" or entries.get("is_decoder"):

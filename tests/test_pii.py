@@ -120,8 +120,19 @@ def test_labelled_documents(tmp_path):
     assert skipped == {"fragments that overlap another": 1, "fragments that do not fit their text": 2}
     offsets = np.array([(0, 5), (5, 7), (7, 11)])
     assert pii.labels_of(offsets, documents[0][1]).tolist() == [LABELS.index("B-NAME"), 0, -100]
-    for line in ("{", "[]", '{"text": 3, "fragments": []}', '{"text": "a"}', '{"text": "a", "fragments": [{"position": ["0", 1]}]}'):
-        path.write_text(line)
+    fragment = '{"text": "a", "fragments": [{"position": %s, "category": %s}]}'
+    odd = [fragment % at for at in (('["0", 1]', '"NAME"'), ("[0, 1, 2]", '"NAME"'), ("[0, 1]", "{}"), ("[0, 1]", "[]"))]
+    for line in (
+        "{",
+        "[]",
+        '{"text": 3, "fragments": []}',
+        '{"text": "a"}',
+        '{"text": "\\ud800", "fragments": []}',
+        "[" * 100_000,
+        "\xff",
+        *odd,
+    ):
+        path.write_text(line, encoding="latin-1")
         with pytest.raises(ValueError, match="a.jsonl:1: not a line of"):
             pii.read_labelled(path)
     path.write_text(json.dumps({"text": "Alice", "fragments": [{"category": "SHOE", "position": [0, 5]}]}))
@@ -152,7 +163,7 @@ def test_rules(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "a.", "@", "a@", "1", "1.", ":", "-----BEGIN PRIVATE KEY-----", "eyJ", "sk-", "a-", "xox", '"', "<NAME>"]
+    "text", ["a", "a.", "@", "a@", "1", "1.", ":", "-----BEGIN PRIVATE KEY-----", "eyJ", "-eyJ", "sk-", "a-", "xox", '"', "<NAME>"]
 )
 def test_no_text_takes_the_rules_long(text):
     """A regular expression that tries again at every place would take hours here."""
@@ -278,6 +289,16 @@ def test_segments_are_the_file(content, size):
         assert b"".join(text.encode(encoding) for text, encoding in pii_detector.segments(io.BytesIO(content))) == content
 
 
+@pytest.mark.parametrize("character", "a漢🙂")
+def test_a_line_without_end_is_cut_where_characters_end(monkeypatch, character):
+    import io
+
+    monkeypatch.setattr(pii_detector, "SEGMENT", 1000)
+    pieces = list(pii_detector.segments(io.BytesIO(f"8.8.4.4;{character * 20_000}".encode())))
+    assert {encoding for _, encoding in pieces} == {"utf-8"} and pieces[0][0].startswith("8.8.4.4;")
+    assert min(len(text.encode()) for text, _ in pieces[:-1]) > 3000 and max(len(text.encode()) for text, _ in pieces) < 6000
+
+
 def test_a_private_key_is_not_cut(monkeypatch):
     import io
 
@@ -314,6 +335,7 @@ def test_detect(files):
     assert result.returncode == 0 and "mail.org" not in result.stdout  # only its first two characters
     assert len(result.stdout.splitlines()) == 4 and f"{files / 'a.py'}:1:3  bo…" in result.stdout
     assert "found: 3 EMAIL, 1 IP_ADDRESS; left out:" in result.stderr and "1 binary" in result.stderr and "1 empty" in result.stderr
+    assert "1 directories as .git" in result.stderr
     result = program(pii, "detect", str(files), "--rules-only", "--json", "--show", "--fail", "--categories", "EMAIL")
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert result.returncode == 1 and {record["text"] for record in records} == {"bob@mail.org"}
@@ -332,6 +354,7 @@ def test_who_reads_the_output_may_have_enough(files):
 
 
 def test_redact(files, tmp_path):
+    os.chmod(files / "binary.bin", 0o750)
     before = {name: read(files / name) for name in ("a.py", "allowed.py", "binary.bin", "sub/latin.txt")}
     result = program(pii, "redact", str(files), "--rules-only", "--out", str(tmp_path / "out"))
     assert result.returncode == 0 and "3 EMAIL" in result.stdout
@@ -341,13 +364,15 @@ def test_redact(files, tmp_path):
     assert read(out / "allowed.py") == b"# bob@mail.org  pii: allow\nhost = '172.16.31.10'\n"
     assert read(out / "binary.bin") == before["binary.bin"] and read(out / "empty.py") == b"" and not (out / ".git").exists()
     assert {name: read(files / name) for name in before} == before
+    assert os.access(out / "binary.bin", os.X_OK) and not list(tmp_path.rglob(".redacting*"))
     assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", str(out)), "exists already")
+    assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", ""), "not a directory")
     assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", str(files / "out")), "lies in")
     assert program(pii, "redact", str(files), "--rules-only", "--in-place").returncode == 0
-    assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py") and not list(files.rglob("*.tmp"))
+    assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py") and not list(files.rglob(".redacting*"))
     assert_refused(program(pii, "redact", str(files), "--rules-only", "--out", str(out / "a.py")), "not a directory")
     (files / "a.py").write_bytes(before["a.py"])
-    assert program(pii, "redact", str(files / "link.py"), "--rules-only", "--in-place").returncode == 0
+    assert program(pii, "redact", *[str(files / "link.py")] * 2, "--rules-only", "--in-place").returncode == 0
     assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py")
 
 
@@ -357,7 +382,7 @@ def test_a_file_that_cannot_be_written_stays(files, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     assert_refused(program(pii, "redact", str(files / "a.py"), "--rules-only", "--in-place"), "No space left")
-    assert read(files / "a.py") == b"# bob@mail.org\nx = 1\n" and not list(files.rglob("*.tmp"))
+    assert read(files / "a.py") == b"# bob@mail.org\nx = 1\n" and not list(files.rglob(".redacting*"))
 
 
 @pytest.mark.parametrize(
@@ -373,6 +398,8 @@ def test_a_file_that_cannot_be_written_stays(files, monkeypatch):
         (["train", "--learning-rate", "nan"], "learning_rate"),
         (["train", "--encoder", "/nowhere"], "/nowhere"),
         (["synthesize", "/nowhere", "--out", "x"], "no such file"),
+        (["synthesize", "--out", "x", "--count", "3"], "too few"),
+        (["eval", "README.md", "--rules-only", "--out", "nowhere/x.json"], "no file can be written"),
         (["nonsense"], "invalid choice"),
     ],
 )
@@ -472,6 +499,9 @@ def test_early_stopping_and_random_weights(encoder, labelled, tmp_path):
     assert sum(b'"f1"' in line for line in read(os.path.join(config.out, "metrics.jsonl")).splitlines()) == 3
     with pytest.raises(ValueError, match="holds a run with random_weights True"):
         pii.train(config_of(encoder, labelled, tmp_path / "pii", learning_rate=0.0, patience=2))
+    other = shutil.copytree(labelled, tmp_path / "other")
+    with pytest.raises(ValueError, match="holds a run with data"):
+        pii.train(config_of(encoder, str(other), tmp_path / "pii", learning_rate=0.0, patience=2, random_weights=True))
 
 
 @pytest.mark.slow
