@@ -32,7 +32,7 @@ import plan
 import train as pretraining
 from data import CommandLine, Tokenizer, permute, run, share
 from pii_data import CATEGORIES, synthesize
-from pii_detector import LABELS, Detector, pack, redact, redacted, scan, windows
+from pii_detector import LABELS, RULE_CATEGORIES, Detector, pack, redact, redacted, scan, windows
 from ranks import Ranks
 from run_directory import Metrics, newest_sound_checkpoint, open_run, save_checkpoint, step_of
 from starencoder import StarEncoderConfig, StarEncoderForTokenClassification
@@ -471,6 +471,8 @@ def detector_of(arguments):
         raise ValueError(f"--threshold must lie between 0 and 1, got {arguments.threshold}")
     options = dict(threshold=arguments.threshold, categories=categories)
     if arguments.rules_only:
+        if not set(categories) & set(RULE_CATEGORIES):
+            raise ValueError(f"the rules find only {', '.join(RULE_CATEGORIES)}; without --rules-only the model finds all")
         return Detector(rules=True, **options)
     if not os.path.isdir(arguments.model):
         raise ValueError(f"{arguments.model}: no such directory; `python pii.py train` makes a detector, --rules-only needs none")

@@ -102,6 +102,9 @@ def addresses(text):
                 yield start, port  # 8.8.8.8:80
 
 
+RULE_CATEGORIES = ("EMAIL", "KEY", "IP_ADDRESS")
+
+
 def by_rules(text, veto=lambda start, end: False):
     """The entities that regular expressions find: e-mail and IP addresses, unless `veto` says of such a span that it is none; keys."""
     found = [Entity(*match.span(), "EMAIL", 1.0) for match in EMAIL.finditer(text) if not NO_EMAIL.match(match[0])]
@@ -216,7 +219,7 @@ class Detector:
 
     @classmethod
     def from_pretrained(cls, directory, device="auto", **options):
-        """Reads a directory that `train` wrote. Raises ValueError for a model with other classes."""
+        """Reads a directory that `train` wrote. Raises ValueError for a model with other classes, and for a device that is not there."""
         model, tokenizer = StarEncoderForTokenClassification.from_pretrained(directory), Tokenizer.from_pretrained(directory)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{directory}: its tokenizer has more tokens than its model")
@@ -224,6 +227,8 @@ class Detector:
             raise ValueError(
                 f"{directory}: no PII detector (its classes are not those of pii.py); fine-tune one with `python pii.py train`"
             )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, and torch sees none; use --device cpu")
         device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
         return cls(model.to(device).eval(), tokenizer, **options)
 

@@ -18,7 +18,7 @@ import numpy as np
 from data import first_line, read_json, write_whole
 from pii import evaluate, read_labelled, scores
 from pii_data import CATEGORIES
-from pii_detector import Detector, Entity
+from pii_detector import RULE_CATEGORIES, Detector, Entity
 
 PASSWORD_KINDS = ("password", "passwd", "basic auth", "secret keyword", "credential", "sql", "auth", "salt", "nonce")
 PEERS = {  # the package, and the categories that it covers
@@ -117,7 +117,7 @@ def contenders(detector, peers):
     found = {}
     if detector.model:
         found["model"] = (Detector(detector.model, detector.tokenizer, False, detector.threshold).find, CATEGORIES)
-    found["rules"] = (Detector(rules=True).find, ("EMAIL", "KEY", "IP_ADDRESS"))
+    found["rules"] = (Detector(rules=True).find, RULE_CATEGORIES)
     if detector.model:
         both = Detector(detector.model, detector.tokenizer, True, detector.threshold)
         found["model + rules"] = (both.find, CATEGORIES)

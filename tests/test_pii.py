@@ -400,6 +400,7 @@ def test_a_file_that_cannot_be_written_stays(files, monkeypatch):
         (["synthesize", "/nowhere", "--out", "x"], "no such file"),
         (["synthesize", "--out", "x", "--count", "3"], "too few"),
         (["eval", "README.md", "--rules-only", "--out", "nowhere/x.json"], "no file can be written"),
+        (["detect", ".", "--rules-only", "--categories", "NAME"], "the rules find only EMAIL"),
         (["nonsense"], "invalid choice"),
     ],
 )
