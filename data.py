@@ -522,10 +522,15 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)  # as of a process that SIGPIPE ends
     except (ValueError, OSError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        print(f"{program()}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def program():
+    """The name under which this was started."""
+    return os.path.basename(sys.argv[0])
 
 
 def first_line(error):

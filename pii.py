@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -34,7 +35,7 @@ from data import CommandLine, Tokenizer, permute, run, share
 from pii_data import CATEGORIES, synthesize
 from pii_detector import LABELS, RULE_CATEGORIES, Detector, pack, redact, redacted, scan, windows
 from ranks import Ranks
-from run_directory import Metrics, newest_sound_checkpoint, open_run, save_checkpoint, step_of
+from run_directory import Metrics, newest_sound_checkpoint, open_run, save_checkpoint, step_of, warn
 from starencoder import StarEncoderConfig, StarEncoderForTokenClassification
 from train import dtype_of, make_optimizer, option, until_signal
 
@@ -329,7 +330,8 @@ def _train(config, ranks):
         evaluating = done == config.steps or done % config.eval_every == 0
         if evaluating or stopping or done % config.log_every == 0:
             line = metrics.flush()
-            bar.set_postfix_str(f"loss {line.get('loss', math.nan):.4f}, {line['tokens_per_second']:,.0f} tokens/s, best F1 {best:.3f}")
+            so_far = f", best F1 {best:.3f}" if best >= 0 else ""
+            bar.set_postfix_str(f"loss {line.get('loss', math.nan):.4f}, {line['tokens_per_second']:,.0f} tokens/s{so_far}")
         if evaluating:
             model.eval()
             figures = evaluate(Detector(model, tokenizer, threshold=0.0).find, labelled["validation"], ranks)
@@ -342,6 +344,10 @@ def _train(config, ranks):
             if lead:
                 words = ", ".join(f"{name.partition('/')[2]} {value:.3f}" for name, value in by_category.items())
                 bar.write(f"step {done:6}: F1 {f1:.3f} ({words})", file=sys.stderr)
+                try:
+                    draw_curves(config.out)
+                except OSError as error:
+                    warn(f"{config.out}/curves.png cannot be drawn ({error})")
                 if better:
                     model.save_pretrained(config.out)
         if lead and (evaluating or stopping):
@@ -355,7 +361,8 @@ def _train(config, ranks):
     if done < config.steps and not ended:
         say(f"Stopped after step {done} of {config.steps}; the same command goes on from there.")
         return None
-    say(f"Best F1 {best:.3f} on {config.data}/validation.jsonl. The detector is in {config.out} (a Hugging Face directory).")
+    say(f"Best F1 {best:.3f} on {config.data}/validation.jsonl. The detector is in {config.out} (a Hugging Face directory),")
+    say(f"its curves in {config.out}/curves.png.")
     return best
 
 
@@ -368,6 +375,27 @@ def best_so_far(path, ranks):
                 best, since = (f1, 0) if f1 > best else (best, since + 1)
     best, since = ranks.sum([best, since] if ranks.rank == 0 else [0.0, 0])
     return best, int(since)
+
+
+def draw_curves(run):
+    """Draws RUN/curves.png from RUN/metrics.jsonl: the loss of each step, and the F1 of each category in the validation documents."""
+    from matplotlib.figure import Figure  # not pyplot, whose state is the caller's
+
+    with open(os.path.join(run, "metrics.jsonl")) as f:
+        lines = [json.loads(line) for line in f]
+    train, held_out = [m for m in lines if "loss" in m], [m for m in lines if "f1" in m]
+    figure = Figure(figsize=(11, 4))
+    losses, figures = figure.subplots(1, 2)
+    losses.semilogy([m["step"] for m in train], [m["loss"] for m in train], color="0.5", linewidth=0.8)
+    losses.set(xlabel="step", ylabel="loss (nats)")
+    for name, marker in zip(("f1", *(f"f1/{category}" for category in CATEGORIES)), "osv^Dx+"):
+        points = [(m["step"], m[name]) for m in held_out if name in m]
+        style = dict(color="0", linewidth=2) if name == "f1" else dict(color="0.5", linewidth=0.8)
+        figures.plot(*zip(*points), marker=marker, label=name[3:] or "macro", **style)
+    figures.set(xlabel="step", ylabel="F1, validation", ylim=(0, 1))
+    figures.legend()
+    figure.tight_layout()
+    figure.savefig(os.path.join(run, "curves.png"), dpi=100)
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------------------
@@ -513,6 +541,7 @@ def main(argv=None):
     elif command == "detect":
         raise SystemExit(detect_command(arguments))
     elif command == "redact":
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exit, on whose way what is half written is removed
         counts, skipped = redact(detector_of(arguments), arguments.paths, arguments.out)
         print("redacted: " + (", ".join(f"{n:,} {what}" for what, n in counts.most_common()) or "nothing"))
         if skipped:

@@ -397,6 +397,8 @@ def scan(detector, paths, skipped, description="detecting"):
             with file:
                 line, column, before = 0, 0, 0
                 for text, _ in segments(file):
+                    if not line and not column and text.startswith("\ufeff"):
+                        column = -1  # a byte order mark has no column
                     waiting.append((path, line, column, text))
                     line += text.count("\n")
                     column = len(text) - text.rfind("\n") - 1 + (0 if "\n" in text else column)

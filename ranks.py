@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from data import first_line
+from data import first_line, program
 
 GRACE = 5  # seconds that the ranks which are left have to say so
 
@@ -61,7 +61,7 @@ class Ranks:
             dist.init_process_group(store=store, rank=rank, world_size=world_size, **backend)
             return cls(rank, world_size, device, dist.new_group(backend="gloo", timeout=patience), timeout)
         except RuntimeError as error:
-            print(f"train.py: error: the ranks did not find each other at {values[4]}:{port} ({first_line(error)})", file=sys.stderr)
+            print(f"{program()}: error: the ranks did not find each other at {values[4]}:{port} ({first_line(error)})", file=sys.stderr)
             raise SystemExit(1) from None
 
     def wait(self):
@@ -115,7 +115,7 @@ class Ranks:
             speaks = stored or os.environ.get("LOCAL_RANK", "0") in ("0", "1")  # without the store, one or two for each machine
             if not speaks:
                 os._exit(1)
-            print(f"train.py: error: {who} ({first_line(error)}); the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"{program()}: error: {who} ({first_line(error)}); the same command goes on from the last checkpoint", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)  # at once: what NCCL waits for will never come
 

@@ -6,8 +6,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -342,6 +344,8 @@ def test_detect(files):
     assert {(os.path.basename(r["file"]), r["line"], r["column"]) for r in records} == {
         ("a.py", 1, 3), ("latin.txt", 1, 7), ("line.json", 1, 2_100_003)
     }  # fmt: skip
+    (files / "marked.txt").write_bytes("\ufeffbob@mail.org".encode())  # the byte order mark has no column
+    assert f"{files / 'marked.txt'}:1:1  bo…" in program(pii, "detect", str(files / "marked.txt"), "--rules-only").stdout
     assert program(pii, "detect", str(files / "empty.py"), "--rules-only", "--fail").returncode == 0
     assert program(pii, "detect", str(files / "a.py"), "--rules-only").stderr.endswith("found: 1 EMAIL\n")  # and nothing left out
 
@@ -374,6 +378,16 @@ def test_redact(files, tmp_path):
     (files / "a.py").write_bytes(before["a.py"])
     assert program(pii, "redact", *[str(files / "link.py")] * 2, "--rules-only", "--in-place").returncode == 0
     assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py")
+
+
+def test_nothing_half_written_is_left(tmp_path):
+    (tmp_path / "long.py").write_text("# bob@mail.org 8.8.8.8\n" * 500_000)
+    process = subprocess.Popen([sys.executable, "pii.py", "redact", str(tmp_path / "long.py"), "--rules-only", "--in-place"], cwd=ROOT)
+    while not list(tmp_path.glob(".redacting*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM and os.listdir(tmp_path) == ["long.py"]
 
 
 def test_a_file_that_cannot_be_written_stays(files, monkeypatch):
@@ -455,7 +469,7 @@ def trained(encoder, labelled, tmp_path_factory):
 
 def test_training_learns_and_opens_in_transformers(trained, labelled):
     out, f1 = trained
-    assert f1 > 0.8
+    assert f1 > 0.8 and os.path.exists(os.path.join(out, "curves.png"))
     detector = Detector.from_pretrained(out, "cpu")
     assert pii.evaluate(detector.find, pii.read_labelled(os.path.join(labelled, "validation.jsonl")))["macro"]["f1"] >= f1 - 1e-6
     theirs = transformers.BertForTokenClassification.from_pretrained(out).eval()
