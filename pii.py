@@ -35,7 +35,7 @@ from data import CommandLine, Tokenizer, permute, run, share
 from pii_data import CATEGORIES, synthesize
 from pii_detector import LABELS, RULE_CATEGORIES, Detector, pack, redact, redacted, scan, windows
 from ranks import Ranks
-from run_directory import Metrics, newest_sound_checkpoint, open_run, save_checkpoint, step_of, warn
+from run_directory import Metrics, draw_curves, newest_sound_checkpoint, open_run, save_checkpoint, step_of
 from starencoder import StarEncoderConfig, StarEncoderForTokenClassification
 from train import dtype_of, make_optimizer, option, until_signal
 
@@ -344,10 +344,7 @@ def _train(config, ranks):
             if lead:
                 words = ", ".join(f"{name.partition('/')[2]} {value:.3f}" for name, value in by_category.items())
                 bar.write(f"step {done:6}: F1 {f1:.3f} ({words})", file=sys.stderr)
-                try:
-                    draw_curves(config.out)
-                except OSError as error:
-                    warn(f"{config.out}/curves.png cannot be drawn ({error})")
+                draw_curves(config.out, draw_fine_tuning)
                 if better:
                     model.save_pretrained(config.out)
         if lead and (evaluating or stopping):
@@ -377,14 +374,10 @@ def best_so_far(path, ranks):
     return best, int(since)
 
 
-def draw_curves(run):
-    """Draws RUN/curves.png from RUN/metrics.jsonl: the loss of each step, and the F1 of each category in the validation documents."""
-    from matplotlib.figure import Figure  # not pyplot, whose state is the caller's
-
-    with open(os.path.join(run, "metrics.jsonl")) as f:
-        lines = [json.loads(line) for line in f]
-    train, held_out = [m for m in lines if "loss" in m], [m for m in lines if "f1" in m]
-    figure = Figure(figsize=(11, 4))
+def draw_fine_tuning(figure, train, lines):
+    """The curves of a fine-tuning, for `draw_curves`: the loss of each step, and the F1 of each category in the validation documents."""
+    held_out = [m for m in lines if "f1" in m]
+    figure.set_size_inches(11, 4)
     losses, figures = figure.subplots(1, 2)
     losses.semilogy([m["step"] for m in train], [m["loss"] for m in train], color="0.5", linewidth=0.8)
     losses.set(xlabel="step", ylabel="loss (nats)")
@@ -394,8 +387,6 @@ def draw_curves(run):
         figures.plot(*zip(*points), marker=marker, label=name[3:] or "macro", **style)
     figures.set(xlabel="step", ylabel="F1, validation", ylim=(0, 1))
     figures.legend()
-    figure.tight_layout()
-    figure.savefig(os.path.join(run, "curves.png"), dpi=100)
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------------------

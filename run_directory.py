@@ -190,16 +190,32 @@ class Metrics:
             self.tensorboard.flush()
 
 
-def draw_curves(run):
-    """Draws RUN/curves.png from RUN/metrics.jsonl."""
+def draw_curves(run, draw):
+    """Draws RUN/curves.png from RUN/metrics.jsonl, whole or not at all; warns where it cannot be written.
+
+    draw(figure, steps, lines): fills a matplotlib Figure; steps: the lines (dicts) of optimizer steps, at least one; lines: all of them.
+    """
     from matplotlib.figure import Figure  # not pyplot, whose state is the caller's
 
-    with open(os.path.join(run, "metrics.jsonl")) as f:
-        lines = [json.loads(line) for line in f]
-    train, held_out = [m for m in lines if "loss" in m], [m for m in lines if "mlm_accuracy" in m]  # skipped steps have no loss
-    if not train:
-        return
-    figure = Figure(figsize=(11, 7))
+    path, temporary = os.path.join(run, "curves.png"), os.path.join(run, "curves.tmp.png")
+    try:
+        with open(os.path.join(run, "metrics.jsonl")) as f:
+            lines = [json.loads(line) for line in f]
+        steps = [m for m in lines if "loss" in m]  # skipped steps have no loss
+        if not steps:
+            return
+        figure = Figure(layout="tight")
+        draw(figure, steps, lines)
+        figure.savefig(temporary, dpi=100)
+        os.replace(temporary, path)
+    except OSError as error:
+        warn(f"{path} cannot be drawn ({error})")
+
+
+def draw_pretraining(figure, train, lines):
+    """The curves of a pretraining, for `draw_curves`."""
+    held_out = [m for m in lines if "mlm_accuracy" in m]
+    figure.set_size_inches(11, 7)
     (losses, accuracies), (rate, speed) = figure.subplots(2, 2, sharex=True)
     steps = [m["step"] for m in train]
     width = max(1, len(train) // 100)  # the curve of single steps is noise: a running mean over 1 % of them
@@ -225,6 +241,3 @@ def draw_curves(run):
     speed.set(xlabel="step", ylabel="tokens / s", ylim=(0, None))
     losses.legend()
     accuracies.legend()
-    figure.tight_layout()
-    figure.savefig(os.path.join(run, "curves.tmp.png"), dpi=100)
-    os.replace(os.path.join(run, "curves.tmp.png"), os.path.join(run, "curves.png"))

@@ -36,7 +36,7 @@ import kernels
 import plan
 from data import STOP_SIGNALS, Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_meta, run, share
 from ranks import Ranks
-from run_directory import Metrics, draw_curves, newest_sound_checkpoint, open_run, save_checkpoint, step_of, warn
+from run_directory import Metrics, draw_curves, draw_pretraining, newest_sound_checkpoint, open_run, save_checkpoint, step_of, warn
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, fill_mask
 
 # ---- arguments -------------------------------------------------------------------------------------------------------------------
@@ -407,10 +407,7 @@ def _train(config, ranks):
             metrics.write({"step": done} | figures)
             if lead:
                 bar.write(f"step {done:6}: held-out {describe(figures)}", file=sys.stderr)
-                try:
-                    draw_curves(config.out)
-                except OSError as error:
-                    warn(f"{config.out}/curves.png cannot be drawn ({error})")
+                draw_curves(config.out, draw_pretraining)
         if saving and lead:
             try:
                 if metrics.unwritten:  # no checkpoint without the lines of its steps

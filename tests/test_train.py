@@ -163,6 +163,25 @@ def test_a_run_is_what_it_says(undisturbed, tokenizer, capsys):
     assert "held-out code" in capsys.readouterr().out
 
 
+def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "f1": 0.5}\n')
+
+    def draw(figure, steps, lines):
+        assert (len(steps), len(lines)) == (1, 2)
+        figure.subplots().plot([m["loss"] for m in steps], "o")
+
+    run_directory.draw_curves(tmp_path, draw)
+    whole = (tmp_path / "curves.png").read_bytes()
+    assert whole.startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run_directory.draw_curves(tmp_path, full)
+    assert (tmp_path / "curves.png").read_bytes() == whole
+    assert "cannot be drawn ([Errno 28] No space left on device)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["crash", "stop"])
 @pytest.mark.parametrize("step", range(6))
 def test_a_run_stopped_after_any_step_ends_with_the_same_bits(small_corpus, undisturbed, tmp_path, monkeypatch, step, how):
@@ -176,7 +195,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(small_corpus, undi
             os.kill(os.getpid(), signal.SIGTERM)
         return real(config, at)
 
-    monkeypatch.setattr(train, "draw_curves", lambda run: None)  # it takes longer than the run
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)  # it takes longer than the run
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", interrupted)
         if how == "crash":
