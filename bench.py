@@ -215,10 +215,12 @@ def attention_work(B, L, N, D, dtype, dropout_p, device):
     qkv = torch.randn(B * L, 3, N, D, device=device).to(dtype)
     cu_seqlens = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=device)
     seed = torch.zeros((), dtype=torch.int64, device=device)
-    out, lse = torch.empty_like(qkv[:, 0]), torch.ones(N, B * L, device=device)
+    out, shift, norm = kernels.attention_outputs(qkv)
+    for empty in (out, shift, norm):
+        empty.fill_(1)
     return (
-        lambda: kernels._attention_op(qkv, cu_seqlens, L, dropout_p, seed),
-        lambda: kernels._attention_backward_op(out, qkv, out, lse, cu_seqlens, L, dropout_p, seed),
+        lambda: kernels.attention_op(qkv, cu_seqlens, L, dropout_p, seed),
+        lambda: kernels.attention_backward_op(out, qkv, out, shift, norm, cu_seqlens, L, dropout_p, seed),
     )
 
 
@@ -227,30 +229,50 @@ def norm_work(T, H, dtype, dropout_p, device):
     x, w = torch.randn(T, H, device=device).to(dtype), torch.ones(H, device=device)
     seed, statistics = torch.zeros((), dtype=torch.int64, device=device), torch.ones(T, device=device)
     return (
-        lambda: kernels._layer_norm_op(x, x, w, w, 1e-12, dropout_p, seed),
-        lambda: kernels._layer_norm_backward_op(x, x, x, w, statistics, statistics, dropout_p, seed),
-        lambda: kernels._dropout_op(x, dropout_p, seed),
+        lambda: kernels.layer_norm_op(x, x, w, w, 1e-12, dropout_p, seed),
+        lambda: kernels.layer_norm_backward_op(x, x, x, w, statistics, statistics, dropout_p, seed),
+        lambda: kernels.dropout_op(x, dropout_p, seed),
     )
 
 
-def compile_launches(works, **replaced):
-    """Compiles, on all cores, every kernel that the functions in `works` would launch, and launches nothing.
+class Compiler(kernels.Launcher):
+    """Compiles every kernel just as it would be launched, and launches nothing."""
 
-    replaced: names of kernels.py and what stands in for them meanwhile. Returns [(kernel's name, its constants, compiled kernel), ...].
+    def __init__(self, capability=None):
+        self.chip, self.launches = capability, []
+
+    def capability(self, x):
+        return self.chip or super().capability(x)
+
+    def launch(self, kernel, grid, arguments, constants):
+        self.launches.append((kernel.fn.__name__.lstrip("_"), constants, kernel.warmup(*arguments, grid=grid, **constants)))
+
+
+def compile_launches(works, capability=None):
+    """Compiles, on all cores, every kernel that the functions in `works` would launch.
+
+    capability: of the chip to choose tiles for, such as (9, 0), where it is not here.
+    Returns [(kernel's name, its constants, compiled kernel), ...].
     """
-    launches = []
-
-    def compile_only(kernel, grid, *arguments, **constants):
-        launches.append((kernel.fn.__name__.lstrip("_"), constants, kernel.warmup(*arguments, grid=grid, **constants)))
-
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        with mock.patch.multiple(kernels, _launch=compile_only, **replaced):
+        with kernels.Launcher.replaced(Compiler(capability)) as compiler:
             for work in works:
                 work()
         return [
             (name, constants, kernel.result(ignore_errors=True) if isinstance(kernel, triton.FutureKernel) else kernel)
-            for name, constants, kernel in tqdm(launches, desc="compiling", unit="kernel")
+            for name, constants, kernel in tqdm(compiler.launches, desc="compiling", unit="kernel")
         ]
+
+
+def machine_code_usage(kernel):
+    """Registers of a thread and bytes that it spills, of a compiled kernel."""
+    (cuobjdump,) = glob.glob(os.path.join(os.path.dirname(triton.__file__), "**", "cuobjdump"), recursive=True)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack)
 
 
 class Chip:
@@ -271,19 +293,14 @@ class Chip:
 
 def bench_resources(path=None):
     """Compiles every kernel just as it would be launched, for four chips that need not be here, and reads the machine code."""
-    (cuobjdump,) = glob.glob(os.path.join(os.path.dirname(triton.__file__), "**", "cuobjdump"), recursive=True)
     rows = []
     for capability in (80, 89, 90, 100):
         triton.runtime.driver.set_active(Chip(capability))
         for dtype, dropout_p in itertools.product((torch.bfloat16, torch.float16, torch.float32), (0.0, 0.1)):
             works = [work for D in (64, 128) for work in attention_work(1, 1000, 12, D, dtype, dropout_p, "cpu")]
             works += norm_work(1000, 768, dtype, dropout_p, "cpu")[: 3 if dropout_p else 2]
-            for name, constants, kernel in compile_launches(works, _capability=lambda x, c=capability: divmod(c, 10)):
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-                    f.write(kernel.asm["cubin"])
-                    f.flush()
-                    usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
-                registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+            for name, constants, kernel in compile_launches(works, divmod(capability, 10)):
+                registers, stack = machine_code_usage(kernel)
                 blocks = [str(constants[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_R", "BLOCK_H") if k in constants]
                 row = {"chip": f"sm_{capability}", "kernel": name, "dtype": str(dtype)[6:], "D or H": constants.get("D", 768)}
                 row |= {"dropout": dropout_p, "tile": "x".join(blocks), "warps": kernel.metadata.num_warps, "registers": registers}
@@ -408,14 +425,20 @@ def bench_kernels(path=None):
 
 
 def bench_tune(path=None):
-    """Tries launch settings for every kernel on this GPU, without dropout and with 0.1, and prints an entry for `kernels.TILES`."""
+    """Tries launch settings for every kernel on this GPU, without dropout and with 0.1, and prints an entry for `kernels.TILES`.
+
+    Settings whose kernels spill, or do not compile, are left out before any is run.
+    """
     capability = torch.cuda.get_device_capability()
-    current = kernels.TILES.get(capability, kernels.TILES["default"])
-    best, rows = dict(current), []
-    attention = list(itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)))
-    norm = list(itertools.product((1024, 2048, 4096, 8192), (4, 8), (0,)))
-    norm_backward = list(itertools.product((1024, 2048, 4096), (4, 8), (256, 512, 1024)))
-    searches = [(kernel, D, attention) for D in (64, 128) for kernel in ("forward", "dk_dv", "dq")]
+    best = kernels.NORM | kernels.TILES.get(capability, kernels.TILES["default"])
+    shapes = [(64, 64), (64, 128), (128, 32), (128, 64), (128, 128)]  # queries, keys
+    shapes += [(keys, queries) for queries, keys in shapes if keys != queries]
+    attention = [kernels.AttentionTile(*shape, w, s) for shape, w, s in itertools.product(shapes, (4, 8), (2, 3))]
+    norm = [kernels.NormTile(*setting) for setting in ((4, 4), (8, 4), (8, 8), (2, 2), (1, 1))]
+    norm_backward = [kernels.NormTile(*setting) for setting in itertools.product((4,), (4,), (264, 396, 528, 1056))]
+    norm_backward += [kernels.NormTile(8, 8, 264), kernels.NormTile(2, 2, 1056), kernels.NormTile(1, 1, 2112)]
+    searches = [(kernel, D, attention) for D in (64, 128) for kernel in ("forward", "dq", "dk_dv")]
+    rows = []
     for kernel, D, settings in [*searches, ("norm", 0, norm), ("norm_backward", 0, norm_backward)]:
         key = f"{kernel}, D > 64" if D > 64 else kernel
         which = int(kernel not in ("forward", "norm"))
@@ -425,20 +448,27 @@ def bench_tune(path=None):
             works = [norm_work(2**18, 768, torch.bfloat16, p, "cuda")[which] for p in (0.0, 0.1)]
 
         def with_tile(setting, works=works, key=key):
-            with mock.patch.object(kernels, "TILES", {"default": best | {key: setting}}):
-                for work in works:
-                    work()
+            kernels.TILES[capability] = best | {key: setting}
+            for work in works:
+                work()
 
-        now = current.get(key, current[kernel])
+        now = best.get(key, best[kernel])
         settings = [now, *(s for s in settings if s != now)]
-        compile_launches([functools.partial(with_tile, setting) for setting in settings])
-        contenders = {setting: on_gpu(functools.partial(with_tile, setting), 1, launches=3) for setting in settings}
+        sound = []
+        launches = compile_launches([functools.partial(with_tile, setting) for setting in settings])
+        each = len(launches) // len(settings)  # launches of one setting; of the backward pass two kernels
+        for i, setting in enumerate(settings):
+            compiled = [result for *_, result in launches[i * each : (i + 1) * each]]
+            if all(result is not None and machine_code_usage(result)[1] == 0 for result in compiled):
+                sound.append(setting)
+        contenders = {setting: on_gpu(functools.partial(with_tile, setting), 1, launches=3) for setting in sound}
         speeds = medians(available(contenders), 5)
         best[key] = max(speeds, key=speeds.get)
         gain = speeds[best[key]] / speeds[now] if now in speeds else float("nan")
         rows.append({"kernel": key, "was": now, "best": best[key], "speed": f"{gain:.2f}"})
-    report(path, "tiles", rows, tiles={str(capability): best}, triton=triton.__version__)
-    print(f"    {capability}: {best},")
+    kernels.TILES[capability] = best
+    rows = [row | {"was": str(tuple(row["was"])), "best": str(tuple(row["best"]))} for row in rows]
+    report(path, "tiles", rows, tiles={str(capability): {k: tuple(tile) for k, tile in best.items()}}, triton=triton.__version__)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------------------

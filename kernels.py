@@ -1,631 +1,869 @@
-"""The two operations of the encoder that are worth a kernel of their own: attention and fused dropout + residual + LayerNorm.
+"""The operations of the encoder that are worth a kernel of their own: attention and LayerNorm.
 
-    attention   O = dropout(softmax(Q K^T / sqrt(D))) V         within each sequence, in both directions, no mask
+    attention   O = dropout(softmax(Q K^T / sqrt(D))) V         within each sequence, in both directions
     layer_norm  y = LN(dropout(x) + residual),  LN(h) = (h - mean) / sqrt(var + eps) * weight + bias
 
-Sequences are packed: the tokens of a micro-batch stand end to end in one axis of length T, and `cu_seqlens` (B+1,) int32 says where
-each begins, so no padding token is ever computed. Letters: B sequences, T tokens, N heads, D head size, H = N*D hidden.
+Sequences are packed: the tokens of a micro-batch are laid end to end in one axis of length T, and
+`cu_seqlens` (B+1,) int32 says where each sequence starts. No padding token is ever computed.
+Letters: B sequences, T tokens, N heads, D head size, L length of a sequence, H = N*D hidden.
 
-**Dropout by counter.** A mask is never stored and never drawn from a global generator: whether an element is kept is a pure function of
-(seed, coordinates of the element), by the counter-based generator Philox 4x32-7. A backward pass, a second machine or a GPU kernel
-makes the same bits again from the seed alone, and training needs no generator state to resume exactly.
-One Philox call gives four 32-bit words, and their halves serve eight neighbouring elements:
+Each operation has a naive twin (`..._reference`) that computes the formula as it is written and the
+same dropout mask; the tests hold the kernels to it. On CUDA devices the Triton kernels run; elsewhere
+PyTorch does. `STARENCODER_KERNELS=torch|triton` overrides (triton on a CPU is its interpreter).
 
-    half(seed, c0, c1, c2)[lane]   key = the 64 bits of seed, counter = (c0, c1, c2, 0); the low half of a word comes first
-    layer_norm, dropout            x[row, column]:                    c0 = column // 8, c1 = row,   c2 = 0,    lane = column % 8
-    attention                      P[head, query, key] of a sequence: c0 = key // 8,    c1 = query, c2 = head, lane = key % 8
-                                   (query: its row in the packed batch; key: its position in its sequence)
-    kept if half >= p * 2**16 - 2**15, as signed 16-bit numbers, and then scaled by 1 / (1 - p)
+**Dropout by counter.** A mask is never stored and never drawn from a global generator. Whether an
+element is kept is a pure function of (seed, coordinates of the element), by the counter-based
+generator Philox 2x32-7. The backward pass makes the same bits again from the seed alone, and a run
+needs no generator state to resume exactly.
 
-References: Vaswani et al., Attention Is All You Need, 2017, section 3.2; Ba et al., Layer Normalization, 2016; Salmon et al., Parallel
-Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox; the same words as `tl.philox` of Triton and `Philox4x32` of Random123; 7 rounds are the
-fewest that pass all of TestU01's BigCrush, table 2 there).
+    key, offset = philox(head, seed)              once for each head; a seed is two 32-bit words
+    word_0, word_1 = philox(key, (c0, c1 + offset))
 
-Two implementations of one signature each: Triton on CUDA devices, and the formulas in PyTorch below them, which serve everywhere else and
-are what the tests hold the kernels to (`..._reference`). `STARENCODER_KERNELS=torch|triton` overrides; triton on a CPU is its interpreter.
+Two words are four 16-bit halves, low half first, and serve four elements:
 
-Left out: causal masks, cross attention, more query heads than key heads, derivatives of second order, head sizes above 128.
+    layer_norm, dropout    x[row, column]: c0 = row, c1 = column // 4, half number column % 4; head 0
+    attention              P[query, key] of the sequence that starts at row `start` of the batch:
+                           c0 = start, c1 = pair(query) * 2^16 + pair(key), where
+                           pair(i) = i // 16 * 8 + i % 8, half number 2 * (query // 8 % 2) + key // 8 % 2
+    kept if half >= p * 2^16 - 2^15, as signed 16-bit numbers, and then scaled by 1 / (1 - p)
+
+Why {q, q + 8} x {k, k + 8} in attention: on a tensor core one thread holds just these four elements of
+a tile of scores, and of its transpose, so the mask never travels between threads.
+
+References: Vaswani et al., Attention Is All You Need, 2017, section 3.2; Ba et al., Layer
+Normalization, 2016; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao,
+FlashAttention-2, 2023; Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox: 7
+rounds are the fewest that pass all of TestU01's BigCrush, table 2 there).
+
+Left out: causal masks, cross attention, grouped-query attention, second derivatives, D above 128.
 """
 
+import contextlib
 import os
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 if os.environ.get("STARENCODER_KERNELS") == "triton" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 try:  # there is no Triton for macOS and Windows
     import triton
     import triton.language as tl
 
-    HAS_TRITON, INTERPRETED = True, os.environ.get("TRITON_INTERPRET") == "1"
+    HAS_TRITON = True
+    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 except ImportError:
-    HAS_TRITON, INTERPRETED = False, False
-
-LOG2_E = 1.4426950408889634
+    HAS_TRITON = False
+    INTERPRETED = False
 
 
 def backend(tensor):
     """Which implementation serves `tensor`: "triton" on CUDA devices, "torch" elsewhere.
 
-    `STARENCODER_KERNELS` overrides; raises ValueError where it asks for what cannot be had.
+    `STARENCODER_KERNELS` overrides. Raises ValueError if it asks for what is not available.
     """
-    asked = os.environ.get("STARENCODER_KERNELS") or ("triton" if tensor.is_cuda and HAS_TRITON else "torch")
+    asked = os.environ.get("STARENCODER_KERNELS")
+    if not asked:
+        return "triton" if tensor.is_cuda and HAS_TRITON else "torch"
     if asked not in ("torch", "triton"):
         raise ValueError(f"STARENCODER_KERNELS={asked}: it must be torch or triton")
     if asked == "triton" and not (HAS_TRITON and (tensor.is_cuda or INTERPRETED)):
-        raise ValueError("STARENCODER_KERNELS=triton: needs Triton, and a CUDA device or, set from the start, TRITON_INTERPRET=1")
+        raise ValueError(
+            "STARENCODER_KERNELS=triton: needs Triton, and a CUDA device or, set from the start, "
+            "TRITON_INTERPRET=1"
+        )
     return asked
 
 
-# ---- dropout by counter ----------------------------------------------------------------------------------------------------------
-
-PHILOX_ROUND_A, PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
-PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
-LOW = 0xFFFFFFFF
-
-
-PHILOX_ROUNDS = 7
-
-
-def philox(seed, c0, c1, c2, rounds=PHILOX_ROUNDS):
-    """Philox 4x32 of Salmon et al., section 3.3: four random 32-bit words for each counter (c0, c1, c2, 0) under the key `seed`.
-
-    seed: int or 0-d int64 tensor. c0, c1, c2: int64 tensors with values below 2**32 that broadcast together to a shape S.
-    Returns four int64 tensors that broadcast to S, with values in [0, 2**32). PyTorch has no uint32 arithmetic: words live in int64,
-    where a product wraps modulo 2**64 just as the hardware's does, and `& LOW` keeps 32 bits.
-    """
-    c3, k0, k1 = torch.zeros_like(c0), seed & LOW, (seed >> 32) & LOW
-    for _ in range(rounds):  # in the first two, few words depend on all of the counter yet, and broadcasting saves their work
-        product_a, product_b = c0 * PHILOX_ROUND_A, c2 * PHILOX_ROUND_B
-        c0, c1, c2, c3 = ((product_b >> 32) ^ c1 ^ k0) & LOW, product_b & LOW, ((product_a >> 32) ^ c3 ^ k1) & LOW, product_a & LOW
-        k0, k1 = (k0 + PHILOX_KEY_A) & LOW, (k1 + PHILOX_KEY_B) & LOW
-    return c0, c1, c2, c3
-
-
-def _threshold(dropout_p):
-    return min(round(dropout_p * 2**16), 2**16 - 1) - 2**15
-
-
-@torch.compiler.disable  # its loop depends on the number of rows
-def dropout_keep(seed, dropout_p, columns, row, head, dtype=torch.bool):
-    """Which elements dropout keeps, each with probability 1 - dropout_p: 1 or 0 of `dtype`, `columns` wide.
-
-    row, head: int64 tensors that broadcast to the shape of a column, with a last axis of 1.
-    """
-    group = torch.arange((columns + 7) // 8, device=row.device)  # one counter serves eight neighbouring columns
-    shape = torch.broadcast_shapes(row.shape, head.shape)[:-1]
-    row, head = (x.expand(*shape, 1).reshape(-1, 1) for x in (row, head))
-    keep = torch.empty(len(row), columns, dtype=dtype, device=row.device)
-    some = max(1, 2**16 // max(1, len(group)))  # rows at once: as many as stay in a CPU's cache
-    for rows, heads, part in zip(row.split(some), head.split(some), keep.split(some)):
-        words = torch.empty(len(rows), len(group), 4, dtype=torch.int32, device=row.device)
-        for i, word in enumerate(philox(seed, group, rows, heads)):
-            words[..., i] = word
-        part.copy_(words.view(torch.int16).flatten(1)[:, :columns] >= _threshold(dropout_p))
-    return keep.view(*shape, columns)
-
-
 def lengths_visible(cu_seqlens):
-    """Whether to look at the values of cu_seqlens costs nothing: no GPU has to be waited for, and no traced graph breaks."""
+    """True if cu_seqlens can be read without a GPU sync or a graph break."""
     return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_dropout(dropout_p, seed):
+# ---- checks of arguments -------------------------------------------------------------------------
+
+LENGTH_LIMIT = 2**17  # of a sequence: a pair of positions has 16 bits in the counter of its mask
+GRID_LIMIT = 65535  # CUDA's, in the second and third dimension of a grid
+
+
+def check_dropout(dropout_p, seed):
+    """Raises ValueError if the probability or the seed is out of range."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, torch.Tensor):
         if seed.shape != () or seed.dtype != torch.int64:
-            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
+            shape = tuple(seed.shape)
+            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {shape} {seed.dtype}")
     elif not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
 
 
-def _check_device(name, tensor, other_name, other):
+def check_device(name, tensor, other_name, other):
+    """Raises ValueError if the two tensors lie on different devices."""
     if tensor.device != other.device:
-        raise ValueError(f"{name} must lie on the device of {other_name}, {other.device}, got {tensor.device}")
+        raise ValueError(
+            f"{name} must lie on the device of {other_name}, {other.device}, got {tensor.device}"
+        )
 
 
-def _check_matrix(x):
+def check_matrix(x):
+    """Raises ValueError unless x is (T, H) floating point."""
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x must be (T, H) floating point, got {tuple(x.shape)} {x.dtype}")
 
 
-def dropout(x, dropout_p, seed):
-    """Dropout alone, where no LayerNorm follows (the embeddings, a classifier). x (T, H) -> (T, H) of the same dtype.
-
-    Raises ValueError where x is not (T, H) floating point or dropout_p or seed out of range.
-    """
-    _check_matrix(x)
-    _check_dropout(dropout_p, seed)
-    if dropout_p == 0.0:
-        return x
-    if backend(x) == "triton":
-        _check_triton("x", x, x.shape[1])
-        return _dropout_op(x, dropout_p, _seed_tensor(seed, x.device))
-    return dropout_reference(x, dropout_p, seed)
+def check_triton_dtype(name, x):
+    """Raises ValueError if the Triton kernels cannot compute in the dtype of x."""
+    allowed = [torch.float16, torch.bfloat16, torch.float32]
+    if INTERPRETED:
+        allowed.remove(torch.bfloat16)  # the interpreter's tl.dot of bf16 gives garbage
+    if x.dtype not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(f"{name} must be {names} for the Triton kernels, got {x.dtype}")
 
 
-def dropout_reference(x, dropout_p, seed):
-    """The naive twin of `dropout`, in any float dtype."""
-    row = torch.arange(x.shape[0], device=x.device)[:, None]
-    keep = dropout_keep(seed, dropout_p, x.shape[1], row, torch.zeros_like(row), x.dtype)
-    return x * keep * (1 / (1 - dropout_p))
+def check_attention(qkv, cu_seqlens, max_seqlen):
+    """Raises ValueError for shapes, dtypes or lengths that do not fit together.
 
-
-# ---- attention -------------------------------------------------------------------------------------------------------------------
-
-
-def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
-    """Bidirectional multi-head attention of each packed sequence to itself (Vaswani et al., 2017, section 3.2).
-
-    qkv: (T, 3, N, D), queries, keys and values of all heads. cu_seqlens: (B+1,) int32, from 0 to T, not decreasing.
-    max_seqlen: int, no sequence is longer. dropout_p: probability that an attention weight is dropped. seed: int or 0-d int64 tensor.
-    Returns (T, N, D) in the dtype of qkv. Raises ValueError for arguments that do not fit together; lengths are looked at only where
-    that does not make a GPU wait, on a CPU.
+    Lengths are read only if that does not make a GPU wait.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (T, 3, N, D), got {tuple(qkv.shape)}")
     if not qkv.is_floating_point():
         raise ValueError(f"qkv must be floating point, got {qkv.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens must be (B+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    _check_device("cu_seqlens", cu_seqlens, "qkv", qkv)
-    if isinstance(max_seqlen, torch.Tensor) or max_seqlen < 0:
-        raise ValueError(f"max_seqlen must be an int, at least 0, got {max_seqlen!r}")
+        shape = tuple(cu_seqlens.shape)
+        raise ValueError(f"cu_seqlens must be (B+1,) int32, got {shape} {cu_seqlens.dtype}")
+    check_device("cu_seqlens", cu_seqlens, "qkv", qkv)
+    if isinstance(max_seqlen, torch.Tensor) or not 0 <= max_seqlen <= LENGTH_LIMIT:
+        raise ValueError(f"max_seqlen must be an int from 0 to {LENGTH_LIMIT:,}, got {max_seqlen!r}")
     if lengths_visible(cu_seqlens):
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(qkv) or (lengths < 0).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}")
+            shown = f"{cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}"
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {shown}")
         if len(lengths) and lengths.max() > max_seqlen:
-            raise ValueError(f"max_seqlen = {max_seqlen} is below the longest sequence, {int(lengths.max())}")
-    _check_dropout(dropout_p, seed)
-    if backend(qkv) == "triton":
-        _check_triton("qkv", qkv)
-        if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
-            raise ValueError(f"qkv must have 1 <= D <= 128 with stride 1, got shape {tuple(qkv.shape)} and strides {qkv.stride()}")
-        if max(len(cu_seqlens) - 1, qkv.shape[2]) > GRID_LIMIT:
-            raise ValueError(f"cu_seqlens and qkv: at most {GRID_LIMIT:,} sequences and heads, got {len(cu_seqlens) - 1}, {qkv.shape[2]}")
-        return _attention_op(qkv, cu_seqlens, max_seqlen, dropout_p, _seed_tensor(seed, qkv.device))[0]
-    return attention_reference(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, seed=seed)
+            longest = int(lengths.max())
+            raise ValueError(f"max_seqlen = {max_seqlen} is below the longest sequence, {longest}")
+
+
+# ---- dropout by counter --------------------------------------------------------------------------
+
+PHILOX_MULTIPLIER = 0xD256D193
+PHILOX_KEY_STEP = 0x9E3779B9
+PHILOX_ROUNDS = 7
+LOW = 0xFFFFFFFF
+
+
+def philox(key, c0, c1, rounds=PHILOX_ROUNDS):
+    """Philox 2x32 (Salmon et al., section 3.3): two random 32-bit words for the counter (c0, c1).
+
+    key, c0, c1: ints or int64 tensors that broadcast, with values below 2**32. Returns two of the
+    same kind. PyTorch has no uint32 arithmetic, so words live in int64, where a product wraps modulo
+    2**64 just as the hardware's does, and `& LOW` keeps 32 bits.
+
+    >>> [hex(word) for word in philox(0, 0, 0)]  # the known answer of Random123
+    ['0x257a3673', '0xcd26be2a']
+    """
+    for _ in range(rounds):
+        product = c0 * PHILOX_MULTIPLIER
+        c0 = ((product >> 32) ^ key ^ c1) & LOW
+        c1 = product & LOW
+        key = (key + PHILOX_KEY_STEP) & LOW
+    return c0, c1
+
+
+def dropout_threshold(dropout_p):
+    """The least signed 16-bit half that is kept."""
+    return min(round(dropout_p * 2**16), 2**16 - 1) - 2**15
+
+
+def dropout_halves(seed, head, c0, c1, threshold):
+    """Which of the four elements of each counter (c0, c1) are kept: bool (..., 4)."""
+    key, offset = philox(head, seed & LOW, (seed >> 32) & LOW)
+    words = philox(key, c0, (c1 + offset) & LOW)
+    words = torch.stack([word.to(torch.int32) for word in words], dim=-1)  # (..., 2)
+    return words.view(torch.int16) >= threshold  # little-endian: the low half comes first
+
+
+@torch.compiler.disable  # its loop depends on the number of rows
+def dropout_keep(seed, dropout_p, rows, columns, device=None, dtype=torch.bool):
+    """Which elements of a (rows, columns) matrix dropout keeps: 1 or 0 of `dtype`."""
+    groups = (columns + 3) // 4  # one counter serves four neighbouring columns
+    keep = torch.empty(rows, columns, dtype=dtype, device=device)
+    column_group = torch.arange(groups, device=device)[None, :]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    at_once = max(1, 2**16 // max(1, groups))  # rows whose words stay in a CPU's cache
+    for first in range(0, rows, at_once):
+        row = torch.arange(first, min(first + at_once, rows), device=device)[:, None]
+        halves = dropout_halves(seed, head, row, column_group, dropout_threshold(dropout_p))
+        keep[first : first + at_once] = halves.flatten(1)[:, :columns]
+    return keep
+
+
+@torch.compiler.disable
+def attention_keep(seed, dropout_p, head, start, length, dtype=torch.bool):
+    """Which attention weights dropout keeps: (..., length, length), queries by keys.
+
+    head, start: int64 tensors that broadcast to (...): the head, and the row of the packed batch at
+    which the sequence starts.
+    """
+    blocks = (length + 15) // 16
+    pair = torch.arange(8 * blocks, device=start.device)
+    c1 = (pair[:, None] << 16) | pair[None, :]  # (8 blocks, 8 blocks)
+    shape = torch.broadcast_shapes(head.shape, start.shape)
+    head = head.expand(shape).reshape(-1, 1, 1)
+    start = start.expand(shape).reshape(-1, 1, 1)
+    keep = torch.empty(len(head), length, length, dtype=dtype, device=start.device)
+    at_once = max(1, 2**16 // max(1, c1.numel()))  # matrices whose words stay in a CPU's cache
+    for first in range(0, len(head), at_once):
+        part = slice(first, first + at_once)
+        halves = dropout_halves(seed, head[part], start[part], c1, dropout_threshold(dropout_p))
+        # The halves of a counter are {q, q + 8} x {k, k + 8}: bring both 2-axes before the 8-axes.
+        n = len(halves)
+        halves = halves.view(n, blocks, 8, blocks, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
+        halves = halves.reshape(n, 16 * blocks, 16 * blocks)
+        keep[part] = halves[:, :length, :length]
+    return keep.view(*shape, length, length)
+
+
+if HAS_TRITON:
+    MULTIPLIER = tl.constexpr(PHILOX_MULTIPLIER)
+    KEY_STEP = tl.constexpr(PHILOX_KEY_STEP)
+    ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+
+    @triton.jit
+    def _philox(key, c0, c1):
+        """`philox`, on uint32 tensors."""
+        for _ in tl.static_range(ROUNDS):
+            product = c0.to(tl.uint64) * MULTIPLIER
+            c0 = (product >> 32).to(tl.uint32) ^ key ^ c1
+            c1 = product.to(tl.uint32)
+            key = key + KEY_STEP
+        return c0, c1
+
+    @triton.jit
+    def _dropout_stream(seed_ptr, head):
+        """The key and the offset of a head."""
+        seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+        return _philox(head.to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+
+    @triton.jit
+    def _halves(key, c0, c1, threshold):
+        """`dropout_halves`: four bool tensors, in the order of the halves."""
+        word_0, word_1 = _philox(key, c0, c1)
+        word_0 = word_0.to(tl.int32, bitcast=True)
+        word_1 = word_1.to(tl.int32, bitcast=True)
+        # A half in the upper 16 bits of a word compares as the half itself, whatever stands below.
+        least = threshold << 16
+        return word_0 << 16 >= least, word_0 >= least, word_1 << 16 >= least, word_1 >= least
+
+    @triton.jit
+    def _attention_keep(
+        key, offset, start, threshold, query, key_position,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ):  # fmt: skip
+        """`attention_keep` for a tile whose first query and key, multiples of 16, are given.
+
+        Returns bool (QUERIES, KEYS), or (KEYS, QUERIES) if TRANSPOSED.
+        """
+        query_pair = query // 2 + tl.arange(0, QUERIES // 2)  # pair(i) = i // 2 at multiples of 16
+        key_pair = key_position // 2 + tl.arange(0, KEYS // 2)
+        if TRANSPOSED:
+            c1 = (query_pair << 16)[None, :] | key_pair[:, None]
+        else:
+            c1 = (query_pair << 16)[:, None] | key_pair[None, :]
+        near, key_8, query_8, both_8 = _halves(
+            key, start.to(tl.uint32), c1.to(tl.uint32) + offset, threshold
+        )
+        halves = tl.join(tl.join(near, key_8), tl.join(query_8, both_8))  # last axes: key, query
+        if TRANSPOSED:
+            halves = tl.reshape(halves, [KEYS // 16, 8, QUERIES // 16, 8, 2, 2])
+            return tl.reshape(tl.permute(halves, (0, 4, 1, 2, 5, 3)), [KEYS, QUERIES])
+        else:
+            halves = tl.reshape(halves, [QUERIES // 16, 8, KEYS // 16, 8, 2, 2])
+            return tl.reshape(tl.permute(halves, (0, 5, 1, 2, 4, 3)), [QUERIES, KEYS])
+
+
+# ---- launch settings -----------------------------------------------------------------------------
+
+
+class AttentionTile(NamedTuple):
+    """How an attention kernel is launched."""
+
+    queries: int  # BLOCK_M
+    keys: int  # BLOCK_N
+    warps: int
+    stages: int  # blocks in flight from device memory
+    registers: int = 0  # of a thread, at most, with dropout; 0: as many as the compiler likes
+
+
+class NormTile(NamedTuple):
+    """How a LayerNorm kernel is launched."""
+
+    rows: int  # BLOCK_R
+    warps: int
+    programs: int = 0  # of the backward pass, each of which has partial sums of its own
+
+
+# By compute capability; "fp32" on every GPU, since no tensor core computes it. Fixed, so that results
+# do not depend on what a tuner saw, and such that nothing spills. `bench.py kernels --tune` measures
+# others and prints an entry.
+NORM = {"norm": NormTile(4, 4), "norm_backward": NormTile(4, 4, 528)}
+TILES = {
+    "default": {
+        "forward": AttentionTile(64, 32, 4, 2),
+        "dq": AttentionTile(64, 32, 4, 2),
+        "dk_dv": AttentionTile(32, 64, 4, 2),
+        "dk_dv, D > 64": AttentionTile(32, 32, 4, 2),
+    },
+    "fp32": {
+        "forward": AttentionTile(32, 32, 4, 1),
+        "forward, D > 64": AttentionTile(16, 16, 4, 1),
+        "dq": AttentionTile(32, 32, 4, 1),
+        "dq, D > 64": AttentionTile(16, 16, 4, 1),
+        "dk_dv": AttentionTile(32, 32, 4, 1),
+        "dk_dv, D > 64": AttentionTile(16, 16, 4, 1),
+    },
+    (8, 0): {
+        "forward": AttentionTile(128, 64, 4, 3),
+        "forward, D > 64": AttentionTile(128, 32, 8, 3),
+        "dq": AttentionTile(128, 32, 4, 2),
+        "dq, D > 64": AttentionTile(128, 32, 8, 2),
+        "dk_dv": AttentionTile(32, 128, 4, 2),
+        "dk_dv, D > 64": AttentionTile(64, 64, 8, 2),
+    },
+    (9, 0): {
+        "forward": AttentionTile(64, 64, 4, 3, 168),
+        "forward, D > 64": AttentionTile(64, 64, 4, 3),
+        "dq": AttentionTile(64, 64, 4, 3, 168),
+        "dq, D > 64": AttentionTile(128, 64, 8, 3),
+        "dk_dv": AttentionTile(32, 64, 4, 3),
+    },
+}
+
+
+class Launcher:
+    """Launches kernels on the device of their tensors. `replaced` puts another in its place."""
+
+    current = None
+
+    def capability(self, x):
+        """Compute capability, such as (9, 0), of the device of x; None for a CPU."""
+        return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+
+    def launch(self, kernel, grid, arguments, constants):
+        """Runs a kernel. Triton takes the current device, which need not be that of the tensors."""
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **constants)
+
+    @classmethod
+    @contextlib.contextmanager
+    def replaced(cls, other):
+        """Meanwhile every kernel is launched by `other`, such as one that only compiles."""
+        before, cls.current = cls.current, other
+        try:
+            yield other
+        finally:
+            cls.current = before
+
+
+Launcher.current = Launcher()
+
+
+def launch(kernel, grid, arguments, constants):
+    """Hands a kernel to the current launcher."""
+    Launcher.current.launch(kernel, grid, arguments, constants)
+
+
+def tile_of(kernel, x, D=0):
+    """The entry of TILES for a kernel on the device of x, with head size D."""
+    capability = Launcher.current.capability(x)
+    table = TILES["default"]
+    if capability and x.dtype == torch.float32:
+        table = TILES["fp32"]
+    elif capability in TILES:
+        table = TILES[capability]
+    table = NORM | table
+    if D > 64 and f"{kernel}, D > 64" in table:
+        return table[f"{kernel}, D > 64"]
+    return table[kernel]
+
+
+def seed_tensor(seed, device):
+    """A 0-d int64 tensor on the device, which the kernels read. Filling it does not sync."""
+    if isinstance(seed, torch.Tensor):
+        return seed.to(device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
+    """Bidirectional multi-head attention of each sequence to itself (Vaswani et al., section 3.2).
+
+    qkv: (T, 3, N, D), queries, keys and values. cu_seqlens: (B+1,) int32, from 0 to T, not
+    decreasing. max_seqlen: int, no sequence is longer. dropout_p: probability that an attention
+    weight is dropped. seed: int or 0-d int64 tensor. Returns (T, N, D) in the dtype of qkv.
+    Raises ValueError for arguments that do not fit together.
+    """
+    check_attention(qkv, cu_seqlens, max_seqlen)
+    check_dropout(dropout_p, seed)
+    if backend(qkv) == "torch":
+        return attention_torch(qkv, cu_seqlens, dropout_p, seed)
+    check_triton_dtype("qkv", qkv)
+    if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
+        raise ValueError(
+            "qkv must have 1 <= D <= 128 with stride 1, "
+            f"got shape {tuple(qkv.shape)} and strides {qkv.stride()}"
+        )
+    sequences, heads = len(cu_seqlens) - 1, qkv.shape[2]
+    if max(sequences, heads) > GRID_LIMIT:
+        raise ValueError(
+            f"cu_seqlens and qkv: at most {GRID_LIMIT:,} sequences and heads, "
+            f"got {sequences:,} and {heads:,}"
+        )
+    seed = seed_tensor(seed, qkv.device)
+    return attention_op(qkv, cu_seqlens, max_seqlen, dropout_p, seed)[0]
 
 
 def attention_reference(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
-    """The naive twin of `attention`: the formula as it is written, any float dtype, memory quadratic in the length.
-
-    Neighbouring sequences of equal length L are computed as one batch, since most windows of a corpus are full.
-    """
-    (_, _, N, D), outputs, start = qkv.shape, [qkv[:0, 0]], 0
-    for L, run in groupby(cu_seqlens.diff().tolist()):
-        run, some = len(list(run)), max(1, 2**23 // max(1, N * L * L))  # sequences at once: more would not stay in a CPU's cache
-        for B in [min(some, run - i) for i in range(0, run, some)]:
-            q, k, v = qkv[start : start + B * L].reshape(B, L, 3, N, D).permute(2, 0, 3, 1, 4)  # each (B, N, L, D)
-            scores = (q * D**-0.5) @ k.transpose(-1, -2)  # (B, N, L, L)
-            weights = scores.softmax(-1)  # PyTorch accumulates in fp32 at least
+    """The naive twin of `attention`: one sequence and one head after the other, any float dtype."""
+    T, _, N, D = qkv.shape
+    outputs = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+        heads = []
+        for n in range(N):
+            q, k, v = qkv[start:end, :, n].unbind(1)  # each (L, D)
+            weights = ((q * D**-0.5) @ k.T).softmax(-1)  # (L, L)
             if dropout_p > 0.0:
-                query = torch.arange(start, start + B * L, device=qkv.device).view(B, 1, L, 1)
-                head = torch.arange(N, device=qkv.device).view(1, N, 1, 1)
-                weights = weights * dropout_keep(seed, dropout_p, L, query, head, qkv.dtype)
+                at = torch.tensor([n, start], device=qkv.device)
+                keep = attention_keep(seed, dropout_p, at[0], at[1], end - start, qkv.dtype)
+                weights = weights * keep / (1 - dropout_p)
+            heads.append(weights @ v)  # (L, D)
+        outputs.append(torch.stack(heads, dim=1))  # (L, N, D)
+    return torch.cat([qkv[:0, 0], *outputs])
+
+
+def attention_torch(qkv, cu_seqlens, dropout_p, seed):
+    """`attention` in PyTorch: neighbouring sequences of equal length L are computed as one batch."""
+    T, _, N, D = qkv.shape
+    outputs = [qkv[:0, 0]]
+    start = 0
+    for L, run in groupby(cu_seqlens.diff().tolist()):
+        sequences = len(list(run))
+        at_once = max(1, 2**23 // max(1, N * L * L))  # more would not stay in a CPU's cache
+        for first in range(0, sequences, at_once):
+            B = min(at_once, sequences - first)
+            rows = qkv[start : start + B * L].reshape(B, L, 3, N, D)
+            q, k, v = rows.permute(2, 0, 3, 1, 4)  # each (B, N, L, D)
+            weights = ((q * D**-0.5) @ k.transpose(-1, -2)).softmax(-1)  # (B, N, L, L)
+            if dropout_p > 0.0:
+                starts = start + L * torch.arange(B, device=qkv.device)[:, None]
+                head = torch.arange(N, device=qkv.device)[None, :]
+                weights = weights * attention_keep(seed, dropout_p, head, starts, L, qkv.dtype)
                 v = v * (1 / (1 - dropout_p))
             outputs.append((weights @ v).transpose(1, 2).reshape(B * L, N, D))
             start += B * L
     return torch.cat(outputs)
 
 
-# ---- dropout + residual + LayerNorm ----------------------------------------------------------------------------------------------
-
-
-def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
-    """LN(dropout(x) + residual), the seam between two blocks of a post-LayerNorm transformer (Ba et al., 2016).
-
-    x: (T, H). weight, bias: (H,), of any float dtype. eps: float, added to the variance. residual: like x, or None.
-    dropout_p, seed: as in `attention`. Returns (T, H) in the dtype of x; the statistics are of fp32 at least.
-    Raises ValueError for shapes that do not fit together.
-    """
-    _check_matrix(x)
-    if weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
-        raise ValueError(f"weight and bias must be ({x.shape[1]},), got {tuple(weight.shape)} and {tuple(bias.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual must be like x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", x if residual is None else residual)):
-        _check_device(name, tensor, "x", x)
-    _check_dropout(dropout_p, seed)
-    if backend(x) == "triton":
-        _check_triton("x", x, x.shape[1])
-        return _layer_norm_op(x, residual, weight, bias, eps, dropout_p, _seed_tensor(seed, x.device))[0]
-    return layer_norm_reference(x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed)
-
-
-def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
-    """The naive twin of `layer_norm`, in any float dtype; what is below fp32 is computed in fp32 and rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    h = dropout_reference(x.to(wide), dropout_p, seed) if dropout_p > 0.0 else x.to(wide)
-    if residual is not None:
-        h = h + residual.to(wide)
-    return F.layer_norm(h, h.shape[1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
-
-
-# ---- Triton ----------------------------------------------------------------------------------------------------------------------
-# Each kernel's header says what one program computes, what is kept for the backward pass, and why what is loaded outside of a sequence
-# does no harm. Products of tl.dot accumulate in fp32; what goes into them is of the input's dtype, as tensor cores take it.
-
 if HAS_TRITON:
-    LN_2, ROUNDS = tl.constexpr(1 / LOG2_E), tl.constexpr(PHILOX_ROUNDS)
+    LOG2_E = tl.constexpr(1.4426950408889634)
+    # A change of these values compiles no new variant.
+    generic = dict(
+        do_not_specialize=["T", "threshold"], do_not_specialize_on_alignment=["seed_ptr"]
+    )
 
     @triton.jit
-    def _keep_tile(seed, threshold, group, row, head):
-        """dropout_keep for a tile: group, row (int32) broadcast to (R, G) -> bool (R, G, 2, 2, 2), whose last three axes are the lane."""
-        zero = group * 0 + row * 0
-        w0, w1, w2, w3 = tl.philox(seed, group + zero, row + zero, head + zero, zero, n_rounds=ROUNDS)
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)  # (R, G, 2, 2): word 2 i + j at [i, j]
-        return tl.join((words << 16) >> 16 >= threshold, words >> 16 >= threshold)  # both halves as signed numbers
+    def _bounds(cu_seqlens_ptr, sequence):
+        """Where a sequence starts in the packed batch, and its length."""
+        start = tl.load(cu_seqlens_ptr + sequence)
+        return start, tl.load(cu_seqlens_ptr + sequence + 1) - start
 
     @triton.jit
+    def _load_rows(
+        base_ptr, stride, first, length,
+        ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    ):  # fmt: skip
+        """Rows first .. first + ROWS of a (length, D) matrix, zeros outside: (ROWS, BLOCK_D).
+
+        WHOLE: all of the rows are inside, so nothing is compared.
+        """
+        row = first + tl.arange(0, ROWS)
+        d = tl.arange(0, BLOCK_D)
+        place = row[:, None] * stride + d[None, :]
+        if not WHOLE:
+            inside = (row < length)[:, None] & (d < D)[None, :]
+            return tl.load(base_ptr + place, mask=inside, other=0.0)
+        if D < BLOCK_D:
+            return tl.load(base_ptr + place, mask=(d < D)[None, :], other=0.0)
+        return tl.load(base_ptr + place)
+
+    @triton.jit
+    def _forward_block(
+        q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
+        key, offset, threshold,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+    ):  # fmt: skip
+        """One block of keys: m, l and o brought up to date (online softmax)."""
+        k = _load_rows(
+            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
+        )
+        v = _load_rows(
+            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
+        )
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        if not WHOLE:  # keys outside: weight 2^-inf = 0
+            s = tl.where((first_key + tl.arange(0, BLOCK_N) < length)[None, :], s, float("-inf"))
+
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        l = l * shrink + tl.sum(p, 1)  # before dropout: the softmax is normalized, then dropped
+        if DROPOUT:
+            keep = _attention_keep(
+                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, False
+            )
+            # Not a constant 0: the compiler would select after the rounding to bf16, at thrice the cost.
+            p = tl.where(keep, p, scale * 0.0)
+        o = o * shrink[:, None]
+        o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
+        return m_new, l, o
+
+    @triton.jit(**generic)
     def _attention_forward(
         qkv_ptr,  # (T, 3, N, D)
         out_ptr,  # (T, N, D), contiguous
-        lse_ptr,  # (N, T) fp32
+        shift_ptr,  # (N, T) fp32
+        norm_ptr,  # (N, T) fp32, of fp32 inputs only
         cu_seqlens_ptr,  # (B+1,) int32
         seed_ptr,  # () int64
         stride_t, stride_3, stride_n,  # of qkv, in elements; its last axis is contiguous
         T, N, scale, threshold, keep_scale,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+        D: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: BLOCK_M queries of one head of one sequence. grid = (ceil(max_seqlen / BLOCK_M), N, B).
+        """One program: BLOCK_M queries of one head of one sequence, all keys in blocks of BLOCK_N.
 
-            S = scale Q K^T;  m = max S;  P = 2^(S - m);  l = sum P;  O = keep P V / (l (1 - p))       scale = log2(e) / sqrt(D)
+            S = scale Q K^T;  m = max S;  P = 2^(S - m);  l = sum P;  O = keep P V / (l (1 - p))
+            scale = log2(e) / sqrt(D)
 
-        Keys come in blocks of BLOCK_N; m and l are brought up to date with each, and what was summed before shrinks by 2^(m_old - m_new)
-        (online softmax: Milakov and Gimelshein, 2018; Dao, FlashAttention-2, 2023). Kept for the backward pass: lse = m + log2(l).
+        grid = (ceil(max_seqlen / BLOCK_M), N, B). With each block of keys m and l are brought up to
+        date, and what was summed before shrinks by 2^(m_old - m_new).
+
+        Kept for the backward pass, so that P / l = norm 2^(S - shift): shift = m + log2(l), norm = 1.
+        Beside a large m, log2(l) would be rounded away; in fp32 that is seen: shift = m, norm = 1 / l.
         """
         head = tl.program_id(1)
-        start = tl.load(cu_seqlens_ptr + tl.program_id(2))
-        length = tl.load(cu_seqlens_ptr + tl.program_id(2) + 1) - start
+        start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
         first = tl.program_id(0) * BLOCK_M
         if first >= length:  # the grid is made for the longest sequence
             return
-        seed = tl.load(seed_ptr)
-        query, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        query_in, d_in = query < length, d < D
-        base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
+        key, offset = _dropout_stream(seed_ptr, head)
+
         # Queries outside: zeros, whose softmax is uniform and finite; they are not stored.
-        q = tl.load(base_ptr + query[:, None] * stride_t + d[None, :], mask=query_in[:, None] & d_in[None, :], other=0.0)
+        base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
+        q = _load_rows(base_ptr, stride_t, first, length, BLOCK_M, D, BLOCK_D, False)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for first_key in range(0, length, BLOCK_N):
-            key = first_key + tl.arange(0, BLOCK_N)
-            key_in = key < length
-            kv_ptr = base_ptr + key[:, None] * stride_t + d[None, :]
-            k = tl.load(kv_ptr + stride_3, mask=key_in[:, None] & d_in[None, :], other=0.0)
-            v = tl.load(kv_ptr + 2 * stride_3, mask=key_in[:, None] & d_in[None, :], other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            s = tl.where(key_in[None, :], s, float("-inf"))  # keys outside: weight 2^-inf = 0
-            m_new = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_new[:, None])
-            shrink = tl.exp2(m - m_new)
-            l = l * shrink + tl.sum(p, 1)  # before dropout: the softmax is normalized, then dropped
-            if DROPOUT:
-                group = first_key // 8 + tl.arange(0, BLOCK_N // 8)
-                keep = _keep_tile(seed, threshold, group[None, :], (start + query)[:, None], head)
-                p = tl.where(tl.reshape(keep, [BLOCK_M, BLOCK_N]), p, 0.0)
-            o = o * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            m = m_new
+
+        whole = length // BLOCK_N * BLOCK_N
+        for first_key in range(0, whole, BLOCK_N):
+            m, l, o = _forward_block(
+                q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
+                key, offset, threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
+            )  # fmt: skip
+        for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):  # once, or not at all
+            m, l, o = _forward_block(
+                q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
+                key, offset, threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
+            )  # fmt: skip
+
+        query = first + tl.arange(0, BLOCK_M)
+        d = tl.arange(0, BLOCK_D)
         row = (start + query).to(tl.int64)
         o = o * (keep_scale / l)[:, None]
-        tl.store(out_ptr + (row[:, None] * N + head) * D + d[None, :], o, mask=query_in[:, None] & d_in[None, :])
-        tl.store(lse_ptr + head.to(tl.int64) * T + row, m + tl.log2(l), mask=query_in)
+        inside = (query < length)[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + (row[:, None] * N + head) * D + d[None, :], o, mask=inside)
+        place = head.to(tl.int64) * T + row
+        if q.dtype == tl.float32:
+            tl.store(shift_ptr + place, m, mask=query < length)
+            tl.store(norm_ptr + place, 1 / l, mask=query < length)
+        else:
+            tl.store(shift_ptr + place, m + tl.log2(l), mask=query < length)
 
     @triton.jit
-    def _attention_backward_delta(
-        out_ptr, dout_ptr,  # (T, N, D), contiguous
-        delta_ptr,  # (N, T) fp32
-        T, N,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    def _dq_block(
+        q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length, start,
+        scale, key, offset, threshold,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
-        """One program: BLOCK_M rows of one head. delta = rowsum(O dO) = rowsum(P dP), the part of dS that softmax subtracts."""
-        head = tl.program_id(1)
-        row, d = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        place, inside = (row[:, None] * N + head) * D + d[None, :], (row < T)[:, None] & (d < D)[None, :]
-        o = tl.load(out_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        do = tl.load(dout_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(delta_ptr + head.to(tl.int64) * T + row, tl.sum(o * do, 1), mask=row < T)
+        """What one block of keys adds to dQ, without its factors."""
+        k = _load_rows(
+            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
+        )
+        v = _load_rows(
+            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
+        )
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        p = tl.exp2(s * scale - shift[:, None])
+        if not WHOLE:  # of a key outside, 2^(0 - shift) may be inf, and inf * 0 would be NaN
+            p = tl.where((first_key + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
+        if DROPOUT:
+            keep = _attention_keep(
+                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, False
+            )
+            dp = tl.where(keep, dp, 0.0)
+        ds = p * (dp - delta[:, None])
+        return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
-    @triton.jit
-    def _attention_backward_dk_dv(
+    @triton.jit(**generic)
+    def _attention_backward_dq(
         qkv_ptr,  # (T, 3, N, D)
-        dout_ptr,  # (T, N, D), contiguous
-        lse_ptr, delta_ptr,  # (N, T) fp32
+        out_ptr, dout_ptr,  # (T, N, D), contiguous
+        shift_ptr, norm_ptr, delta_ptr,  # (N, T) fp32
         dqkv_ptr,  # (T, 3, N, D), contiguous
         cu_seqlens_ptr, seed_ptr,
         stride_t, stride_3, stride_n,  # of qkv
         T, N, scale, threshold, keep_scale,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+        D: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: BLOCK_N keys of one head of one sequence, all its queries in blocks of BLOCK_M. Tiles are transposed (keys x
-        queries), so that P^T and dS^T go into the next product as they are. No two programs write to one place: no atomics, the same
-        bits every time.
+        """One program: BLOCK_M queries of one head of one sequence, all keys in blocks of BLOCK_N.
 
-            P = 2^(S - lse);  dV = (keep P / (1 - p))^T dO;  dP = keep (dO V^T) / (1 - p);  dS = P (dP - delta);  dK = dS^T Q / sqrt(D)
+            dP = keep (dO V^T) / (1 - p);  dS = P (dP - rowsum(O dO));  dQ = dS K / sqrt(D)
+
+        The factor 1 / (1 - p) is left to the end, so delta = rowsum(O dO) (1 - p), which is kept
+        for `_attention_backward_dk_dv`. O dO = P dP summed over the keys: the part that softmax
+        subtracts.
         """
         head = tl.program_id(1)
-        start = tl.load(cu_seqlens_ptr + tl.program_id(2))
-        length = tl.load(cu_seqlens_ptr + tl.program_id(2) + 1) - start
-        first_key = tl.program_id(0) * BLOCK_N
-        if first_key >= length:
-            return
-        seed = tl.load(seed_ptr)
-        key, d = first_key + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-        inside, d_in = (key < length)[:, None] & (d < D)[None, :], d < D
-        base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        kv_ptr = base_ptr + key[:, None] * stride_t + d[None, :]
-        k = tl.load(kv_ptr + stride_3, mask=inside, other=0.0)  # keys outside: rows of dK and dV that are not stored
-        v = tl.load(kv_ptr + 2 * stride_3, mask=inside, other=0.0)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for first in range(0, length, BLOCK_M):
-            query = first + tl.arange(0, BLOCK_M)
-            query_in = query < length
-            row = (start + query).to(tl.int64)
-            mask = query_in[:, None] & d_in[None, :]
-            q = tl.load(base_ptr + query[:, None] * stride_t + d[None, :], mask=mask, other=0.0)
-            do = tl.load(dout_ptr + (row[:, None] * N + head) * D + d[None, :], mask=mask, other=0.0)
-            # Queries outside: q = dO = delta = 0 and lse = 0, so P is 1, finite, and both it and dS = 1 (0 - 0) add nothing.
-            lse = tl.load(lse_ptr + head.to(tl.int64) * T + row, mask=query_in, other=0.0)
-            delta = tl.load(delta_ptr + head.to(tl.int64) * T + row, mask=query_in, other=0.0)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])  # (BLOCK_N, BLOCK_M)
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            dropped = p
-            if DROPOUT:
-                group = first_key // 8 + tl.arange(0, BLOCK_N // 8)
-                keep = _keep_tile(seed, threshold, group[:, None], (start + query)[None, :], head)  # (BLOCK_N / 8, BLOCK_M, 2, 2, 2)
-                keep = tl.reshape(tl.permute(keep, (0, 2, 3, 4, 1)), [BLOCK_N, BLOCK_M])
-                dropped = tl.where(keep, p * keep_scale, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            dv += tl.dot(dropped.to(do.dtype), do, input_precision="ieee")
-            dk += tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, input_precision="ieee")
-        dk *= scale * LN_2
-        place = ((start + key).to(tl.int64)[:, None] * 3 * N + head) * D + d[None, :]
-        tl.store(dqkv_ptr + place + N * D, dk, mask=inside)
-        tl.store(dqkv_ptr + place + 2 * N * D, dv, mask=inside)
-
-    @triton.jit
-    def _attention_backward_dq(
-        qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, cu_seqlens_ptr, seed_ptr,  # as above
-        stride_t, stride_3, stride_n,
-        T, N, scale, threshold, keep_scale,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
-    ):  # fmt: skip
-        """One program: BLOCK_M queries of one head of one sequence, all its keys in blocks of BLOCK_N. dQ = dS K / sqrt(D)."""
-        head = tl.program_id(1)
-        start = tl.load(cu_seqlens_ptr + tl.program_id(2))
-        length = tl.load(cu_seqlens_ptr + tl.program_id(2) + 1) - start
+        start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
         first = tl.program_id(0) * BLOCK_M
         if first >= length:
             return
-        seed = tl.load(seed_ptr)
-        query, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        query_in, d_in = query < length, d < D
-        row, inside = (start + query).to(tl.int64), query_in[:, None] & d_in[None, :]
+        key, offset = _dropout_stream(seed_ptr, head)
+
+        # Queries outside are zeros, and not stored.
+        query = first + tl.arange(0, BLOCK_M)
+        row = (start + query).to(tl.int64)
         base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        q = tl.load(base_ptr + query[:, None] * stride_t + d[None, :], mask=inside, other=0.0)  # queries outside are not stored
-        do = tl.load(dout_ptr + (row[:, None] * N + head) * D + d[None, :], mask=inside, other=0.0)
-        lse = tl.load(lse_ptr + head.to(tl.int64) * T + row, mask=query_in, other=0.0)
-        delta = tl.load(delta_ptr + head.to(tl.int64) * T + row, mask=query_in, other=0.0)
+        rows_before = (start.to(tl.int64) * N + head) * D
+        q = _load_rows(base_ptr, stride_t, first, length, BLOCK_M, D, BLOCK_D, False)
+        do = _load_rows(dout_ptr + rows_before, N * D, first, length, BLOCK_M, D, BLOCK_D, False)
+        out = _load_rows(out_ptr + rows_before, N * D, first, length, BLOCK_M, D, BLOCK_D, False)
+        place = head.to(tl.int64) * T + row
+        shift = tl.load(shift_ptr + place, mask=query < length, other=0.0)
+        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
+        tl.store(delta_ptr + place, delta, mask=query < length)
+
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for first_key in range(0, length, BLOCK_N):
-            key = first_key + tl.arange(0, BLOCK_N)
-            key_in = key < length
-            kv_ptr = base_ptr + key[:, None] * stride_t + d[None, :]
-            k = tl.load(kv_ptr + stride_3, mask=key_in[:, None] & d_in[None, :], other=0.0)
-            v = tl.load(kv_ptr + 2 * stride_3, mask=key_in[:, None] & d_in[None, :], other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            # Of a key outside, 2^(0 - lse) may be inf, and inf * 0 is NaN: its weight is made 2^-inf = 0.
-            p = tl.exp2(tl.where(key_in[None, :], s - lse[:, None], float("-inf")))
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            if DROPOUT:
-                group = first_key // 8 + tl.arange(0, BLOCK_N // 8)
-                keep = _keep_tile(seed, threshold, group[None, :], (start + query)[:, None], head)
-                dp = tl.where(tl.reshape(keep, [BLOCK_M, BLOCK_N]), dp * keep_scale, 0.0)
-            dq += tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision="ieee")
-        dq *= scale * LN_2
+        whole = length // BLOCK_N * BLOCK_N
+        for first_key in range(0, whole, BLOCK_N):
+            dq = _dq_block(
+                q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length,
+                start, scale, key, offset, threshold,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
+            )  # fmt: skip
+        for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):
+            dq = _dq_block(
+                q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length,
+                start, scale, key, offset, threshold,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
+            )  # fmt: skip
+
+        dq *= scale / LOG2_E * keep_scale
+        if q.dtype == tl.float32:
+            dq *= tl.load(norm_ptr + place, mask=query < length, other=0.0)[:, None]
+        d = tl.arange(0, BLOCK_D)
+        inside = (query < length)[:, None] & (d < D)[None, :]
         tl.store(dqkv_ptr + (row[:, None] * 3 * N + head) * D + d[None, :], dq, mask=inside)
 
     @triton.jit
-    def _load_sum(
-        x_ptr, residual_ptr, seed, threshold, keep_scale, row, column, inside, H,
-        BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
+    def _dk_dv_block(
+        k, v, dk, dv, base_ptr, stride_t, dout_ptr, stride_do, shift_ptr, norm_ptr, delta_ptr,
+        first, first_key, length, start, scale, key, offset, threshold,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
-        """h = dropout(x) + residual (BLOCK_R, BLOCK_H) fp32, 0 outside, and the mask (1 without dropout)."""
-        place = row.to(tl.int64)[:, None] * H + column[None, :]
-        h = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.full([BLOCK_R, BLOCK_H], 1.0, tl.float32)
-        if DROPOUT:
-            keep = _keep_tile(seed, threshold, tl.arange(0, BLOCK_H // 8)[None, :], row[:, None], 0)
-            factor = tl.where(tl.reshape(keep, [BLOCK_R, BLOCK_H]), keep_scale, 0.0)
-            h = h * factor
-        if RESIDUAL:
-            h += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        return h, factor
+        """What one block of queries adds to dK and dV, without their factors.
 
-    @triton.jit
-    def _layer_norm_forward(
-        x_ptr, residual_ptr,  # (T, H), contiguous
-        weight_ptr, bias_ptr,  # (H,)
-        y_ptr,  # (T, H), contiguous
-        mean_ptr, rstd_ptr,  # (T,) fp32
-        seed_ptr,  # () int64
-        T, H, eps, threshold, keep_scale,
-        BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
-    ):  # fmt: skip
-        """One program: BLOCK_R rows, whole. y = (h - mean) rstd weight + bias. Kept for the backward pass: mean, rstd, and the inputs."""
-        row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
-        inside = (row < T)[:, None] & (column < H)[None, :]
-        seed = tl.load(seed_ptr)
-        h, _ = _load_sum(x_ptr, residual_ptr, seed, threshold, keep_scale, row, column, inside, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT)
-        mean = tl.sum(h, 1) / H  # columns outside add 0 here,
-        centered = tl.where((column < H)[None, :], h - mean[:, None], 0.0)  # and must be 0 again once the mean is off
-        rstd = 1 / tl.sqrt(tl.sum(centered * centered, 1) / H + eps)
-        weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + column, mask=column < H, other=0.0).to(tl.float32)
-        y = centered * rstd[:, None] * weight[None, :] + bias[None, :]
-        tl.store(y_ptr + row.to(tl.int64)[:, None] * H + column[None, :], y, mask=inside)
-        tl.store(mean_ptr + row, mean, mask=row < T)
-        tl.store(rstd_ptr + row, rstd, mask=row < T)
-
-    @triton.jit
-    def _layer_norm_backward(
-        dy_ptr, x_ptr, residual_ptr,  # (T, H), contiguous
-        weight_ptr,  # (H,)
-        mean_ptr, rstd_ptr,  # (T,) fp32
-        dx_ptr, dresidual_ptr,  # (T, H), contiguous
-        dweight_ptr, dbias_ptr,  # (programs, H) fp32: each program's sums over its rows
-        seed_ptr,
-        T, H, threshold, keep_scale,
-        BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
-    ):  # fmt: skip
-        """One program: every programs-th block of BLOCK_R rows. With n = (h - mean) rstd and g = dy weight:
-
-        dh = (g - mean(g) - n mean(g n)) rstd;  dresidual = dh;  dx = keep dh / (1 - p);  dweight = sum dy n;  dbias = sum dy
+        Tiles are transposed, keys by queries, so that P^T and dS^T go into the next product as
+        they are.
         """
-        column = tl.arange(0, BLOCK_H)
-        column_in = column < H
-        weight = tl.load(weight_ptr + column, mask=column_in, other=0.0).to(tl.float32)
-        dweight = tl.zeros([BLOCK_H], tl.float32)
-        dbias = tl.zeros([BLOCK_H], tl.float32)
-        seed = tl.load(seed_ptr)
-        for first in range(tl.program_id(0) * BLOCK_R, T, tl.num_programs(0) * BLOCK_R):
-            row = first + tl.arange(0, BLOCK_R)
-            inside = (row < T)[:, None] & column_in[None, :]
-            place = row.to(tl.int64)[:, None] * H + column[None, :]
-            h, factor = _load_sum(
-                x_ptr, residual_ptr, seed, threshold, keep_scale, row, column, inside, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT
+        q = _load_rows(base_ptr, stride_t, first, length, BLOCK_M, D, BLOCK_D, WHOLE)
+        do = _load_rows(dout_ptr, stride_do, first, length, BLOCK_M, D, BLOCK_D, WHOLE)
+        # Queries outside: q = dO = delta = shift = 0, so P is 1, finite, and adds nothing.
+        query = first + tl.arange(0, BLOCK_M)
+        if WHOLE:
+            shift = tl.load(shift_ptr + query)
+            delta = tl.load(delta_ptr + query)
+        else:
+            shift = tl.load(shift_ptr + query, mask=query < length, other=0.0)
+            delta = tl.load(delta_ptr + query, mask=query < length, other=0.0)
+
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        p = tl.exp2(s * scale - shift[None, :])
+        if q.dtype == tl.float32:
+            p *= tl.load(norm_ptr + query, mask=query < length, other=0.0)[None, :]
+        dropped = p
+        if DROPOUT:
+            keep = _attention_keep(
+                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, True
             )
-            dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)  # rows outside: dy = 0 adds nothing to the sums
-            mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
-            rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-            n = tl.where(column_in[None, :], (h - mean[:, None]) * rstd[:, None], 0.0)
-            g = dy * weight[None, :]
-            dh = (g - (tl.sum(g, 1) / H)[:, None] - n * (tl.sum(g * n, 1) / H)[:, None]) * rstd[:, None]
-            if RESIDUAL and DROPOUT:  # without dropout the two gradients are the same
-                tl.store(dresidual_ptr + place, dh, mask=inside)
-            tl.store(dx_ptr + place, dh * factor, mask=inside)
-            dweight += tl.sum(dy * n, 0)
-            dbias += tl.sum(dy, 0)
-        tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * H + column, dweight, mask=column_in)
-        tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * H + column, dbias, mask=column_in)
+            dropped = tl.where(keep, p, scale * 0.0)  # as in the forward pass
+            dp = tl.where(keep, dp, 0.0)
+        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        return dk, dv
 
-    @triton.jit
-    def _dropout_kernel(
-        x_ptr, y_ptr,  # (T, H), contiguous
-        seed_ptr,  # () int64
-        T, H, threshold, keep_scale,
-        BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    @triton.jit(**generic)
+    def _attention_backward_dk_dv(
+        qkv_ptr, dout_ptr, shift_ptr, norm_ptr, delta_ptr, dqkv_ptr, cu_seqlens_ptr, seed_ptr,
+        stride_t, stride_3, stride_n,
+        T, N, scale, threshold, keep_scale,
+        D: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: BLOCK_R rows. y = keep x / (1 - p); its own backward pass, since the mask is made again."""
-        row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
-        inside = (row < T)[:, None] & (column < H)[None, :]
-        y, _ = _load_sum(x_ptr, x_ptr, tl.load(seed_ptr), threshold, keep_scale, row, column, inside, H, BLOCK_R, BLOCK_H, False, True)
-        tl.store(y_ptr + row.to(tl.int64)[:, None] * H + column[None, :], y, mask=inside)
+        """One program: BLOCK_N keys of one head of one sequence, all queries in blocks of BLOCK_M.
+
+            dV = (keep P / (1 - p))^T dO;  dK = dS^T Q / sqrt(D)          P, dS, arguments: as above
+
+        No two programs write to one place: no atomics, and the same bits in every run.
+        """
+        head = tl.program_id(1)
+        start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
+        first_key = tl.program_id(0) * BLOCK_N
+        if first_key >= length:
+            return
+        key, offset = _dropout_stream(seed_ptr, head)
+
+        base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
+        k = _load_rows(  # keys outside: rows of dK and dV that are not stored
+            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False
+        )
+        v = _load_rows(
+            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False
+        )
+        dout_ptr += (start.to(tl.int64) * N + head) * D
+        before = head.to(tl.int64) * T + start
+        shift_ptr += before
+        norm_ptr += before
+        delta_ptr += before
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+        whole = length // BLOCK_M * BLOCK_M
+        for first in range(0, whole, BLOCK_M):
+            dk, dv = _dk_dv_block(
+                k, v, dk, dv, base_ptr, stride_t, dout_ptr, N * D, shift_ptr, norm_ptr, delta_ptr,
+                first, first_key, length, start, scale, key, offset, threshold,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
+            )  # fmt: skip
+        for first in tl.range(whole, length, BLOCK_M, num_stages=1):
+            dk, dv = _dk_dv_block(
+                k, v, dk, dv, base_ptr, stride_t, dout_ptr, N * D, shift_ptr, norm_ptr, delta_ptr,
+                first, first_key, length, start, scale, key, offset, threshold,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
+            )  # fmt: skip
+
+        dk *= scale / LOG2_E * keep_scale
+        dv *= keep_scale
+        key_position = first_key + tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_D)
+        inside = (key_position < length)[:, None] & (d < D)[None, :]
+        row = (start + key_position).to(tl.int64)
+        place = (row[:, None] * 3 * N + head) * D + d[None, :]
+        tl.store(dqkv_ptr + place + N * D, dk, mask=inside)
+        tl.store(dqkv_ptr + place + 2 * N * D, dv, mask=inside)
 
 
-# ---- from kernels to operators ---------------------------------------------------------------------------------------------------
-# torch.library makes each launch an operator that autograd and torch.compile know: a function, the shapes of what it returns, and its
-# backward pass, which is an operator as well.
-
-# Launch settings by compute capability. Attention: queries, keys, warps, stages. LayerNorm: elements of a tile, warps, and programs of the
-# backward pass, each of which has its own partial sums. Fixed, so that results do not depend on what a tuner saw, and such that nothing
-# spills (`python bench.py kernels --resources`; `--tune` measures others and prints a new entry).
-NORM = {"norm": (4096, 4, 0), "norm_backward": (2048, 4, 512)}
-TILES = {
-    "default": {"forward": (64, 32, 4, 2), "dk_dv": (32, 64, 4, 2), "dk_dv, D > 64": (32, 32, 4, 2), "dq": (64, 32, 4, 2)} | NORM,
-    (8, 0): {"forward": (128, 32, 8, 3), "dk_dv": (32, 128, 8, 2), "dk_dv, D > 64": (64, 64, 8, 2), "dq": (128, 32, 8, 2)} | NORM,
-    (9, 0): {"forward": (128, 64, 8, 3), "dk_dv": (64, 64, 8, 2), "dq": (128, 32, 8, 2)} | NORM,
-}
-TILES[torch.float32] = {kernel: (32, 32, 4, 1) for kernel in ("forward", "dk_dv", "dq")} | NORM  # on every GPU: no tensor core does it
-TILES[torch.float32] |= {f"{kernel}, D > 64": (16, 16, 4, 1) for kernel in ("forward", "dk_dv", "dq")}
-GRID_LIMIT = 65535  # of CUDA, in the second and third dimension of a grid
-WIDTH_LIMIT = 65536  # of a row, which is one tile
-
-
-def _tile(kernel, x, D=0):
-    """The entry of TILES for a kernel, and head size D, on the device of x."""
-    capability = _capability(x)
-    table = TILES.get(x.dtype if capability and x.dtype == torch.float32 else capability, TILES["default"])
-    return (D > 64 and table.get(f"{kernel}, D > 64")) or table[kernel]
-
-
-def _check_triton(name, x, width=0):
-    allowed = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)
-    if x.dtype not in allowed:  # the interpreter's tl.dot of bf16 gives garbage
-        raise ValueError(f"{name} must be {' or '.join(str(d) for d in allowed)} for the Triton kernels, got {x.dtype}")
-    if width > WIDTH_LIMIT:
-        raise ValueError(f"{name} must be at most {WIDTH_LIMIT:,} wide for the Triton kernels, got {width}")
-
-
-def _launch(kernel, grid, *arguments, **constants):
-    """Triton launches on the current device, which need not be that of the arguments."""
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **constants)
-
-
-def _seed_tensor(seed, device):
-    """A 0-d int64 tensor on the device, from which the kernels read the seed; filling it waits for nothing."""
-    return seed.to(device) if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
-
-
-def _capability(x):
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-
-
-def _attention_arguments(qkv, dropout_p):
+def attention_launch(name, kernel, pointers, qkv, cu_seqlens, max_seqlen, dropout_p, seed):
+    """Launches an attention kernel with its tile: `pointers`, then what all of them take."""
     T, _, N, D = qkv.shape
-    shapes = dict(D=D, BLOCK_D=max(16, 1 << (D - 1).bit_length()), DROPOUT=dropout_p > 0)  # tl.dot wants 16 columns, tiles powers of two
-    return (*qkv.stride()[:3], T, N, D**-0.5 * LOG2_E, _threshold(dropout_p), 1 / (1 - dropout_p)), shapes
+    tile = tile_of(name, qkv, D)
+    rows = tile.keys if name == "dk_dv" else tile.queries
+    grid = (-(-max_seqlen // rows), N, len(cu_seqlens) - 1)
+    scale = D**-0.5 * 1.4426950408889634
+    scalars = (T, N, scale, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
+    constants = dict(
+        D=D,
+        BLOCK_D=max(16, 1 << (D - 1).bit_length()),  # tl.dot wants 16 columns, tiles powers of two
+        BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys,
+        DROPOUT=dropout_p > 0,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if tile.registers and dropout_p > 0:
+        constants["maxnreg"] = tile.registers
+    arguments = (*pointers, cu_seqlens.contiguous(), seed, *qkv.stride()[:3], *scalars)
+    if T:
+        launch(kernel, grid, arguments, constants)
+
+
+# torch.library makes a launch an operator that autograd and torch.compile know: a function, the shapes
+# of what it returns, and its backward pass, which is an operator as well.
+
+
+def attention_outputs(qkv):
+    """Empty tensors for what the forward kernel writes: out, shift and norm."""
+    T, _, N, D = qkv.shape
+    out = qkv.new_empty(T, N, D)
+    shift = qkv.new_empty(N, T, dtype=torch.float32)
+    norm = qkv.new_empty(*(shift.shape if qkv.dtype == torch.float32 else (0, 0)), dtype=shift.dtype)
+    return out, shift, norm
 
 
 @torch.library.custom_op("starencoder::attention", mutates_args=())
-def _attention_op(
+def attention_op(
     qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float, seed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    T, _, N, D = qkv.shape
-    out, lse = qkv.new_empty(T, N, D), qkv.new_empty(N, T, dtype=torch.float32)
-    scalars, shapes = _attention_arguments(qkv, dropout_p)
-    block_m, block_n, warps, stages = _tile("forward", qkv, D)
-    grid = (-(-max_seqlen // block_m), N, len(cu_seqlens) - 1)
-    if T:
-        tiles = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
-        _launch(_attention_forward, grid, qkv, out, lse, cu_seqlens.contiguous(), seed, *scalars, **shapes, **tiles)
-    return out, lse
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward kernel: out (T, N, D), and shift and norm (N, T) for the backward pass."""
+    outputs = attention_outputs(qkv)
+    attention_launch(
+        "forward", _attention_forward, (qkv, *outputs), qkv, cu_seqlens, max_seqlen, dropout_p, seed
+    )
+    return outputs
 
 
-@_attention_op.register_fake
+@attention_op.register_fake
 def _(qkv, cu_seqlens, max_seqlen, dropout_p, seed):
-    T, _, N, D = qkv.shape
-    return qkv.new_empty(T, N, D), qkv.new_empty(N, T, dtype=torch.float32)
+    return attention_outputs(qkv)
 
 
 @torch.library.custom_op("starencoder::attention_backward", mutates_args=())
-def _attention_backward_op(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+def attention_backward_op(
+    dout: torch.Tensor, qkv: torch.Tensor,
+    out: torch.Tensor, shift: torch.Tensor, norm: torch.Tensor,
     cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float, seed: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    T, _, N, D = qkv.shape
-    dout, dqkv, delta, cu_seqlens = dout.contiguous(), qkv.new_empty(T, 3, N, D), torch.empty_like(lse), cu_seqlens.contiguous()
-    scalars, shapes = _attention_arguments(qkv, dropout_p)
-    if T:
-        _launch(_attention_backward_delta, (-(-T // 64), N), out, dout, delta, T, N, D=D, BLOCK_D=shapes["BLOCK_D"], BLOCK_M=64)
-        for kernel, name in ((_attention_backward_dk_dv, "dk_dv"), (_attention_backward_dq, "dq")):
-            block_m, block_n, warps, stages = _tile(name, qkv, D)
-            grid = (-(-max_seqlen // (block_m if name == "dq" else block_n)), N, len(cu_seqlens) - 1)
-            tiles = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
-            _launch(kernel, grid, qkv, dout, lse, delta, dqkv, cu_seqlens, seed, *scalars, **shapes, **tiles)
+    """The two backward kernels: dqkv (T, 3, N, D)."""
+    dout = dout.contiguous()
+    dqkv = qkv.new_empty(qkv.shape)
+    delta = torch.empty_like(shift)
+    rest = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
+    attention_launch(  # first, as it writes delta
+        "dq", _attention_backward_dq, (qkv, out, dout, shift, norm, delta, dqkv), *rest
+    )
+    attention_launch(
+        "dk_dv", _attention_backward_dk_dv, (qkv, dout, shift, norm, delta, dqkv), *rest
+    )
     return dqkv
 
 
-@_attention_backward_op.register_fake
-def _(dout, qkv, out, lse, cu_seqlens, max_seqlen, dropout_p, seed):
+@attention_backward_op.register_fake
+def _(dout, qkv, out, shift, norm, cu_seqlens, max_seqlen, dropout_p, seed):
     return qkv.new_empty(qkv.shape)
 
 
@@ -634,67 +872,357 @@ def _attention_context(ctx, inputs, output):
     ctx.save_for_backward(qkv, *output, cu_seqlens, seed)
 
 
-def _attention_gradient(ctx, dout, dlse):
+def _attention_gradient(ctx, dout, dshift, dnorm):
     *tensors, seed = ctx.saved_tensors
-    return _attention_backward_op(dout, *tensors, ctx.max_seqlen, ctx.dropout_p, seed), None, None, None, None
+    dqkv = attention_backward_op(dout, *tensors, ctx.max_seqlen, ctx.dropout_p, seed)
+    return dqkv, None, None, None, None
 
 
-_attention_op.register_autograd(_attention_gradient, setup_context=_attention_context)
+attention_op.register_autograd(_attention_gradient, setup_context=_attention_context)
 
 
-def _rows(kernel, x):
-    """The tile of a LayerNorm kernel, with its warps, and its programs: whole rows, several at once where they are short."""
-    elements, warps, programs = _tile(kernel, x)
-    block_h = max(8, 1 << (x.shape[1] - 1).bit_length())
-    return dict(BLOCK_R=max(1, elements // block_h), BLOCK_H=block_h, num_warps=warps if block_h <= 2048 else 8), programs
+# ---- dropout + residual + LayerNorm --------------------------------------------------------------
+
+
+def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
+    """LN(dropout(x) + residual), between two blocks of a post-LayerNorm transformer (Ba et al.).
+
+    x: (T, H). weight, bias: (H,), of any float dtype. eps: float, added to the variance. residual:
+    like x, or None. dropout_p, seed: as in `attention`. Returns (T, H) in the dtype of x; the
+    statistics are fp32 at least. Raises ValueError for shapes that do not fit together.
+    """
+    check_matrix(x)
+    check_dropout(dropout_p, seed)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != x.shape[1:]:
+            raise ValueError(f"{name} must be ({x.shape[1]},), got {tuple(vector.shape)}")
+        check_device(name, vector, "x", x)
+    if residual is not None:
+        if residual.shape != x.shape:
+            shapes = f"{tuple(x.shape)}, got {tuple(residual.shape)}"
+            raise ValueError(f"residual must be like x, {shapes}")
+        check_device("residual", residual, "x", x)
+    if backend(x) == "torch":
+        return layer_norm_reference(
+            x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed
+        )
+    check_triton_dtype("x", x)
+    seed = seed_tensor(seed, x.device)
+    return layer_norm_op(x, residual, weight, bias, eps, dropout_p, seed)[0]
+
+
+def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
+    """The naive twin of `layer_norm`, any float dtype; below fp32 it computes in fp32, rounds once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(wide)
+    if dropout_p > 0.0:
+        h = dropout_reference(h, dropout_p, seed)
+    if residual is not None:
+        h = h + residual.to(wide)
+    return F.layer_norm(h, h.shape[1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def dropout(x, dropout_p, seed):
+    """Dropout alone, where no LayerNorm follows. x: (T, H). Returns (T, H) of the same dtype.
+
+    Raises ValueError if x is not (T, H) floating point, or dropout_p or seed is out of range.
+    """
+    check_matrix(x)
+    check_dropout(dropout_p, seed)
+    if dropout_p == 0.0:
+        return x
+    if backend(x) == "torch":
+        return dropout_reference(x, dropout_p, seed)
+    check_triton_dtype("x", x)
+    return dropout_op(x, dropout_p, seed_tensor(seed, x.device))
+
+
+def dropout_reference(x, dropout_p, seed):
+    """The naive twin of `dropout`, any float dtype."""
+    keep = dropout_keep(seed, dropout_p, *x.shape, x.device, x.dtype)
+    return x * keep * (1 / (1 - dropout_p))
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _keep_factor(
+        key, offset, threshold, keep_scale, row, first,
+        BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    ):  # fmt: skip
+        """1 / (1 - p) where `dropout_keep` keeps an element, else 0: fp32 (BLOCK_R, BLOCK_H)."""
+        group = first // 4 + tl.arange(0, BLOCK_H // 4)
+        c0 = row.to(tl.uint32)[:, None]
+        c1 = group.to(tl.uint32)[None, :] + offset
+        half_0, half_1, half_2, half_3 = _halves(key, c0, c1, threshold)
+        keep = tl.join(tl.join(half_0, half_2), tl.join(half_1, half_3))  # half number 2 i + j: [i, j]
+        return tl.where(tl.reshape(keep, [BLOCK_R, BLOCK_H]), keep_scale, 0.0)
+
+    @triton.jit
+    def _load_sum(
+        x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, first,
+        H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+        RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
+    ):  # fmt: skip
+        """h = dropout(x) + residual in columns first .. first + BLOCK_H, fp32, zeros outside.
+
+        Returns h, the factor of dropout (1 without it), where the columns are, and which are inside.
+        """
+        column = first + tl.arange(0, BLOCK_H)
+        place = row.to(tl.int64)[:, None] * H + column[None, :]
+        inside = (row < T)[:, None] & (column < H)[None, :]
+        h = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.full([BLOCK_R, BLOCK_H], 1.0, tl.float32)
+        if DROPOUT:
+            factor = _keep_factor(
+                key, offset, threshold, keep_scale, row, first, BLOCK_R, BLOCK_H
+            )
+            h = h * factor
+        if RESIDUAL:
+            h += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        return h, factor, place, inside
+
+    @triton.jit(**generic)
+    def _layer_norm_forward(
+        x_ptr, residual_ptr,  # (T, H), contiguous
+        weight_ptr, bias_ptr,  # (H,)
+        y_ptr,  # (T, H), contiguous
+        mean_ptr, rstd_ptr,  # (T,) fp32
+        seed_ptr,  # () int64
+        T, eps, threshold, keep_scale,
+        H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+        RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
+    ):  # fmt: skip
+        """One program: BLOCK_R whole rows, in chunks of BLOCK_H columns that stay in registers.
+
+            y = (h - mean) rstd weight + bias                   kept for the backward pass: mean, rstd
+
+        A row's first element (if kept) is subtracted before the mean is taken, so that a constant row
+        gives exactly 0: the rounding of a mean would be divided by sqrt(eps) there.
+        """
+        row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        place = row.to(tl.int64) * H
+        pivot = tl.load(x_ptr + place, mask=row < T, other=0.0).to(tl.float32)
+        if DROPOUT:
+            pivot *= keep_scale
+        if RESIDUAL:
+            pivot += tl.load(residual_ptr + place, mask=row < T, other=0.0).to(tl.float32)
+
+        # First pass: h - pivot, and its sum.
+        chunks = ()
+        total = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+        for first in tl.static_range(0, H, BLOCK_H):
+            h, _, _, inside = _load_sum(
+                x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, first,
+                H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
+            )  # fmt: skip
+            h = tl.where(inside, h - pivot[:, None], 0.0)
+            chunks = chunks + (h,)
+            total += h
+        mean = tl.sum(total, 1) / H
+
+        # Second pass, over registers: the variance.
+        square = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+        for i in tl.static_range(len(chunks)):
+            column = i * BLOCK_H + tl.arange(0, BLOCK_H)
+            centered = tl.where((column < H)[None, :], chunks[i] - mean[:, None], 0.0)
+            square += centered * centered
+        rstd = 1 / tl.sqrt(tl.sum(square, 1) / H + eps)
+
+        # Third pass: what is written.
+        for i in tl.static_range(len(chunks)):
+            column = i * BLOCK_H + tl.arange(0, BLOCK_H)
+            weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + column, mask=column < H, other=0.0).to(tl.float32)
+            y = (chunks[i] - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+            inside = (row < T)[:, None] & (column < H)[None, :]
+            tl.store(y_ptr + place[:, None] + column[None, :], y, mask=inside)
+        tl.store(mean_ptr + row, mean + pivot, mask=row < T)
+        tl.store(rstd_ptr + row, rstd, mask=row < T)
+
+    @triton.jit(**generic)
+    def _layer_norm_backward(
+        dy_ptr, x_ptr, residual_ptr,  # (T, H), contiguous
+        weight_ptr,  # (H,)
+        mean_ptr, rstd_ptr,  # (T,) fp32
+        dx_ptr, dresidual_ptr,  # (T, H), contiguous
+        dweight_ptr, dbias_ptr,  # (programs, H) fp32: each program's sums over its rows
+        seed_ptr,
+        T, threshold, keep_scale,
+        H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+        RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
+    ):  # fmt: skip
+        """One program: every programs-th block of BLOCK_R rows.
+
+            n = (h - mean) rstd;  g = dy weight;  dh = (g - mean(g) - n mean(g n)) rstd
+            dresidual = dh;  dx = keep dh / (1 - p);  dweight = sum dy n;  dbias = sum dy
+
+        The last two sums stay apart by row of the block until the end, where no thread has to wait.
+        """
+        key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+        weights = ()
+        dweights = ()
+        dbiases = ()
+        for i in tl.static_range(CHUNKS):
+            column = i * BLOCK_H + tl.arange(0, BLOCK_H)
+            weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32)
+            weights = weights + (weight,)
+            dweights = dweights + (tl.zeros([BLOCK_R, BLOCK_H], tl.float32),)
+            dbiases = dbiases + (tl.zeros([BLOCK_R, BLOCK_H], tl.float32),)
+
+        for block in range(tl.program_id(0), tl.cdiv(T, BLOCK_R), tl.num_programs(0)):
+            row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+            mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+
+            # First pass: n and g of each chunk, and the two means. Outside, dy = 0 adds nothing.
+            ns = ()
+            gs = ()
+            factors = ()
+            sum_g = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+            sum_gn = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+            new_dweights = ()
+            new_dbiases = ()
+            for i in tl.static_range(CHUNKS):
+                h, factor, place, inside = _load_sum(
+                    x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, i * BLOCK_H,
+                    H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
+                )  # fmt: skip
+                dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
+                n = (h - mean[:, None]) * rstd[:, None]
+                g = dy * weights[i][None, :]
+                ns = ns + (n,)
+                gs = gs + (g,)
+                factors = factors + (factor,)
+                sum_g += g
+                sum_gn += g * n
+                new_dweights = new_dweights + (dweights[i] + dy * n,)
+                new_dbiases = new_dbiases + (dbiases[i] + dy,)
+            dweights = new_dweights
+            dbiases = new_dbiases
+            mean_g = tl.sum(sum_g, 1) / H
+            mean_gn = tl.sum(sum_gn, 1) / H
+
+            # Second pass, over registers: the gradients.
+            for i in tl.static_range(CHUNKS):
+                column = i * BLOCK_H + tl.arange(0, BLOCK_H)
+                place = row.to(tl.int64)[:, None] * H + column[None, :]
+                inside = (row < T)[:, None] & (column < H)[None, :]
+                dh = (gs[i] - mean_g[:, None] - ns[i] * mean_gn[:, None]) * rstd[:, None]
+                if RESIDUAL and DROPOUT:  # without dropout the two gradients are the same
+                    tl.store(dresidual_ptr + place, dh, mask=inside)
+                tl.store(dx_ptr + place, dh * factors[i], mask=inside)
+
+        for i in tl.static_range(CHUNKS):
+            column = i * BLOCK_H + tl.arange(0, BLOCK_H)
+            place = tl.program_id(0).to(tl.int64) * H + column
+            tl.store(dweight_ptr + place, tl.sum(dweights[i], 0), mask=column < H)
+            tl.store(dbias_ptr + place, tl.sum(dbiases[i], 0), mask=column < H)
+
+    @triton.jit(**generic)
+    def _dropout_kernel(
+        x_ptr, y_ptr,  # (T, H), contiguous
+        seed_ptr,  # () int64
+        T, threshold, keep_scale,
+        H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    ):  # fmt: skip
+        """One program: BLOCK_R rows. y = keep x / (1 - p); its own backward pass."""
+        row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        for first in range(0, H, BLOCK_H):
+            y, _, place, inside = _load_sum(
+                x_ptr, x_ptr, key, offset, threshold, keep_scale, row, T, first,
+                H, BLOCK_R, BLOCK_H, False, True,
+            )  # fmt: skip
+            tl.store(y_ptr + place, y, mask=inside)
+
+
+WIDTH_LIMIT = 65536  # of a row: four chunks of it are held in registers
+
+
+def norm_tile(name, x):
+    """The constants of a LayerNorm kernel for rows of H columns, and its greatest number of programs.
+
+    Rows are whole; up to 1,024 columns come in chunks of 256, one of which a warp reads at once.
+    """
+    H = x.shape[1]
+    if H > WIDTH_LIMIT:
+        raise ValueError(
+            f"x must be at most {WIDTH_LIMIT:,} wide for the Triton kernels, got {H:,}"
+        )
+    tile = tile_of(name, x)
+    block_h = max(8, triton.next_power_of_2(H if H <= 256 else max(256, -(-H // 4))))
+    wide = H > 1024
+    constants = dict(
+        H=H,
+        BLOCK_R=1 if wide else tile.rows,
+        BLOCK_H=block_h,
+        num_warps=8 if wide else tile.warps,
+    )
+    return constants, tile.programs
 
 
 @torch.library.custom_op("starencoder::layer_norm", mutates_args=())
-def _layer_norm_op(
+def layer_norm_op(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor,
     eps: float, dropout_p: float, seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    (T, H), x = x.shape, x.contiguous()
-    y, mean, rstd = torch.empty_like(x), x.new_empty(T, dtype=torch.float32), x.new_empty(T, dtype=torch.float32)
+    """The forward kernel: y (T, H), and mean and rstd (T,) for the backward pass."""
+    T = len(x)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    mean = x.new_empty(T, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    constants, _ = norm_tile("norm", x)
     flags = dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
     residual = x if residual is None else residual.contiguous()
-    shapes, _ = _rows("norm", x)
+    arguments = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
+    scalars = (T, eps, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
+    grid = (-(-T // constants["BLOCK_R"]),)
     if T:
-        pointers = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
-        scalars = (T, H, eps, _threshold(dropout_p), 1 / (1 - dropout_p))
-        _launch(_layer_norm_forward, (-(-T // shapes["BLOCK_R"]),), *pointers, *scalars, **shapes, **flags)
+        launch(_layer_norm_forward, grid, (*arguments, *scalars), constants | flags)
     return y, mean, rstd
 
 
-@_layer_norm_op.register_fake
+@layer_norm_op.register_fake
 def _(x, residual, weight, bias, eps, dropout_p, seed):
-    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    mean = x.new_empty(len(x), dtype=torch.float32)
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
 @torch.library.custom_op("starencoder::layer_norm_backward", mutates_args=())
-def _layer_norm_backward_op(
-    dy: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
-    dropout_p: float, seed: torch.Tensor,
+def layer_norm_backward_op(
+    dy: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
+    mean: torch.Tensor, rstd: torch.Tensor, dropout_p: float, seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    (T, H), (shapes, programs) = x.shape, _rows("norm_backward", x)
-    x, dy = x.contiguous(), dy.contiguous()
+    """The backward kernel: dx, dresidual (empty if it is dx), dweight and dbias (H,) fp32."""
+    T, H = x.shape
+    x = x.contiguous()
+    dy = dy.contiguous()
+    constants, programs = norm_tile("norm_backward", x)
     flags = dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
     residual = x if residual is None else residual.contiguous()
-    dx, dresidual = torch.empty_like(x), torch.empty_like(residual) if all(flags.values()) else residual.new_empty(0)
-    programs = min(-(-T // shapes["BLOCK_R"]), programs)
-    dweight, dbias = (x.new_empty(programs, H, dtype=torch.float32) for _ in range(2))
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(residual) if all(flags.values()) else residual.new_empty(0)
+    programs = min(-(-T // constants["BLOCK_R"]), programs)
+    dweight = x.new_empty(programs, H, dtype=torch.float32)
+    dbias = torch.empty_like(dweight)
+    pointers = (dy, x, residual, weight.contiguous(), mean, rstd, dx, dresidual, dweight, dbias)
+    scalars = (T, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
     if T:
-        pointers = (dy, x, residual, weight.contiguous(), mean, rstd, dx, dresidual, dweight, dbias, seed)
-        scalars = (T, H, _threshold(dropout_p), 1 / (1 - dropout_p))
-        _launch(_layer_norm_backward, (programs,), *pointers, *scalars, **shapes, **flags)
+        arguments = (*pointers, seed, *scalars)
+        launch(_layer_norm_backward, (programs,), arguments, constants | flags)
     return dx, dresidual, dweight.sum(0), dbias.sum(0)
 
 
-@_layer_norm_backward_op.register_fake
+@layer_norm_backward_op.register_fake
 def _(dy, x, residual, weight, mean, rstd, dropout_p, seed):
-    dresidual = residual.new_empty(residual.shape) if residual is not None and dropout_p > 0 else x.new_empty(0)
-    return x.new_empty(x.shape), dresidual, mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1])
+    own_gradient = residual is not None and dropout_p > 0
+    dresidual = residual.new_empty(residual.shape) if own_gradient else x.new_empty(0)
+    dweight = mean.new_empty(x.shape[1])
+    return x.new_empty(x.shape), dresidual, dweight, torch.empty_like(dweight)
 
 
 def _layer_norm_context(ctx, inputs, output):
@@ -705,7 +1233,9 @@ def _layer_norm_context(ctx, inputs, output):
 
 def _layer_norm_gradient(ctx, dy, dmean, drstd):
     x, residual, weight, mean, rstd, seed = ctx.saved_tensors
-    dx, dresidual, dweight, dbias = _layer_norm_backward_op(dy, x, residual, weight, mean, rstd, ctx.dropout_p, seed)
+    dx, dresidual, dweight, dbias = layer_norm_backward_op(
+        dy, x, residual, weight, mean, rstd, ctx.dropout_p, seed
+    )
     if residual is None:
         dresidual = None
     elif ctx.dropout_p == 0.0:
@@ -713,20 +1243,25 @@ def _layer_norm_gradient(ctx, dy, dmean, drstd):
     return dx, dresidual, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None, None
 
 
-_layer_norm_op.register_autograd(_layer_norm_gradient, setup_context=_layer_norm_context)
+layer_norm_op.register_autograd(_layer_norm_gradient, setup_context=_layer_norm_context)
 
 
 @torch.library.custom_op("starencoder::dropout", mutates_args=())
-def _dropout_op(x: torch.Tensor, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
-    (T, H), x, (shapes, _) = x.shape, x.contiguous(), _rows("norm", x)
+def dropout_op(x: torch.Tensor, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
+    """The kernel of dropout alone."""
+    T = len(x)
+    x = x.contiguous()
     y = torch.empty_like(x)
+    constants, _ = norm_tile("norm", x)
+    scalars = (T, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
     if T:
-        scalars = (T, H, _threshold(dropout_p), 1 / (1 - dropout_p))
-        _launch(_dropout_kernel, (-(-T // shapes["BLOCK_R"]),), x, y, seed, *scalars, **shapes)
+        launch(
+            _dropout_kernel, (-(-T // constants["BLOCK_R"]),), (x, y, seed, *scalars), constants
+        )
     return y
 
 
-@_dropout_op.register_fake
+@dropout_op.register_fake
 def _(x, dropout_p, seed):
     return x.new_empty(x.shape)
 
@@ -737,7 +1272,89 @@ def _dropout_context(ctx, inputs, output):
 
 
 def _dropout_gradient(ctx, dy):
-    return _dropout_op(dy, ctx.dropout_p, *ctx.saved_tensors), None, None
+    return dropout_op(dy, ctx.dropout_p, *ctx.saved_tensors), None, None
 
 
-_dropout_op.register_autograd(_dropout_gradient, setup_context=_dropout_context)
+dropout_op.register_autograd(_dropout_gradient, setup_context=_dropout_context)
+
+
+# ---- cross-entropy of a large vocabulary ---------------------------------------------------------
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
+
+    A label of -100 does not count. Logits are read once in the forward pass; in the backward pass
+    their gradient takes their place, since of 49,156 columns they are the largest tensor of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logits = logits.contiguous()
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        lse = torch.empty_like(losses)
+        ctx.save_for_backward(logits, labels, lse)
+        if logits.numel():
+            arguments = (logits, labels.contiguous(), losses, lse)
+            launch(_cross_entropy_forward, (len(logits),), arguments, CrossEntropy.constants(logits))
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logits, labels, lse = ctx.saved_tensors
+        if logits.numel():
+            arguments = (logits, labels.contiguous(), lse, upstream)
+            launch(_cross_entropy_backward, (len(logits),), arguments, CrossEntropy.constants(logits))
+        return logits.detach(), None
+
+    @staticmethod
+    def constants(logits):
+        """Launch settings: rows in blocks of up to 4,096 columns."""
+        V = logits.shape[1]
+        return dict(V=V, BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _cross_entropy_forward(
+        logits_ptr,  # (M, V), contiguous
+        labels_ptr,  # (M,) int64
+        losses_ptr, lse_ptr,  # (M,) fp32
+        V: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):  # fmt: skip
+        """One program: one row. loss = lse - logit[label];  lse = log sum e^logit, kept."""
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * V
+        m = tl.full([], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_V], tl.float32)  # summed over its lanes at the end
+        for first in range(0, V, BLOCK_V):
+            column = first + tl.arange(0, BLOCK_V)
+            x = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
+            m_new = tl.maximum(m, tl.max(x, 0))
+            l = l * tl.exp(m - m_new) + tl.exp(x - m_new)
+            m = m_new
+        lse = m + tl.log(tl.sum(l, 0))
+        label = tl.load(labels_ptr + row)
+        counted = label >= 0
+        chosen = tl.load(logits_ptr + label, mask=counted, other=0.0).to(tl.float32)
+        tl.store(losses_ptr + row, tl.where(counted, lse - chosen, 0.0))
+        tl.store(lse_ptr + row, lse)
+
+    @triton.jit
+    def _cross_entropy_backward(
+        logits_ptr, labels_ptr, lse_ptr,  # as above; the gradient takes the place of the logits
+        upstream_ptr,  # () fp32
+        V: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):  # fmt: skip
+        """One program: one row. dlogit = upstream (e^(logit - lse) - [column = label])."""
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * V
+        label = tl.load(labels_ptr + row)
+        lse = tl.load(lse_ptr + row)
+        factor = tl.where(label >= 0, tl.load(upstream_ptr), 0.0)
+        for first in range(0, V, BLOCK_V):
+            column = first + tl.arange(0, BLOCK_V)
+            x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
+            gradient = (tl.exp(x - lse) - tl.where(column == label, 1.0, 0.0)) * factor
+            tl.store(logits_ptr + column, gradient, mask=column < V)

@@ -204,7 +204,9 @@ class StarEncoder(_Bert):
             seed = torch.randint(2**62, (), device=input_ids.device) if self.training else 0
         seeds = seed + torch.arange(3 * len(self.layers) + 1, device=input_ids.device)  # each mask of the step has a Philox key of its own
         token = torch.arange(T, device=input_ids.device, dtype=torch.int32)
-        sequence = torch.bucketize(token, cu_seqlens[1:], right=True)  # (T,): which sequence each token is in; nobody waits for a GPU
+        # Which sequence each token is in, without a GPU sync: (T,). Not by the slice cu_seqlens[1:], of which torch.compile forgets on a
+        # GPU where it starts (PyTorch issue 160964).
+        sequence = torch.bucketize(token, cu_seqlens, right=True) - 1
         position = token - cu_seqlens[sequence]  # (T,)
         h = self.word_embeddings(input_ids) + self.position_embeddings(position) + self.token_type_embeddings.weight[0]  # (T, H)
         h = kernels.dropout(_norm(self.embeddings_norm, h), config.hidden_dropout_prob * dropout, seeds[0])
@@ -249,7 +251,7 @@ def _cross_entropy(logits, labels, overwrite=True):
     """
     half = logits.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and logits.requires_grad and not logits.is_leaf
     if overwrite and half and not torch.compiler.is_compiling():  # torch.compile fuses the formula itself, and makes no copy either
-        total = _SummedCrossEntropy.apply(logits, labels)
+        total = (kernels.CrossEntropy if kernels.backend(logits) == "triton" else _SummedCrossEntropy).apply(logits, labels)
     else:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(logits, labels, reduction="sum")
@@ -286,8 +288,20 @@ class StarEncoderForPreTraining(_Bert):
 
     def mlm_head(self, h):
         """(M, H) -> logits (M, V)."""
+        return self._padded_logits(h)[:, : self.config.vocab_size]
+
+    def _padded_logits(self, h):
+        """(M, H) -> logits (M, V), on a GPU with columns of -inf behind them, up to a multiple of 64.
+
+        The fastest matrix products need rows of a multiple of 16 bytes, which 49,156 columns are not.
+        """
         h = _norm(self.mlm_norm, F.gelu(self.mlm_transform(h)))
-        return F.linear(h, self.mlm_decoder.weight, self.mlm_bias.to(h.dtype))
+        weight, bias = self.mlm_decoder.weight, self.mlm_bias.to(h.dtype)
+        missing = -len(bias) % 64
+        if h.is_cuda and missing:
+            weight = F.pad(weight.to(h.dtype), (0, 0, 0, missing))
+            bias = F.pad(bias, (0, missing), value=float("-inf"))
+        return F.linear(h, weight, bias)
 
     def forward(self, input_ids, cu_seqlens, labels=None, next_sentence_label=None, masked_positions=None, *, max_seqlen=None, seed=None):
         """Logits, or losses where there are labels.
@@ -307,9 +321,9 @@ class StarEncoderForPreTraining(_Bert):
         h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed, rows=rows)  # (T, H) or (B + M, H)
         pooled = torch.tanh(self.bert.pooler(h[cls] if rows is None else h[: len(cls)]))  # (B, H)
         nsp_logits = self.nsp(pooled)  # (B, 2)
-        mlm_logits = self.mlm_head(h if rows is None else h[len(cls) :])
+        mlm_logits = self._padded_logits(h if rows is None else h[len(cls) :])
         if labels is None and next_sentence_label is None:
-            return PreTrainingOutput(mlm_logits=mlm_logits, nsp_logits=nsp_logits)
+            return PreTrainingOutput(mlm_logits=mlm_logits[:, : self.config.vocab_size], nsp_logits=nsp_logits)
         mlm_loss = nsp_loss = None
         if labels is not None:
             mlm_loss = _cross_entropy(mlm_logits, labels)

@@ -18,35 +18,51 @@ def packed_qkv(lengths, heads, size, seed, dtype=torch.float64):
     return torch.randn(sum(lengths), 3, heads, size, generator=generator, dtype=torch.float64).to(dtype), cu_seqlens
 
 
-def test_philox_gives_the_published_words():
-    """The known answers of Random123 (kat_vectors), for the zero counter and key."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    words = lambda rounds: [hex(word.item()) for word in kernels.philox(0, zero, zero, zero, rounds)]
-    assert words(10) == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
-    assert words(7) == ["0x5f6fb709", "0xd893f64", "0x4f121f81", "0x4f730a48"]
+@pytest.mark.parametrize(
+    "rounds, key, counter, words",
+    [
+        (7, 0, (0, 0), (0x257A3673, 0xCD26BE2A)),
+        (7, 0xFFFFFFFF, (0xFFFFFFFF, 0xFFFFFFFF), (0xAB302C4D, 0x3DC9D239)),
+        (7, 0x13198A2E, (0x243F6A88, 0x85A308D3), (0xBEDBBE6B, 0xE4C770B3)),
+        (10, 0, (0, 0), (0xFF1DAE59, 0x6CD10DF2)),
+    ],
+)
+def test_philox_gives_the_published_words(rounds, key, counter, words):
+    """The known answers of Random123 (kat_vectors), with ints and with tensors."""
+    assert kernels.philox(key, *counter, rounds) == words
+    key, c0, c1 = (torch.tensor([value]) for value in (key, *counter))
+    assert tuple(word.item() for word in kernels.philox(key, c0, c1, rounds)) == words
 
 
-def test_philox_gives_the_words_of_triton():
-    """`tl.philox`, under Triton's interpreter, on the same counters, so that a kernel can make the same masks."""
-    triton = pytest.importorskip("triton")
-    import triton.language as tl
+def fraction_within(count, n, p, deviations=5):
+    """True if a count of n draws of probability p is no further from n p than that."""
+    return abs(count - n * p) <= deviations * (n * p * (1 - p)) ** 0.5
 
-    @triton.jit
-    def words(out_ptr, counters_ptr, seed, SIZE: tl.constexpr):
-        i = tl.arange(0, SIZE)
-        c0, c1, c2 = tl.load(counters_ptr + i), tl.load(counters_ptr + SIZE + i), tl.load(counters_ptr + 2 * SIZE + i)
-        r0, r1, r2, r3 = tl.philox(seed, c0, c1, c2, c2 * 0, n_rounds=7)
-        tl.store(out_ptr + i, r0)
-        tl.store(out_ptr + SIZE + i, r1)
-        tl.store(out_ptr + 2 * SIZE + i, r2)
-        tl.store(out_ptr + 3 * SIZE + i, r3)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    counters = torch.randint(0, 2**31, (3, 64), generator=torch.Generator().manual_seed(0)).to(device)
-    for seed in (0, 1, 2**31, 2**32 + 5, 2**62 - 1):
-        out = torch.empty(4, 64, dtype=torch.int32, device=device)
-        words[(1,)](out, counters.int(), seed, SIZE=64)
-        assert torch.equal(out.long() & 0xFFFFFFFF, torch.stack(kernels.philox(seed, *counters)))
+def test_masks_are_independent_of_their_neighbours():
+    """Keep rate; agreement of neighbours in both axes, at the 8 of a shared counter, and across
+    heads, sequences and seeds."""
+    p, length = 0.25, 512
+    head = torch.arange(4)[:, None]
+    start = torch.tensor([0, 1, 512])[None, :]
+    keep = kernels.attention_keep(11, p, head, start, length)  # (4, 3, L, L)
+    other_seed = kernels.attention_keep(12, p, head, start, length)
+    assert fraction_within(keep.sum().item(), keep.numel(), 1 - p)
+    both = (1 - p) ** 2 + p**2  # two independent elements agree
+    pairs = [(keep, other_seed), (keep[1:], keep[:-1]), (keep[:, 1:], keep[:, :-1])]
+    for distance in (1, 2, 4, 8, 16):
+        pairs.append((keep[..., distance:, :], keep[..., :-distance, :]))
+        pairs.append((keep[..., distance:], keep[..., :-distance]))
+        pairs.append((keep[..., distance:, distance:], keep[..., :-distance, :-distance]))
+    pairs.append((keep, keep.transpose(-1, -2)))
+    rows = kernels.dropout_keep(11, p, 3000, 768)
+    for distance in (1, 2, 3, 4):
+        pairs.append((rows[distance:], rows[:-distance]))
+        pairs.append((rows[:, distance:], rows[:, :-distance]))
+    for a, b in pairs:
+        # Of two overlapping copies of one mask, neighbouring comparisons share an element: their
+        # sum varies at most three times as much as that of independent ones.
+        assert fraction_within((a == b).sum().item(), a.numel(), both, deviations=5 * 3**0.5)
 
 
 @given(seed=st.integers(0, 2**62), p=st.sampled_from([0.0, 0.1, 0.5, 0.9]), columns=st.integers(1, 70))
@@ -81,7 +97,8 @@ def test_attention_dropout_multiplies_the_weights(lengths, seed, p):
     qkv[:, 2] = torch.cat([qkv.new_zeros(0, 40), *[torch.eye(n, 40) for n in lengths]])[:, None]
     weights = kernels.attention(qkv, cu_seqlens, 40)
     dropped = kernels.attention(qkv, cu_seqlens, 40, dropout_p=p, seed=seed)
-    assert torch.equal(dropped, kernels.attention_reference(qkv, cu_seqlens, 40, dropout_p=p, seed=seed))
+    naive = kernels.attention_reference(qkv, cu_seqlens, 40, dropout_p=p, seed=seed)
+    torch.testing.assert_close(dropped, naive, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dropped, torch.where(dropped != 0, weights / (1 - p), 0.0))
     n = (weights > 0).sum().item()
     assert abs((dropped > 0).sum().item() - n * (1 - p)) <= 6 * (n * p * (1 - p)) ** 0.5 + 1e-9

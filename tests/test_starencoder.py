@@ -414,8 +414,8 @@ def test_every_dropout_acts_and_has_a_seed_of_its_own(monkeypatch):
         assert torch.equal(expected, model.eval()(ids, cu_seqlens, seed=1).logits)
         model.train()
     seeds = []
-    real = kernels.dropout_keep
-    monkeypatch.setattr(kernels, "dropout_keep", lambda seed, *args: seeds.append(seed) or real(seed, *args))
+    real = kernels.dropout_halves
+    monkeypatch.setattr(kernels, "dropout_halves", lambda seed, *args: seeds.append(seed) or real(seed, *args))
     model = StarEncoderForTokenClassification(small_config())
     model(ids, cu_seqlens, seed=1)
     assert len(set(seeds)) == 3 * 3 + 2  # three in each of three layers, the embeddings', the classifier's

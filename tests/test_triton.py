@@ -163,7 +163,7 @@ def test_gradient_is_the_slope(lengths, seed, p):
 
 @given(length=st.sampled_from([1, 3, 16, 33, 64]), seed=seeds, p=st.sampled_from([0.1, 0.5]))
 def test_forward_and_backward_drop_the_same_weights(length, seed, p):
-    """V = 1 shows the forward's mask in the output, dO = 1 the backward's in dV; both are `dropout_keep`."""
+    """V = 1 shows the forward's mask in the output, dO = 1 the backward's in dV; both are `attention_keep`."""
     qkv, cu_seqlens, longest = packed([7, length], 1, 64, seed)
     qkv[:, :2] = 0  # uniform weights, 1 / length
     qkv[7:, 2, 0] = torch.eye(length, 64, device=DEVICE)
@@ -171,8 +171,8 @@ def test_forward_and_backward_drop_the_same_weights(length, seed, p):
     upstream[7:, 0] = torch.eye(length, 64, device=DEVICE)
     function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed)
     out, gradient = with_gradients(function, [qkv], upstream)
-    query = torch.arange(7, 7 + length, device=DEVICE)[:, None]
-    keep = kernels.dropout_keep(seed, p, length, query, torch.zeros_like(query))
+    head, start = torch.tensor([0, 7], device=DEVICE)
+    keep = kernels.attention_keep(seed, p, head, start, length)
     expected = keep / (1 - p) / length
     torch.testing.assert_close(out[7:, 0, :length], expected.float())
     torch.testing.assert_close(gradient[7:, 2, 0, :length], expected.T.float())
@@ -346,9 +346,9 @@ def test_operators_are_what_they_declare():
     qkv, cu_seqlens, longest = packed([3, 20], 2, 16, 0)
     x, vector, seed = torch.randn(6, 48, device=DEVICE), torch.randn(48, device=DEVICE), torch.tensor(5, device=DEVICE)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(kernels._attention_op, (qkv.requires_grad_(), cu_seqlens, longest, 0.1, seed), test_utils=checks)
-    torch.library.opcheck(kernels._layer_norm_op, (x.requires_grad_(), x.detach(), vector, vector, 1e-6, 0.1, seed), test_utils=checks)
-    torch.library.opcheck(kernels._dropout_op, (x, 0.1, seed), test_utils=checks)
+    torch.library.opcheck(kernels.attention_op, (qkv.requires_grad_(), cu_seqlens, longest, 0.1, seed), test_utils=checks)
+    torch.library.opcheck(kernels.layer_norm_op, (x.requires_grad_(), x.detach(), vector, vector, 1e-6, 0.1, seed), test_utils=checks)
+    torch.library.opcheck(kernels.dropout_op, (x, 0.1, seed), test_utils=checks)
 
 
 @pytest.mark.slow
