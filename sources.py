@@ -23,6 +23,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -414,17 +415,39 @@ class Damaged(ValueError):
     """A source that ends in the middle, or is not what its name says."""
 
 
+def _walk(directory, unreadable=None):
+    """(folder, its folders, its files) as of os.walk, sorted; links and SKIPPED_DIRECTORIES are not entered.
+
+    One level of os.walk at a time: in Python 3.11 it calls itself, and fails at a depth of a thousand.
+    unreadable: called with the error of a folder that cannot be read.
+    """
+    waiting = [directory]
+    while waiting:
+        for folder, folders, names in itertools.islice(os.walk(waiting.pop(), onerror=unreadable), 1):
+            folders.sort()
+            yield folder, folders, sorted(names)
+            inner = [os.path.join(folder, name) for name in folders if name not in SKIPPED_DIRECTORIES]
+            waiting += [path for path in reversed(inner) if not os.path.islink(path)]
+
+
 def _files(directory, skipped=None):
     def unreadable(error):
         if skipped is not None:
             skipped["unreadable"] += 1
 
-    for folder, folders, names in os.walk(directory, onerror=unreadable):
+    for folder, folders, names in _walk(directory, unreadable):
         if skipped is not None and (links := sum(os.path.islink(os.path.join(folder, f)) for f in folders)):
             skipped["not a file"] += links  # they are not followed
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
-        for name in sorted(names):
+        for name in names:
             yield os.path.join(folder, name)
+
+
+def _size(path):
+    """Bytes of a file that may be a source; 0 of what is none, or is gone by now."""
+    with contextlib.suppress(OSError):
+        if _may_be_source(path) and os.path.isfile(path):
+            return os.path.getsize(path)
+    return 0
 
 
 def _read_directory(source, skipped, progress):
@@ -582,32 +605,142 @@ def _read_jsonl(source, skipped, progress):
             yield from _checked(lambda: issue, skipped)
 
 
-def _git(repository, *arguments, **pipes):
-    command = ["git", "-C", repository, "-c", "core.fsmonitor=false", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}, **pipes)
+def _is_file(path):
+    """Whether a path is a plain file: a link may name what is elsewhere, and reading a pipe never ends."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
+
+
+def _line(path):
+    """What a small file of git's holds; "" without it."""
+    if not _is_file(path):
+        return ""
+    with open(path, "rb") as f:
+        return os.fsdecode(f.read(5000).strip())
+
+
+COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, or SHA-256
+
+
+def _head(own, shared):
+    """The name of the commit that a repository's HEAD stands for. Raises Damaged where there is none.
+
+    own, shared: its directories; two where it is a linked work tree.
+    """
+    text = _line(os.path.join(own, "HEAD"))
+    for _ in range(5):  # a reference may stand for another
+        reference = text.removeprefix("ref:").strip()
+        if COMMIT.fullmatch(reference):
+            return reference
+        if not reference.startswith("refs/") or ".." in reference:
+            break
+        text = _line(os.path.join(shared, reference))
+        packed = os.path.join(shared, "packed-refs")
+        if not text and _is_file(packed):
+            with open(packed, "rb") as f:
+                names = (os.fsdecode(line.strip()).partition(" ") for line in f)
+                text = next((commit for commit, _, name in names if name == reference), "")
+    reftable = os.path.isdir(os.path.join(shared, "reftable"))
+    raise Damaged("its references are a reftable, which is not read here" if reftable else "its HEAD stands for no commit")
+
+
+def _borrow(repository, bare):
+    """Makes the directory `bare` a git repository that has the history of another, and nothing else of it.
+
+    A stranger's repository may have git run any command: its configuration names programs that fetch
+    missing objects, compare files or check signatures, and it has hooks. So git is only pointed at a
+    repository of our own, which takes over the name of a commit, where a shallow history ends, and
+    the packs and loose objects: no configuration, hooks, attributes, references or alternates.
+    Raises Damaged for one without a commit, or that names files elsewhere.
+    """
+    own = os.path.join(repository, ".git")
+    own = own if os.path.lexists(own) else repository
+    shared = own
+    if os.path.isfile(own):  # a linked work tree or a submodule: a file that names the directory
+        own = os.path.join(repository, _line(own).removeprefix("gitdir:").strip())
+        shared = os.path.join(own, _line(os.path.join(own, "commondir")))
+    shared = os.path.realpath(shared)
+    objects = os.path.join(shared, "objects")
+    if os.path.lexists(os.path.join(objects, "info", "alternates")):
+        raise Damaged("its objects lie in another repository, as after git clone --shared")
+
+    head = _head(own, shared)
+    config = "[core]\nbare = true\nrepositoryformatversion = 0\n"
+    if len(head) == 64:
+        config = config.replace("= 0", "= 1") + "[extensions]\nobjectFormat = sha256\n"
+    files = {"HEAD": head + "\n", "config": config}
+    shallow = os.path.join(shared, "shallow")
+    if _is_file(shallow):
+        with open(shallow, errors="replace") as f:
+            files["shallow"] = "".join(line for line in f if COMMIT.fullmatch(line.strip()))
+    for name, text in files.items():
+        with open(os.path.join(bare, name), "w") as f:
+            f.write(text)
+    os.makedirs(os.path.join(bare, "refs"))
+    os.makedirs(os.path.join(bare, "objects", "pack"))
+
+    for folder in os.listdir(objects):
+        if not re.fullmatch("pack|[0-9a-f]{2}", folder):
+            continue
+        path = os.path.join(objects, folder)
+        if os.path.islink(objects) or os.path.islink(path):
+            raise Damaged(f"objects/{folder} is a link")
+        names = os.listdir(path)
+        if folder == "pack":
+            names = [name for name in names if name.endswith((".pack", ".idx"))]
+        for name in names:
+            if not _is_file(os.path.join(path, name)):
+                raise Damaged(f"objects/{folder}/{name} is not a plain file")
+        if folder == "pack":
+            for name in names:
+                os.symlink(os.path.join(path, name), os.path.join(bare, "objects", "pack", name))
+        else:
+            os.symlink(path, os.path.join(bare, "objects", folder))
+
+
+def _git(bare, *arguments, **pipes):
+    """Starts git in a repository of our own, with no configuration, whatever the user's environment says."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"GIT_DIR": bare, "HOME": bare, "XDG_CONFIG_HOME": bare, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
+    environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none", "GIT_TERMINAL_PROMPT": "0"}  # should it want to fetch
+    return subprocess.Popen(["git", *arguments], cwd=bare, stdout=subprocess.PIPE, env=environment, **pipes)
 
 
 def read_commits(source, skipped, progress):
-    """The changes of files by the commits of a git repository's current branch, the newest first; merges and new files are none."""
+    """The changes of files by the commits of a git repository's current branch, the newest first.
+
+    Merges and new files are none. No command runs that the repository names (see `_borrow`).
+    """
+    with tempfile.TemporaryDirectory() as bare:
+        _borrow(source, bare)
+        yield from _read_commits(bare, skipped)
+
+
+def _read_commits(bare, skipped):
     how = "--no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames --diff-filter=M -z --format=%x01%s".split()
     said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop git when it is full
-    log = _git(source, "log", *how, "HEAD", stderr=said)
-    objects = _git(source, "cat-file", "--batch", stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    log = _git(bare, "log", *how, "HEAD", stderr=said)
+    # One process is asked for an object's size, another for its content where that is not too much.
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    sizes = _git(bare, "cat-file", "--batch-check", **pipes)
+    objects = _git(bare, "cat-file", "--batch", **pipes)
+
+    def ask(process, name):
+        process.stdin.write(name + b"\n")
+        process.stdin.flush()
+        words = process.stdout.readline().split()
+        if len(words) != 3:
+            raise Damaged(f"git has no object {name.decode()}; a partial clone lacks some")
+        return words[1], int(words[2])
 
     def blob(name):
-        objects.stdin.write(name + b"\n")
-        objects.stdin.flush()
-        words = objects.stdout.readline().split()
-        if len(words) != 3:
-            raise Damaged(f"git has no object {name.decode()}")
-        (_, kind, size), content = words, b""
-        if int(size) <= LARGEST:
-            content = objects.stdout.read(int(size) + 1)[:-1]
-        else:
-            for _ in range(int(size) + 1 >> 20):
-                objects.stdout.read(1 << 20)
-            objects.stdout.read((int(size) + 1) % (1 << 20))
-        return content if kind == b"blob" else b""
+        """The content of a file, or None where it is too large."""
+        kind, size = ask(sizes, name)
+        if kind != b"blob" or size > LARGEST:
+            return None
+        ask(objects, name)
+        return objects.stdout.read(size + 1)[:-1]
 
     try:
         subject, change = "", None
@@ -625,6 +758,9 @@ def read_commits(source, skipped, progress):
                     skipped["no known extension"] += 1
                     continue
                 old, new = blob(old), blob(new)
+                if old is None or new is None:
+                    skipped[TOO_LARGE] += 1
+                    continue
                 if (language := language_of(path, new)) is None:
                     skipped["no known extension"] += 1
                     continue
@@ -635,12 +771,11 @@ def read_commits(source, skipped, progress):
                     continue
                 if record:
                     yield Document("git-commits", record)
-        objects.stdin.close()
         if log.wait():
             said.seek(0)
             raise Damaged(said.read(1000).decode(errors="replace").strip().split("\n")[0])
     finally:
-        for process in (log, objects):
+        for process in (log, sizes, objects):
             process.kill()
             for pipe in filter(None, (process.stdin, process.stdout)):
                 with contextlib.suppress(OSError):  # a pipe whose other end is gone
@@ -655,6 +790,8 @@ def _fields(stream):
     while block := stream.read1(1 << 16):
         *fields, rest = (rest + block).split(b"\0")
         yield from fields
+        if len(rest) > LARGEST:
+            raise Damaged(f"the subject of a commit is {TOO_LARGE}")
     if rest:
         yield rest
 
@@ -670,12 +807,19 @@ KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 
 
 def _repositories(directory):
-    """The git repositories in a directory, which may be one itself: with a work tree, or bare."""
-    for folder, folders, names in os.walk(directory):
-        folders.sort()
-        if ".git" in folders + names or {"objects", "refs"} <= {*folders} and "HEAD" in names:
+    """The git repositories in a directory, which may be one itself: with a work tree, or bare.
+
+    Those inside a repository are files of its project's, and not entered. Nor is a `.git` that leads
+    elsewhere, a file or a link, but of the directory itself, which the user named.
+    """
+    for folder, folders, names in _walk(directory):
+        git = os.path.join(folder, ".git")
+        named = folder == directory and os.path.lexists(git)
+        plain = os.path.isdir(git) and not os.path.islink(git)
+        bare = {"objects", "refs"} <= {*folders} and "HEAD" in names
+        if named or plain or bare:
             yield folder
-        folders[:] = [f for f in folders if f not in SKIPPED_DIRECTORIES]
+            folders.clear()
 
 
 def readers(source, commits=False):
@@ -685,7 +829,7 @@ def readers(source, commits=False):
     told of progress in bytes. commits: the histories of the git repositories in a directory, too.
     """
     if os.path.isdir(source):
-        size = sum(os.path.getsize(path) for path in _files(source) if os.path.isfile(path) and _may_be_source(path))
+        size = sum(map(_size, _files(source)))
         if commits and not shutil.which("git"):
             raise ValueError("--commits: needs the git program")
         return [(source, _read_directory, size)] + [(path, read_commits, 0) for path in (_repositories(source) if commits else [])]

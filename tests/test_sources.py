@@ -373,6 +373,214 @@ def test_the_history_of_this_project_comes_back_from_the_corpus(tmp_path, small_
     assert found == expected
 
 
+# ---- git repositories of strangers ----------------------------------------------------------------------------------------------
+
+# What a repository may hold to have a command run: its configuration, and what git must be asked to see that the trap is live.
+# TRAP is a program that leaves a marker; BLOB an object that is missing, which git would fetch; OTHER another repository.
+FETCHED = '[core]\nrepositoryformatversion = 1\n[extensions]\npartialClone = o\n[remote "o"]\npromisor = true\n'
+ATTACKS = {
+    "ssh": (FETCHED + "url = ssh://host/x\n[core]\nsshCommand = TRAP", "cat-file -p BLOB"),
+    "ext": (FETCHED + "url = ext::TRAP\n[protocol]\nallow = always", "cat-file -p BLOB"),
+    "proxy": (FETCHED + "url = git://host/x\n[core]\ngitProxy = TRAP", "cat-file -p BLOB"),
+    "uploadpack": (FETCHED + "url = OTHER\nuploadpack = TRAP", "cat-file -p BLOB"),
+    "include": ("[include]\npath = ../ssh.config", "cat-file -p BLOB"),
+    "includeIf": ('[includeIf "gitdir:**"]\npath = ../ssh.config', "cat-file -p BLOB"),
+    "worktree": ("[core]\nrepositoryformatversion = 1\n[extensions]\nworktreeConfig = true", "cat-file -p BLOB"),
+    "fsmonitor": ("[core]\nfsmonitor = TRAP", "status"),
+    "hooks": ("", "checkout -q -f"),
+    "hooksPath": ("[core]\nhooksPath = hooks", "checkout -q -f"),
+    "signature": ("[log]\nshowSignature = true\n[gpg]\nprogram = TRAP", "log"),
+    "external diff": ("[diff]\nexternal = TRAP", "diff HEAD~1"),
+    "textconv": ('[diff "x"]\ntextconv = TRAP', "log -p"),
+    "diff command": ('[diff "x"]\ncommand = TRAP', "diff HEAD~1"),
+    "filter": ('[filter "x"]\nclean = TRAP', "diff"),
+}
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A program that leaves a marker, which a test may look for."""
+    program, marker = tmp_path / "trap", tmp_path / "marker"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\nexit 1\n")
+    program.chmod(0o755)
+    return program, marker
+
+
+def change_often(repository, times=12):
+    """A git repository with a file that each commit changes."""
+    lines, stream = [f"line {i}\n" for i in range(40)], []
+    for i in range(times):
+        lines[2 * i] = f"new {i}\nanother {i}\nthird {i}\n"
+        message, content = f"Change number {i}", "".join(lines)
+        stream += ["commit refs/heads/main", f"committer a <a@b> {10**9 + i} +0000", f"data {len(message)}", message]
+        stream += ["M 100644 inline a.py", f"data {len(content)}", content]
+    repository.mkdir(parents=True)
+    git(repository, "init", "-q")
+    git(repository, "symbolic-ref", "HEAD", "refs/heads/main")
+    subprocess.run(["git", "-C", repository, "fast-import", "--quiet"], input="\n".join(stream).encode(), check=True)
+    git(repository, "reset", "-q", "--hard")
+    return repository
+
+
+def plant(repository, program, attack):
+    """Makes a repository hostile; returns the arguments of git that show it."""
+    config, arguments = ATTACKS[attack]
+    own = repository / ".git" if (repository / ".git").exists() else repository
+    ssh = ATTACKS["ssh"][0].replace("TRAP", str(program))
+    (repository / "ssh.config").write_text(ssh)
+    (own / "config.worktree").write_text(ssh)
+    for hooks in [own / "hooks"] * (attack == "hooks") + [repository / "hooks"]:
+        hooks.mkdir(exist_ok=True)
+        (hooks / "post-checkout").symlink_to(program)
+    (own / "info").mkdir(exist_ok=True)
+    (own / "info" / "attributes").write_text("*.py diff=x filter=x\n")
+    blob = git(repository, "rev-parse", "HEAD~3:a.py").stdout.decode().strip()
+    if attack == "signature":
+        commit = git(repository, "cat-file", "commit", "HEAD").stdout
+        signed = commit.replace(b"\n\n", b"\ngpgsig -----BEGIN PGP SIGNATURE-----\n \n x\n -----END PGP SIGNATURE-----\n\n", 1)
+        (repository / "commit").write_bytes(signed)
+        name = git(repository, "hash-object", "-t", "commit", "-w", "commit").stdout.decode().strip()
+        git(repository, "update-ref", "HEAD", name)
+    if "BLOB" in arguments:
+        os.remove(own / "objects" / blob[:2] / blob[2:])
+    config = config.replace("TRAP", str(program)).replace("OTHER", str(repository))
+    with open(own / "config", "a") as f:
+        f.write(config)
+    if attack == "filter":
+        (repository / "a.py").write_text("changed")
+    return arguments.replace("BLOB", blob).split()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_command_of_a_repository_runs(tmp_path, trap, attack):
+    """git itself runs each of them; reading the commits does not, and reads what is there."""
+    program, marker = trap
+    repository = change_often(tmp_path / "in")
+    arguments = plant(repository, program, attack)
+    subprocess.run(["git", *arguments], cwd=repository, capture_output=True)
+    assert marker.exists(), "the trap is not live"
+    marker.unlink()
+    if "cat-file" in arguments:
+        with pytest.raises(ValueError, match="git has no object [0-9a-f]{40}"):
+            read(repository, commits=True)
+    else:
+        documents, _ = read(repository, commits=True)
+        assert sum(d.language == "git-commits" for d in documents) >= 6
+    assert not marker.exists()
+
+
+def test_repositories_inside_a_repository_are_files(tmp_path, trap):
+    """A clone may hold a whole bare repository as ordinary files, or a `.git` that names another."""
+    program, marker = trap
+    inner = change_often(tmp_path / "inner")
+    git(tmp_path, "clone", "-q", "--bare", str(inner), str(tmp_path / "bare"))
+    outer = change_often(tmp_path / "clones" / "outer", 3)
+    (tmp_path / "bare" / "config").write_text(ATTACKS["fsmonitor"][0].replace("TRAP", str(program)))
+    os.rename(tmp_path / "bare", outer / "docs")
+    (outer / "sub").mkdir()
+    (outer / "sub" / ".git").write_text(f"gitdir: {inner / '.git'}\n")
+    link = tmp_path / "clones" / "link"
+    link.mkdir()
+    (link / ".git").symlink_to(inner / ".git")
+    for source in (outer, tmp_path / "clones"):
+        found = [path for path, reader, _ in readers.readers(str(source), True) if reader is readers.read_commits]
+        assert found == [str(outer)]
+    assert not marker.exists()
+
+
+def test_the_environment_does_not_change_what_git_reads(tmp_path, trap, monkeypatch):
+    """As in a hook of git's own, where GIT_DIR names another repository."""
+    program, marker = trap
+    repository, other = change_often(tmp_path / "in"), change_often(tmp_path / "other", 2)
+    (tmp_path / "global").write_text(ATTACKS["signature"][0].replace("TRAP", str(program)))
+    expected = read(repository, commits=True)
+    for name, value in {
+        "GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_OBJECT_DIRECTORY": other / ".git" / "objects",
+        "GIT_CONFIG_GLOBAL": tmp_path / "global", "GIT_CONFIG_COUNT": 1, "GIT_CONFIG_KEY_0": "diff.external",
+        "GIT_CONFIG_VALUE_0": program, "GIT_EXTERNAL_DIFF": program, "GIT_SSH_COMMAND": program, "GIT_PAGER": program,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    assert read(repository, commits=True) == expected and len(expected[0]) > 6
+    assert not marker.exists()
+
+
+def test_objects_of_another_repository_are_not_read(tmp_path):
+    """Neither by git's alternates nor by links; a pipe would never end."""
+    change_often(tmp_path / "private")
+    objects = tmp_path / "private" / ".git" / "objects"
+    git(tmp_path, "clone", "-q", "--shared", str(tmp_path / "private"), str(tmp_path / "shared"))
+    with pytest.raises(ValueError, match="objects lie in another repository"):
+        read(tmp_path / "shared", commits=True)
+    for number, name in enumerate(["objects", "objects/pack", "objects/ab"]):
+        repository = change_often(tmp_path / str(number), 2)
+        path = repository / ".git" / name
+        if path.exists():
+            os.rename(path, repository / "moved")
+        path.symlink_to(objects)
+        with pytest.raises(ValueError, match="is a link"):
+            read(repository, commits=True)
+    for name in ["HEAD", "refs/heads/main", "objects/pack/a.idx", "objects/ab/cd", "packed-refs", "shallow", "config"]:
+        repository = change_often(tmp_path / name.replace("/", "_"))
+        path = repository / ".git" / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        if name in ("packed-refs", "shallow", "config"):
+            assert len(read(repository, commits=True)[0]) > 6
+        else:
+            with pytest.raises(ValueError, match="stands for no commit|is not a plain file"):
+                read(repository, commits=True)
+
+
+def test_what_is_too_large_in_a_history_is_counted(tmp_path, monkeypatch):
+    """Not taken for an empty file; a subject without end is not read on."""
+    repository = change_often(tmp_path / "in")
+    monkeypatch.setattr(readers, "LARGEST", 450)  # bytes; the file grows to 513
+    documents, skipped = read(repository, commits=True)
+    assert skipped[readers.TOO_LARGE] >= 3 and len(documents) >= 4
+    assert all(before and after for (_, before), _, (_, after) in (d.content for d in documents))
+    git(repository, "commit", "-q", "--allow-empty", "-m", "a" * 100_000)
+    with pytest.raises(ValueError, match="the subject of a commit is over"):
+        read(repository, commits=True)
+
+
+def test_a_reftable_is_refused_in_one_line(tmp_path):
+    repository = change_often(tmp_path / "in", 2)
+    (repository / ".git" / "HEAD").write_text("ref: refs/heads/.invalid\n")
+    with pytest.raises(ValueError, match="stands for no commit"):
+        read(repository, commits=True)
+    (repository / ".git" / "reftable").mkdir()
+    with pytest.raises(ValueError, match="a reftable, which is not read here"):
+        read(repository, commits=True)
+
+
+@pytest.mark.parametrize("kind", ["worktree", "shallow", "packed", "bare", "sha256", "detached"])
+def test_every_kind_of_clone(tmp_path, kind):
+    """The same records as git's own clone has, or as many as a shallow one holds."""
+    origin, clone = change_often(tmp_path / "origin"), tmp_path / "clone"
+    expected = [d for d in read(origin, commits=True)[0] if d.language == "git-commits"]
+    if kind == "worktree":
+        git(origin, "worktree", "add", "-q", str(clone))
+    elif kind == "packed":
+        git(tmp_path, "clone", "-q", str(origin), str(clone))
+        git(clone, "pack-refs", "--all")
+        git(clone, "gc", "-q")
+    elif kind == "sha256":
+        git(tmp_path, "init", "-q", "--object-format=sha256", str(clone))
+        stream = subprocess.run(["git", "-C", origin, "fast-export", "HEAD"], capture_output=True, check=True).stdout
+        subprocess.run(["git", "-C", clone, "fast-import", "--quiet"], input=stream, check=True)
+        git(clone, "symbolic-ref", "HEAD", "refs/heads/main")
+    elif kind == "detached":
+        git(tmp_path, "clone", "-q", str(origin), str(clone))
+        git(clone, "checkout", "-q", "--detach")
+    else:
+        options = {"shallow": ["--depth", "8", f"file://{origin}"], "bare": ["--bare", str(origin)]}
+        git(tmp_path, "clone", "-q", *options[kind], str(clone))
+    found = [d for d in read(clone, commits=True)[0] if d.language == "git-commits"]
+    assert found == (expected[: len(found)] if kind == "shallow" else expected)
+    assert len(found) >= 4 and (kind != "shallow" or len(found) < len(expected))
+
+
 def test_text_that_looks_like_a_special_token_stays_text(tmp_path, small_corpus):
     notebook = {"cells": [{"cell_type": "markdown", "source": "<jupyter_code> and <mask>"}]}
     (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(notebook | {"k": i}) for i in range(1)))
