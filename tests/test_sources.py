@@ -539,7 +539,8 @@ def test_what_is_too_large_in_a_history_is_counted(tmp_path, monkeypatch):
     documents, skipped = read(repository, commits=True)
     assert skipped[readers.TOO_LARGE] >= 3 and len(documents) >= 4
     assert all(before and after for (_, before), _, (_, after) in (d.content for d in documents))
-    git(repository, "commit", "-q", "--allow-empty", "-m", "a" * 100_000)
+    (repository / "a.py").write_text("small")
+    git(repository, "commit", "-qam", "a" * 100_000)
     with pytest.raises(ValueError, match="the subject of a commit is over"):
         read(repository, commits=True)
 
@@ -668,6 +669,23 @@ def test_damage_is_an_error_or_counted(whole_sources, tmp_path, ending):
                 assert ending != ".tar" or len(documents) + sum(skipped.values()) == len(expected)
             else:
                 assert [d.content for d in documents] == expected or skipped
+
+
+def test_a_thousand_folders_deep(tmp_path):
+    """As deep as a path may be; os.walk of Python 3.11 would call itself too often."""
+    folder = os.open(tmp_path, os.O_RDONLY)
+    depth = (4000 - len(str(tmp_path))) // 2
+    for _ in range(depth):
+        os.mkdir("a", dir_fd=folder)
+        inner = os.open("a", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    with open("deep.py", "w", opener=lambda name, flags: os.open(name, flags, dir_fd=folder)) as f:
+        f.write("x = 1\n")
+    os.close(folder)
+    assert depth > 1500
+    assert [d.content for d in read(tmp_path)[0]] == [b"x = 1\n"]
+    subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)  # shutil.rmtree, which pytest uses, calls itself
 
 
 def test_a_directory_of_traps(tmp_path):
