@@ -13,7 +13,8 @@ A file is its bytes. What has a structure becomes a record of StarCoder's: pairs
     issue      <issue_start> Title: title \\n username_0: text <issue_comment> username_1: text ... <issue_closed>
     notebook   <jupyter_start> <jupyter_text> text <jupyter_code> code <jupyter_output> output, or <empty_output>
 
-Memory does not grow with a source: a table is read 64 rows at a time, all else one document; those over LARGEST are counted as left out.
+Memory does not grow with a source, but for the names in a .zip: a table is read 64 rows at a time, all else one document; those over
+LARGEST are counted as left out.
 
 References: Li et al., StarCoder, 2023, section 3 (records and their filters); Kocetkov et al., The Stack, 2022.
 """
@@ -179,7 +180,7 @@ def language_of(path, content=b""):
     >>> language_of("a.h"), language_of("a.h", b"namespace a {}"), language_of("a.v", b"Theorem t : True.")
     ('c', 'cpp', None)
     """
-    name = os.path.basename(path)
+    name = os.path.basename(path)[-100:]  # one of a million dots has a million endings
     suffixes = [name] + [name[i:] for i, c in enumerate(name) if c == "."]
     extension = os.path.splitext(name)[1]
     extension = extension if extension in LANGUAGE_OF else extension.lower()
@@ -470,11 +471,80 @@ def _read_directory(source, skipped, progress):
                 yield document
 
 
+HEADERS = 1_000_000  # bytes at most that say what a member of an archive is: its name, its attributes
+XZ_MEMORY = 200_000_000  # bytes that unpacking may take; `xz -9` asks for 65 MB
+
+
+class _Rationed:
+    """A stream that gives `left` bytes and no more: tarfile takes a name of any length into memory."""
+
+    def __init__(self, stream):
+        self.stream, self.left, self.last = stream, HEADERS, b""
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size):
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise Damaged(f"what describes a member takes over {HEADERS:,} bytes")
+        self.last = self.stream.read(size)
+        return self.last
+
+
+class _Xz:
+    """What is in an .xz file, to be read forward. lzma.open would take the gigabytes that a file may ask for."""
+
+    def __init__(self, packed):
+        self.packed, self.position, self.rest = packed, 0, b""
+        self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+
+    def read(self, size):
+        pieces = []
+        while size:
+            if self.stream.eof:  # another stream may follow, after zeros
+                self.rest = self.stream.unused_data.lstrip(b"\0")
+                while not self.rest:
+                    block = self.packed.read(1 << 16)
+                    if not block:
+                        break
+                    self.rest = block.lstrip(b"\0")
+                if not self.rest:
+                    break
+                self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+            elif self.stream.needs_input:
+                self.rest = self.packed.read(1 << 16)
+                if not self.rest:
+                    raise EOFError("it ends in the middle")
+            pieces.append(self.stream.decompress(self.rest, size))
+            size -= len(pieces[-1])
+            self.rest = b""
+        content = b"".join(pieces)
+        self.position += len(content)
+        return content
+
+    def tell(self):
+        return self.position
+
+    def seek(self, position):
+        if position < self.position:
+            raise Damaged("a member of negative size")
+        while position > self.position and self.read(min(1 << 20, position - self.position)):
+            pass
+
+
 def _read_tar(source, skipped, progress):
-    unpack = {".tar": lambda raw: raw, ".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[os.path.splitext(source)[1]]
-    with open(source, "rb") as raw, unpack(raw) as plain, tarfile.open(fileobj=plain, mode="r:") as archive:
+    unpack = {".tar": lambda raw: raw, ".gz": gzip.open, ".tgz": gzip.open, ".xz": _Xz, ".bz2": bz2.open}
+    with open(source, "rb") as raw:
+        plain = unpack[os.path.splitext(source)[1]](raw)
+        rationed = _Rationed(plain)
+        archive = tarfile.open(fileobj=rationed, mode="r:")
+        offset = -1
         while member := archive.next():
-            archive.members.clear()  # tarfile would keep them all
+            archive.members.clear()  # tarfile would keep them all,
+            archive.pax_headers.clear()  # and all that is said of all members
+            if archive.offset <= offset:
+                raise Damaged("a member of negative size")
+            offset = archive.offset
+            rationed.left = HEADERS
             progress(raw.tell(), absolute=True)
             folders = member.name.split("/")[:-1]
             if member.isdir() or SKIPPED_DIRECTORIES.intersection(folders):
@@ -485,11 +555,15 @@ def _read_tar(source, skipped, progress):
                 skipped["no known extension"] += 1
             elif member.size > LARGEST:
                 skipped[TOO_LARGE] += 1
-            elif document := _document(member.name, archive.extractfile(member).read(), skipped):
-                yield document
-        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros; reading them also checks the checksum.
-        plain.seek(archive.offset)
-        end = plain.read(1 << 20)
+            else:
+                rationed.left = LARGEST
+                content = archive.extractfile(member).read()
+                rationed.left = HEADERS
+                if document := _document(member.name, content, skipped):
+                    yield document
+        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros, of which it read the first; reading
+        # the others also checks the checksum.
+        end = rationed.last + plain.read(1 << 20)
         if not end or any(end):
             raise tarfile.ReadError("it ends in the middle")
         while plain.read(1 << 20):
@@ -515,6 +589,8 @@ def _read_zip(source, skipped, progress):
                 skipped[TOO_LARGE] += 1
             elif member.flag_bits & 1:
                 skipped["encrypted"] += 1
+            elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                skipped["neither stored nor deflated"] += 1  # zipfile unpacks bzip2 to any size, whatever a member claims
             else:
                 with archive.open(member) as f:  # reads no more than the size that was checked
                     content = f.read(LARGEST)
@@ -846,8 +922,9 @@ def read(source, reader, skipped, progress):
     import pyarrow
 
     archives = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, EOFError, lzma.LZMAError, zlib.error)
+    numbers = (ValueError, OverflowError, RecursionError)  # of a header that claims something impossible
     try:
         yield from reader(source, skipped, progress)
-    except (Damaged, OSError, pyarrow.ArrowException, *archives) as error:
+    except (OSError, pyarrow.ArrowException, *archives, *numbers) as error:
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None

@@ -4,11 +4,15 @@ import contextlib
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import subprocess
 import tarfile
+import tempfile
+import tracemalloc
 import zipfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -671,21 +675,23 @@ def test_damage_is_an_error_or_counted(whole_sources, tmp_path, ending):
                 assert [d.content for d in documents] == expected or skipped
 
 
-def test_a_thousand_folders_deep(tmp_path):
-    """As deep as a path may be; os.walk of Python 3.11 would call itself too often."""
-    folder = os.open(tmp_path, os.O_RDONLY)
-    depth = (4000 - len(str(tmp_path))) // 2
-    for _ in range(depth):
-        os.mkdir("a", dir_fd=folder)
-        inner = os.open("a", os.O_RDONLY, dir_fd=folder)
+def test_a_thousand_folders_deep():
+    """A path may be twice as deep; os.walk of Python 3.11 would call itself too often."""
+    top = tempfile.mkdtemp()  # not pytest's directory: shutil.rmtree, which cleans it, calls itself too
+    try:
+        folder = os.open(top, os.O_RDONLY)
+        for _ in range(1100):
+            os.mkdir("a", dir_fd=folder)
+            inner = os.open("a", os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        file = os.open("deep.py", os.O_WRONLY | os.O_CREAT, dir_fd=folder)
+        os.write(file, b"x = 1\n")
+        os.close(file)
         os.close(folder)
-        folder = inner
-    with open("deep.py", "w", opener=lambda name, flags: os.open(name, flags, dir_fd=folder)) as f:
-        f.write("x = 1\n")
-    os.close(folder)
-    assert depth > 1500
-    assert [d.content for d in read(tmp_path)[0]] == [b"x = 1\n"]
-    subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)  # shutil.rmtree, which pytest uses, calls itself
+        assert [d.content for d in read(top)[0]] == [b"x = 1\n"]
+    finally:
+        subprocess.run(["rm", "-rf", top], check=True)
 
 
 def test_a_directory_of_traps(tmp_path):
@@ -732,3 +738,134 @@ def test_bombs(tmp_path):
         f.write(b'"}\n' + json.dumps({"content": "good = 1\n", "ext": "py"}).encode())
     documents, skipped = read(tmp_path / "line.jsonl.gz")
     assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {readers.TOO_LARGE: 1}
+
+
+MB = 1 << 20
+
+
+def tar_header(kind, size, name="a.py"):
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    member.size = size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(content):
+    return content + bytes(-len(content) % 512)
+
+
+def pax(**values):
+    """An extended header."""
+    content = b""
+    for name, value in values.items():
+        rest = f" {name.replace('_', '.')}={value}\n".encode()
+        content += str(len(rest) + len(str(len(rest) + 9))).encode() + rest
+    return tar_header(b"x", len(content)) + padded(content)
+
+
+def sparse_header():
+    """Of an old sparse file; blocks of more numbers follow, as long as each says so."""
+    header = bytearray(tar_header(b"S", 0))
+    header[482] = 1
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+GOOD = tar_header(b"0", 9, "good.py") + padded(b"good = 1\n")
+SPARSE = pax(GNU_sparse_major=1, GNU_sparse_minor=0, GNU_sparse_name="a.py", GNU_sparse_realsize=9)
+TAR_BOMBS = {  # (what is before, what is repeated 40 times, the error)
+    "a GNU name": (tar_header(b"L", 40 * MB), b"a" * MB, "describes a member takes over 1,000,000 bytes"),
+    "a GNU link": (tar_header(b"K", 40 * MB), b"a" * MB, "describes a member takes over"),
+    "an extended header": (tar_header(b"x", 40 * MB) + b"%d path=" % (40 * MB), b"a" * MB, "describes a member takes over"),
+    "a global header": (tar_header(b"g", 40 * MB), b"a" * MB, "describes a member takes over"),
+    "names in a row": (b"", tar_header(b"L", MB) + b"a" * MB, "describes a member takes over"),
+    "many names": (b"", (tar_header(b"L", 5) + padded(b"a.py\0")) * 20, "recursion depth"),
+    "sparse numbers": (sparse_header(), (b"00000000001\0" * 42 + b"\1".ljust(8, b"\0")) * 512, "describes a member takes over"),
+    "a sparse map": (SPARSE + tar_header(b"0", 40 * MB) + b"9999999\n", b"1\n".rjust(256, b"0") * 4096, "describes a member takes over"),
+    "no number": (SPARSE + tar_header(b"0", 40 * MB), b"9" * MB, "not enough values"),
+    "a negative size": (GOOD + tar_header(b"0", -512), GOOD, "negative size"),
+    "a negative extended size": (GOOD + pax(size=-4096) + tar_header(b"0", 0), GOOD, "negative size"),
+    "a negative name": (tar_header(b"L", -513), b"a" * MB, "describes a member takes over|invalid header"),
+    "a size over 64 bits": (tar_header(b"0", 1 << 80), GOOD, "cannot fit|ends in the middle"),
+    "a name over 64 bits": (tar_header(b"L", 1 << 80), GOOD, "describes a member takes over"),
+    "a lying size": (tar_header(b"0", 9_000_000), GOOD, "unexpected end of data"),
+    "a number of many digits": (tar_header(b"x", 6000) + b"9" * 5992 + b" path=a\n" + bytes(144), GOOD, "digits|invalid header"),
+}
+
+
+@contextlib.contextmanager
+def memory_below(most):
+    """That what runs inside takes no more than so many bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < most, f"{peak:,} bytes"
+
+
+@pytest.mark.parametrize("bomb", TAR_BOMBS)
+def test_a_tar_bomb_is_one_line_in_little_memory(tmp_path, bomb):
+    """Small files that say what would take gigabytes, end Python's stack, or go round in a circle for ever."""
+    before, repeated, words = TAR_BOMBS[bomb]
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb", compresslevel=1) as f:
+        f.write(before)
+        for _ in range(40):
+            f.write(repeated)
+    with memory_below(12 * MB), pytest.raises(ValueError, match=rf"bomb.tar.gz: damaged \(.*({words}).*\); fetch it again$"):
+        read(tmp_path / "bomb.tar.gz")
+
+
+def test_global_headers_are_not_kept(tmp_path):
+    """All that they say is remembered by tarfile, for ever."""
+    with gzip.open(tmp_path / "s.tar.gz", "wb", compresslevel=1) as f:
+        for i in range(40):
+            content = b"900000 k%02d=" % i
+            f.write(tar_header(b"g", 900_000) + padded(content.ljust(899_999, b"v") + b"\n") + GOOD)
+        f.write(bytes(10_240))
+    with memory_below(12 * MB):
+        documents, skipped = read(tmp_path / "s.tar.gz")
+    assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {"exact duplicate": 39}
+
+
+def test_an_xz_archive_may_not_ask_for_gigabytes(tmp_path):
+    packed = bytearray(lzma.compress(bytes(MB)))
+    packed[16] = 37  # the size of its dictionary: 1.5 GB
+    length = 4 * packed[12] + 4
+    packed[12 + length - 4 : 12 + length] = zlib.crc32(packed[12 : 12 + length - 4]).to_bytes(4, "little")
+    (tmp_path / "bomb.tar.xz").write_bytes(packed)
+    with memory_below(12 * MB), pytest.raises(ValueError, match="bomb.tar.xz: damaged \\(Memory usage limit exceeded"):
+        read(tmp_path / "bomb.tar.xz")
+
+
+def test_an_xz_archive_in_pieces(tmp_path):
+    """As xz writes with several cores, or cat does; zeros may lie between them."""
+    whole = GOOD + tar_header(b"0", MB, "large.py") + b"x = 1\n\n\n" * (MB // 8) + bytes(10_240)
+    pieces = [lzma.compress(whole[i : i + 99_999]) for i in range(0, len(whole), 99_999)]
+    (tmp_path / "s.tar.xz").write_bytes((bytes(1 << 17)).join(pieces) + bytes(8))
+    documents, skipped = read(tmp_path / "s.tar.xz")
+    assert [len(d.content) for d in documents] == [9, MB] and not skipped
+    (tmp_path / "s.tar.xz").write_bytes(b"".join(pieces[:-1]))
+    with pytest.raises(ValueError, match="damaged"):
+        read(tmp_path / "s.tar.xz")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_a_zip_member_that_lies_about_its_size(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w", method) as archive:
+        archive.writestr("a.py", bytes(40 * MB))
+        archive.writestr("b.py", b"good = 1\n", zipfile.ZIP_DEFLATED)
+    content = bytearray((tmp_path / "s.zip").read_bytes())
+    at = content.index(b"PK\1\2") + 24
+    content[at : at + 4] = (1000).to_bytes(4, "little")
+    (tmp_path / "s.zip").write_bytes(content)
+    with memory_below(30 * MB), contextlib.suppress(ValueError):
+        documents, skipped = read(tmp_path / "s.zip")
+        assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {"neither stored nor deflated": 1}
+
+
+def test_a_name_of_many_dots():
+    with memory_below(MB):
+        assert readers.language_of(".a" * 30_000 + ".py") == "python"
