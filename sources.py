@@ -899,12 +899,15 @@ def _repositories(directory):
 
 
 def readers(source, commits=False):
-    """[(path, reader, bytes on disk), ...] of a source. Raises ValueError for one that is missing or of an unknown kind.
+    """[(path, reader, bytes on disk), ...] of a source.
+
+    Raises ValueError for one that is missing or of an unknown kind, OSError for one that cannot be read.
 
     A reader is a generator of `Document`; its arguments are the path, a Counter of what is left out, by reason, and a function that is
     told of progress in bytes. commits: the histories of the git repositories in a directory, too.
     """
     if os.path.isdir(source):
+        os.scandir(source).close()  # a folder in it may be unreadable, and is counted; not what the user named
         size = sum(map(_size, _files(source)))
         if commits and not shutil.which("git"):
             raise ValueError("--commits: needs the git program")
@@ -926,5 +929,7 @@ def read(source, reader, skipped, progress):
     try:
         yield from reader(source, skipped, progress)
     except (OSError, pyarrow.ArrowException, *archives, *numbers) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None

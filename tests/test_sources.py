@@ -1,12 +1,14 @@
 """Every kind of source gives the documents that it should, in the documented format, and no input crashes, hangs or vanishes in silence."""
 
 import contextlib
+import errno
 import gzip
 import io
 import json
 import lzma
 import os
 import random
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -673,6 +675,71 @@ def test_damage_is_an_error_or_counted(whole_sources, tmp_path, ending):
                 assert ending != ".tar" or len(documents) + sum(skipped.values()) == len(expected)
             else:
                 assert [d.content for d in documents] == expected or skipped
+
+
+def test_what_vanishes_or_changes_while_it_is_read_is_counted(tmp_path, monkeypatch):
+    """Between the listing, the look at a file and its opening."""
+    files = "a b c d e f".split()
+    for name in [*files, "sub/g", "z"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(f"{name} = 1\n")
+    real = os.path.isfile
+
+    def vanishes(path):
+        found = real(path)
+        if path.endswith("b.py"):
+            os.remove(path)
+        return found
+
+    def change(*_, **__):
+        """Called when the first file has been read."""
+        if (tmp_path / "c.py").exists():
+            os.remove(tmp_path / "c.py")
+            (tmp_path / "d.py").unlink()
+            (tmp_path / "d.py").mkdir()
+            (tmp_path / "e.py").write_text("")
+            (tmp_path / "f.py").unlink()
+            (tmp_path / "f.py").symlink_to("f.py")
+            shutil.rmtree(tmp_path / "sub")
+
+    assert readers._size(str(tmp_path / "gone.py")) == 0
+    monkeypatch.setattr(os.path, "isfile", vanishes)
+    skipped = Counter()
+    documents = list(readers.read(str(tmp_path), readers._read_directory, skipped, change))
+    assert [d.content for d in documents] == [b"a = 1\n", b"", b"z = 1\n"]  # an empty one is counted later
+    assert skipped == {"unreadable": 2, "not a file": 3}
+    (tmp_path / "b.py").write_text("b = 1\n")
+    assert readers.readers(str(tmp_path))[0][2] == len("a = 1\nz = 1\n")
+
+
+def test_what_cannot_be_read_is_counted(tmp_path):
+    """A file whose reading fails, as on a bad disk; a folder that may not be listed, but by root."""
+    if not os.path.exists("/proc/self/mem"):
+        pytest.skip("needs Linux")
+    (tmp_path / "a.py").write_text("a = 1\n")
+    (tmp_path / "bad.py").symlink_to("/proc/self/mem")
+    documents, skipped = read(tmp_path)
+    assert len(documents) == 1 and skipped == {"unreadable": 1}
+    (tmp_path / "sub").mkdir(mode=0)
+    (tmp_path / "b.py").write_text("b = 1\n")
+    (tmp_path / "b.py").chmod(0)
+    found = read(tmp_path)[1]
+    (tmp_path / "sub").chmod(0o700)
+    assert found == {"unreadable": 1 if os.getuid() == 0 else 3}
+
+
+def test_a_source_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with tarfile.open(tmp_path / "s.tar", "w"):
+        pass
+    monkeypatch.setattr(readers.tarfile, "open", lambda **_: refuse("s.tar"))
+    with pytest.raises(ValueError, match=r"s.tar: cannot be read \(Permission denied\)$"):
+        read(tmp_path / "s.tar")
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match="Permission denied"):
+        read(tmp_path)
 
 
 def test_a_thousand_folders_deep():
