@@ -8,8 +8,8 @@ for byte; exact duplicates go. The hash of its content decides whether a documen
 sources are added or reordered. What is left out is counted, by reason.
 
 A corpus is written in parts, cut where PART_BYTES of distinct documents have been read, so a part is a function of the sources and the
-arguments alone. That makes it restartable (the same command goes on; parts that are there are only read over, not tokenized again, and
-say by a digest whether the sources are still what they were made of) and
+arguments alone. That makes it restartable (the same command goes on; parts that are there are only
+read over, not tokenized again; each keeps a digest that says if the sources have changed since) and
 divisible: `--shard i/n` writes those parts p for which p % n == i, so that n machines, which need not know of each other, write the corpus
 of one, file for file. It counts from when meta.json appears, which the one that finishes last writes.
 """
@@ -225,7 +225,8 @@ class _Part:
             os.fsync(file.fileno())
             file.close()
             os.replace(self.temporary(name), part_file(self.directory, self.number, name))
-        facts = {"splits": splits, "languages": self.languages, "skipped": dict(sorted(self.skipped.items())), "read": read}
+        skipped = dict(sorted(self.skipped.items()))
+        facts = {"splits": splits, "languages": self.languages, "skipped": skipped, "read": read}
         write_whole(part_file(self.directory, self.number, "json"), json.dumps(facts))
 
 
@@ -304,9 +305,12 @@ def prepare(
                     os.rmdir(out)
 
 
-TEMPORARY = r"\.[0-9a-f]{8}\.tmp"  # the end of the name of a file that is being written
+# The names of the files that this program writes, and how they end while they are written.
+TEMPORARY = r"\.[0-9a-f]{8}\.tmp"
 OURS = re.compile(
-    rf"((prepare|tokenizer|tokenizer_config|meta)\.json|\d{{5,}}\.(json|(train|validation)\.(bin|(index|windows)\.npy)))({TEMPORARY})?"
+    r"((prepare|tokenizer|tokenizer_config|meta)\.json"
+    r"|\d{5,}\.(json|(train|validation)\.(bin|(index|windows)\.npy)))"
+    rf"({TEMPORARY})?"
     r"|\.(\d+-of-\d+\.)?lock"
 )
 
@@ -317,7 +321,7 @@ def _temporary(name):
 
 
 def _remove_ours(out, which=OURS.fullmatch):
-    """Removes the files of this program, or those of them for which `which` holds, and nobody else's."""
+    """Removes the files of this program, or those for which `which` holds; nobody else's."""
     for name in filter(which, os.listdir(out)):
         with contextlib.suppress(OSError):  # another shard may be doing the same
             os.remove(os.path.join(out, name))
@@ -329,7 +333,8 @@ def _open(out, arguments):
     Returns whether it is begun here. Shards that are started together may all begin it: with the same content.
     """
     path = os.path.join(out, "prepare.json")
-    other = os.path.exists(out) and (not os.path.isdir(out) or not all(map(_temporary, os.listdir(out))))
+    empty = os.path.isdir(out) and all(map(_temporary, os.listdir(out)))
+    other = os.path.exists(out) and not empty
     begun = not os.path.exists(path)
     if other and begun:
         raise ValueError(f"{out}: exists already; choose another directory or remove it")
@@ -378,7 +383,7 @@ def _chunks(stream, part_bytes):
 def _write(out, stream, validation, pool, most_in_flight, shard, part_bytes, near, dtype):
     """Writes the parts of this shard that are not there; returns the number of all parts.
 
-    Raises ValueError where a part that is there was made of other documents than the sources have now.
+    Raises ValueError where one that is there was made of other documents than the sources have.
     """
     part, number, flight = None, -1, deque()
     digests = []  # of each part, what it was made of
@@ -400,7 +405,8 @@ def _write(out, stream, validation, pool, most_in_flight, shard, part_bytes, nea
             number, part = landing, _Part(out, landing, dtype) if wanted(landing) else None
             digests.append(hashlib.sha256())
         for share, size, document in chunk:
-            digests[-1].update(f"{share!r} {size} {document.language}\n".encode())  # the share is 53 bits of the content's hash
+            # The share is 53 bits of the content's hash.
+            digests[-1].update(f"{share!r} {size} {document.language}\n".encode())
         for (share, size, document), (tokens, signature) in zip(chunk, results.result() if results else [(None, None)] * len(chunk)):
             if signature is not None and near.seen(signature):
                 tokens = "near duplicate"
@@ -426,7 +432,10 @@ def _write(out, stream, validation, pool, most_in_flight, shard, part_bytes, nea
     return number + 1
 
 
-CHANGED = "the sources have changed since it was made; bring them back as they were, or begin anew in another directory"
+CHANGED = (
+    "the sources have changed since it was made; bring them back as they were, "
+    "or begin anew in another directory"
+)
 
 
 def _check_read(out, number, digest):

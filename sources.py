@@ -1,7 +1,7 @@
 """What a corpus is made of: source files, archives, The Stack's records, commits, issues and notebooks, read one document at a time.
 
     directory               source files by the table of languages below, Jupyter notebooks; with `commits`, the history of the git
-                            repositories in it
+                            repositories in it (those inside a repository are its project's files)
     .tar .tar.gz .zip ...   the same inside an archive; nothing is ever unpacked to disk
     .parquet                rows with a `content`, as The Stack has them, read in batches
     .jsonl .gz .zst         records, each by its fields: a file (`content`), a commit (`old_contents`, `new_contents`), a GitHub issue
@@ -13,8 +13,8 @@ A file is its bytes. What has a structure becomes a record of StarCoder's: pairs
     issue      <issue_start> Title: title \\n username_0: text <issue_comment> username_1: text ... <issue_closed>
     notebook   <jupyter_start> <jupyter_text> text <jupyter_code> code <jupyter_output> output, or <empty_output>
 
-Memory does not grow with a source, but for the names in a .zip: a table is read 64 rows at a time, all else one document; those over
-LARGEST are counted as left out.
+Memory does not grow with a source, but for the names in a .zip: a table is read 64 rows at a time,
+all else one document; those over LARGEST are counted as left out.
 
 References: Li et al., StarCoder, 2023, section 3 (records and their filters); Kocetkov et al., The Stack, 2022.
 """
@@ -417,18 +417,20 @@ class Damaged(ValueError):
 
 
 def _walk(directory, unreadable=None):
-    """(folder, its folders, its files) as of os.walk, sorted; links and SKIPPED_DIRECTORIES are not entered.
+    """(folder, its folders, its files) as of os.walk, sorted; no links or SKIPPED_DIRECTORIES.
 
-    One level of os.walk at a time: in Python 3.11 it calls itself, and fails at a depth of a thousand.
+    One level of os.walk at a time: Python 3.11's calls itself, and fails a thousand folders deep.
     unreadable: called with the error of a folder that cannot be read.
     """
     waiting = [directory]
     while waiting:
-        for folder, folders, names in itertools.islice(os.walk(waiting.pop(), onerror=unreadable), 1):
+        level = os.walk(waiting.pop(), onerror=unreadable)
+        for folder, folders, names in itertools.islice(level, 1):
             folders.sort()
             yield folder, folders, sorted(names)
-            inner = [os.path.join(folder, name) for name in folders if name not in SKIPPED_DIRECTORIES]
-            waiting += [path for path in reversed(inner) if not os.path.islink(path)]
+            entered = [name for name in folders if name not in SKIPPED_DIRECTORIES]
+            inner = [os.path.join(folder, name) for name in reversed(entered)]
+            waiting += [path for path in inner if not os.path.islink(path)]
 
 
 def _files(directory, skipped=None):
@@ -471,12 +473,12 @@ def _read_directory(source, skipped, progress):
                 yield document
 
 
-HEADERS = 1_000_000  # bytes at most that say what a member of an archive is: its name, its attributes
+HEADERS = 1_000_000  # bytes at most that describe a member of an archive: its name, its attributes
 XZ_MEMORY = 200_000_000  # bytes that unpacking may take; `xz -9` asks for 65 MB
 
 
 class _Rationed:
-    """A stream that gives `left` bytes and no more: tarfile takes a name of any length into memory."""
+    """A stream that gives `left` bytes and no more: tarfile would take a name of any length."""
 
     def __init__(self, stream):
         self.stream, self.left, self.last = stream, HEADERS, b""
@@ -491,7 +493,7 @@ class _Rationed:
 
 
 class _Xz:
-    """What is in an .xz file, to be read forward. lzma.open would take the gigabytes that a file may ask for."""
+    """What is in an .xz file, read forward. lzma.open takes the gigabytes that a file asks for."""
 
     def __init__(self, packed):
         self.packed, self.position, self.rest = packed, 0, b""
@@ -532,9 +534,9 @@ class _Xz:
 
 
 def _read_tar(source, skipped, progress):
-    unpack = {".tar": lambda raw: raw, ".gz": gzip.open, ".tgz": gzip.open, ".xz": _Xz, ".bz2": bz2.open}
+    unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": _Xz, ".bz2": bz2.open}
     with open(source, "rb") as raw:
-        plain = unpack[os.path.splitext(source)[1]](raw)
+        plain = raw if source.endswith(".tar") else unpack[os.path.splitext(source)[1]](raw)
         rationed = _Rationed(plain)
         archive = tarfile.open(fileobj=rationed, mode="r:")
         offset = -1
@@ -561,8 +563,8 @@ def _read_tar(source, skipped, progress):
                 rationed.left = HEADERS
                 if document := _document(member.name, content, skipped):
                     yield document
-        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros, of which it read the first; reading
-        # the others also checks the checksum.
+        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros, of
+        # which it read the first; reading the others also checks the checksum.
         end = rationed.last + plain.read(1 << 20)
         if not end or any(end):
             raise tarfile.ReadError("it ends in the middle")
@@ -590,7 +592,8 @@ def _read_zip(source, skipped, progress):
             elif member.flag_bits & 1:
                 skipped["encrypted"] += 1
             elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                skipped["neither stored nor deflated"] += 1  # zipfile unpacks bzip2 to any size, whatever a member claims
+                # zipfile unpacks bzip2 and LZMA to any size, whatever a member claims.
+                skipped["neither stored nor deflated"] += 1
             else:
                 with archive.open(member) as f:  # reads no more than the size that was checked
                     content = f.read(LARGEST)
@@ -682,7 +685,7 @@ def _read_jsonl(source, skipped, progress):
 
 
 def _is_file(path):
-    """Whether a path is a plain file: a link may name what is elsewhere, and reading a pipe never ends."""
+    """Whether a path is a plain file: a link may lead elsewhere, and reading a pipe never ends."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte
         return stat.S_ISREG(os.lstat(path).st_mode)
     return False
@@ -700,7 +703,7 @@ COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, or SHA-256
 
 
 def _head(own, shared):
-    """The name of the commit that a repository's HEAD stands for. Raises Damaged where there is none.
+    """The name of the commit that a repository's HEAD stands for. Raises Damaged without one.
 
     own, shared: its directories; two where it is a linked work tree.
     """
@@ -717,17 +720,19 @@ def _head(own, shared):
             with open(packed, "rb") as f:
                 names = (os.fsdecode(line.strip()).partition(" ") for line in f)
                 text = next((commit for commit, _, name in names if name == reference), "")
-    reftable = os.path.isdir(os.path.join(shared, "reftable"))
-    raise Damaged("its references are a reftable, which is not read here" if reftable else "its HEAD stands for no commit")
+    if os.path.isdir(os.path.join(shared, "reftable")):
+        raise Damaged("its references are a reftable, which is not read here")
+    raise Damaged("its HEAD stands for no commit")
 
 
 def _borrow(repository, bare):
-    """Makes the directory `bare` a git repository that has the history of another, and nothing else of it.
+    """Makes the directory `bare` a git repository with the history of another, and no more of it.
 
-    A stranger's repository may have git run any command: its configuration names programs that fetch
-    missing objects, compare files or check signatures, and it has hooks. So git is only pointed at a
-    repository of our own, which takes over the name of a commit, where a shallow history ends, and
-    the packs and loose objects: no configuration, hooks, attributes, references or alternates.
+    A stranger's repository may have git run any command: its configuration names programs that
+    fetch missing objects, compare files or check signatures, and it has hooks. So git is only
+    pointed at a repository of our own, which takes over the name of a commit, where a shallow
+    history ends, and the packs and loose objects: no configuration, hooks, attributes, references
+    or alternates.
     Raises Damaged for one without a commit, or that names files elsewhere.
     """
     own = os.path.join(repository, ".git")
@@ -776,11 +781,21 @@ def _borrow(repository, bare):
 
 
 def _git(bare, *arguments, **pipes):
-    """Starts git in a repository of our own, with no configuration, whatever the user's environment says."""
+    """Starts git in a repository of our own, with no configuration or variables of the user's."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment |= {"GIT_DIR": bare, "HOME": bare, "XDG_CONFIG_HOME": bare, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
-    environment |= {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none", "GIT_TERMINAL_PROMPT": "0"}  # should it want to fetch
-    return subprocess.Popen(["git", *arguments], cwd=bare, stdout=subprocess.PIPE, env=environment, **pipes)
+    environment |= {
+        "GIT_DIR": bare,
+        "HOME": bare,
+        "XDG_CONFIG_HOME": bare,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_ATTR_NOSYSTEM": "1",
+        # Should it want to fetch something for all that:
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_ALLOW_PROTOCOL": "none",
+        "GIT_TERMINAL_PROMPT": "0",
+    }
+    command = ["git", *arguments]
+    return subprocess.Popen(command, cwd=bare, stdout=subprocess.PIPE, env=environment, **pipes)
 
 
 def read_commits(source, skipped, progress):
@@ -885,8 +900,8 @@ KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 def _repositories(directory):
     """The git repositories in a directory, which may be one itself: with a work tree, or bare.
 
-    Those inside a repository are files of its project's, and not entered. Nor is a `.git` that leads
-    elsewhere, a file or a link, but of the directory itself, which the user named.
+    Those inside a repository are its project's files, and not entered. Nor is a `.git` that leads
+    elsewhere, a file or a link, but for that of the directory itself, which the user named.
     """
     for folder, folders, names in _walk(directory):
         git = os.path.join(folder, ".git")
@@ -901,13 +916,14 @@ def _repositories(directory):
 def readers(source, commits=False):
     """[(path, reader, bytes on disk), ...] of a source.
 
-    Raises ValueError for one that is missing or of an unknown kind, OSError for one that cannot be read.
+    Raises ValueError for one that is missing or of an unknown kind, OSError for one that cannot be
+    read.
 
     A reader is a generator of `Document`; its arguments are the path, a Counter of what is left out, by reason, and a function that is
     told of progress in bytes. commits: the histories of the git repositories in a directory, too.
     """
     if os.path.isdir(source):
-        os.scandir(source).close()  # a folder in it may be unreadable, and is counted; not what the user named
+        os.scandir(source).close()  # a folder inside that cannot be read is counted; not this one
         size = sum(map(_size, _files(source)))
         if commits and not shutil.which("git"):
             raise ValueError("--commits: needs the git program")
@@ -925,7 +941,7 @@ def read(source, reader, skipped, progress):
     import pyarrow
 
     archives = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, EOFError, lzma.LZMAError, zlib.error)
-    numbers = (ValueError, OverflowError, RecursionError)  # of a header that claims something impossible
+    numbers = (ValueError, OverflowError, RecursionError)  # of a header that claims the impossible
     try:
         yield from reader(source, skipped, progress)
     except (OSError, pyarrow.ArrowException, *archives, *numbers) as error:

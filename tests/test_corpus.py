@@ -222,8 +222,9 @@ def test_another_command_does_not_go_on(sources, tmp_path, small_corpus):
 
 
 def test_sources_that_changed_between_two_starts_are_noticed(tmp_path, small_corpus):
-    """Each part remembers what it was made of: going on with other sources would lose documents and take some twice."""
-    source = write_files(tmp_path / "in", {f"m{i:03d}.py": f"number = {i}\n".encode() * 9 for i in range(60)})
+    """Going on with other sources would lose documents and take some twice."""
+    numbered = {f"m{i:03d}.py": f"number = {i}\n".encode() * 9 for i in range(60)}
+    source = write_files(tmp_path / "in", numbered)
     out, options = tmp_path / "out", dict(tokenizer=small_corpus, workers=1, part_bytes=1000)
     meta = corpus.prepare([source], str(out), **options)
     whole = files_of(out)
@@ -239,7 +240,7 @@ def test_sources_that_changed_between_two_starts_are_noticed(tmp_path, small_cor
 
     def refused():
         before = files_of(out)
-        with pytest.raises(ValueError, match=r"0000\d.json: the sources have changed since it was made; .* another directory"):
+        with pytest.raises(ValueError, match=r"0000\d.json: the sources have changed since .* another directory"):
             corpus.prepare([source], str(out), **options)
         assert files_of(out).items() >= before.items()
 
@@ -272,7 +273,8 @@ def test_sources_that_changed_between_two_starts_are_noticed(tmp_path, small_cor
 
 
 def test_shards_of_different_sources_are_noticed(tmp_path, small_corpus):
-    source = write_files(tmp_path / "in", {f"m{i:03d}.py": f"number = {i}\n".encode() * 9 for i in range(60)})
+    numbered = {f"m{i:03d}.py": f"number = {i}\n".encode() * 9 for i in range(60)}
+    source = write_files(tmp_path / "in", numbered)
     options = dict(tokenizer=small_corpus, workers=1, part_bytes=1000)
     assert corpus.prepare([source], str(tmp_path / "out"), shard=(1, 2), **options) is None
     write_files(source, {"a.py": b"first = 1\n" * 9})
@@ -299,7 +301,13 @@ def test_nothing_of_the_users_is_removed(tmp_path, sources, small_corpus):
     assert os.listdir(out) == []
     (out / "prepare.json.01234567.tmp").write_text("{")  # ours, of one that was killed
     real = corpus._open
-    with mock.patch.object(corpus, "_open", lambda *a: (real(*a), (out / "precious.tmp").write_text("while it runs"))[0]):
+
+    def open_while_the_user_writes(*arguments):
+        begun = real(*arguments)
+        (out / "precious.tmp").write_text("precious")
+        return begun
+
+    with mock.patch.object(corpus, "_open", open_while_the_user_writes):
         with pytest.raises(ValueError, match="no documents"):
             corpus.prepare([str(empty)], str(out), tokenizer=small_corpus, workers=1)
         assert os.listdir(out) == ["precious.tmp"]

@@ -381,8 +381,9 @@ def test_the_history_of_this_project_comes_back_from_the_corpus(tmp_path, small_
 
 # ---- git repositories of strangers ----------------------------------------------------------------------------------------------
 
-# What a repository may hold to have a command run: its configuration, and what git must be asked to see that the trap is live.
-# TRAP is a program that leaves a marker; BLOB an object that is missing, which git would fetch; OTHER another repository.
+# What a repository may hold to have a command run: its configuration, and what git must be asked to
+# see that the trap is live. TRAP is a program that leaves a marker; BLOB an object that is missing,
+# which git would fetch; OTHER another repository.
 FETCHED = '[core]\nrepositoryformatversion = 1\n[extensions]\npartialClone = o\n[remote "o"]\npromisor = true\n'
 ATTACKS = {
     "ssh": (FETCHED + "url = ssh://host/x\n[core]\nsshCommand = TRAP", "cat-file -p BLOB"),
@@ -391,7 +392,10 @@ ATTACKS = {
     "uploadpack": (FETCHED + "url = OTHER\nuploadpack = TRAP", "cat-file -p BLOB"),
     "include": ("[include]\npath = ../ssh.config", "cat-file -p BLOB"),
     "includeIf": ('[includeIf "gitdir:**"]\npath = ../ssh.config', "cat-file -p BLOB"),
-    "worktree": ("[core]\nrepositoryformatversion = 1\n[extensions]\nworktreeConfig = true", "cat-file -p BLOB"),
+    "worktree": (
+        "[core]\nrepositoryformatversion = 1\n[extensions]\nworktreeConfig = true",
+        "cat-file -p BLOB",
+    ),
     "fsmonitor": ("[core]\nfsmonitor = TRAP", "status"),
     "hooks": ("", "checkout -q -f"),
     "hooksPath": ("[core]\nhooksPath = hooks", "checkout -q -f"),
@@ -418,12 +422,21 @@ def change_often(repository, times=12):
     for i in range(times):
         lines[2 * i] = f"new {i}\nanother {i}\nthird {i}\n"
         message, content = f"Change number {i}", "".join(lines)
-        stream += ["commit refs/heads/main", f"committer a <a@b> {10**9 + i} +0000", f"data {len(message)}", message]
+        stream += [
+            "commit refs/heads/main",
+            f"committer a <a@b> {10**9 + i} +0000",
+            f"data {len(message)}",
+            message,
+        ]
         stream += ["M 100644 inline a.py", f"data {len(content)}", content]
     repository.mkdir(parents=True)
     git(repository, "init", "-q")
     git(repository, "symbolic-ref", "HEAD", "refs/heads/main")
-    subprocess.run(["git", "-C", repository, "fast-import", "--quiet"], input="\n".join(stream).encode(), check=True)
+    subprocess.run(
+        ["git", "-C", repository, "fast-import", "--quiet"],
+        input="\n".join(stream).encode(),
+        check=True,
+    )
     git(repository, "reset", "-q", "--hard")
     return repository
 
@@ -443,9 +456,15 @@ def plant(repository, program, attack):
     blob = git(repository, "rev-parse", "HEAD~3:a.py").stdout.decode().strip()
     if attack == "signature":
         commit = git(repository, "cat-file", "commit", "HEAD").stdout
-        signed = commit.replace(b"\n\n", b"\ngpgsig -----BEGIN PGP SIGNATURE-----\n \n x\n -----END PGP SIGNATURE-----\n\n", 1)
+        signed = commit.replace(
+            b"\n\n",
+            b"\ngpgsig -----BEGIN PGP SIGNATURE-----\n \n x\n -----END PGP SIGNATURE-----\n\n",
+            1,
+        )
         (repository / "commit").write_bytes(signed)
-        name = git(repository, "hash-object", "-t", "commit", "-w", "commit").stdout.decode().strip()
+        name = (
+            git(repository, "hash-object", "-t", "commit", "-w", "commit").stdout.decode().strip()
+        )
         git(repository, "update-ref", "HEAD", name)
     if "BLOB" in arguments:
         os.remove(own / "objects" / blob[:2] / blob[2:])
@@ -489,7 +508,11 @@ def test_repositories_inside_a_repository_are_files(tmp_path, trap):
     link.mkdir()
     (link / ".git").symlink_to(inner / ".git")
     for source in (outer, tmp_path / "clones"):
-        found = [path for path, reader, _ in readers.readers(str(source), True) if reader is readers.read_commits]
+        found = [
+            path
+            for path, reader, _ in readers.readers(str(source), True)
+            if reader is readers.read_commits
+        ]
         assert found == [str(outer)]
     assert not marker.exists()
 
@@ -525,7 +548,15 @@ def test_objects_of_another_repository_are_not_read(tmp_path):
         path.symlink_to(objects)
         with pytest.raises(ValueError, match="is a link"):
             read(repository, commits=True)
-    for name in ["HEAD", "refs/heads/main", "objects/pack/a.idx", "objects/ab/cd", "packed-refs", "shallow", "config"]:
+    for name in [
+        "HEAD",
+        "refs/heads/main",
+        "objects/pack/a.idx",
+        "objects/ab/cd",
+        "packed-refs",
+        "shallow",
+        "config",
+    ]:
         repository = change_often(tmp_path / name.replace("/", "_"))
         path = repository / ".git" / name
         path.parent.mkdir(exist_ok=True)
@@ -574,7 +605,9 @@ def test_every_kind_of_clone(tmp_path, kind):
         git(clone, "gc", "-q")
     elif kind == "sha256":
         git(tmp_path, "init", "-q", "--object-format=sha256", str(clone))
-        stream = subprocess.run(["git", "-C", origin, "fast-export", "HEAD"], capture_output=True, check=True).stdout
+        stream = subprocess.run(
+            ["git", "-C", origin, "fast-export", "HEAD"], capture_output=True, check=True
+        ).stdout
         subprocess.run(["git", "-C", clone, "fast-import", "--quiet"], input=stream, check=True)
         git(clone, "symbolic-ref", "HEAD", "refs/heads/main")
     elif kind == "detached":
@@ -842,22 +875,50 @@ def sparse_header():
 GOOD = tar_header(b"0", 9, "good.py") + padded(b"good = 1\n")
 SPARSE = pax(GNU_sparse_major=1, GNU_sparse_minor=0, GNU_sparse_name="a.py", GNU_sparse_realsize=9)
 TAR_BOMBS = {  # (what is before, what is repeated 40 times, the error)
-    "a GNU name": (tar_header(b"L", 40 * MB), b"a" * MB, "describes a member takes over 1,000,000 bytes"),
+    "a GNU name": (
+        tar_header(b"L", 40 * MB),
+        b"a" * MB,
+        "describes a member takes over 1,000,000 bytes",
+    ),
     "a GNU link": (tar_header(b"K", 40 * MB), b"a" * MB, "describes a member takes over"),
-    "an extended header": (tar_header(b"x", 40 * MB) + b"%d path=" % (40 * MB), b"a" * MB, "describes a member takes over"),
+    "an extended header": (
+        tar_header(b"x", 40 * MB) + b"%d path=" % (40 * MB),
+        b"a" * MB,
+        "describes a member takes over",
+    ),
     "a global header": (tar_header(b"g", 40 * MB), b"a" * MB, "describes a member takes over"),
     "names in a row": (b"", tar_header(b"L", MB) + b"a" * MB, "describes a member takes over"),
     "many names": (b"", (tar_header(b"L", 5) + padded(b"a.py\0")) * 20, "recursion depth"),
-    "sparse numbers": (sparse_header(), (b"00000000001\0" * 42 + b"\1".ljust(8, b"\0")) * 512, "describes a member takes over"),
-    "a sparse map": (SPARSE + tar_header(b"0", 40 * MB) + b"9999999\n", b"1\n".rjust(256, b"0") * 4096, "describes a member takes over"),
+    "sparse numbers": (
+        sparse_header(),
+        (b"00000000001\0" * 42 + b"\1".ljust(8, b"\0")) * 512,
+        "describes a member takes over",
+    ),
+    "a sparse map": (
+        SPARSE + tar_header(b"0", 40 * MB) + b"9999999\n",
+        b"1\n".rjust(256, b"0") * 4096,
+        "describes a member takes over",
+    ),
     "no number": (SPARSE + tar_header(b"0", 40 * MB), b"9" * MB, "not enough values"),
     "a negative size": (GOOD + tar_header(b"0", -512), GOOD, "negative size"),
-    "a negative extended size": (GOOD + pax(size=-4096) + tar_header(b"0", 0), GOOD, "negative size"),
-    "a negative name": (tar_header(b"L", -513), b"a" * MB, "describes a member takes over|invalid header"),
+    "a negative extended size": (
+        GOOD + pax(size=-4096) + tar_header(b"0", 0),
+        GOOD,
+        "negative size",
+    ),
+    "a negative name": (
+        tar_header(b"L", -513),
+        b"a" * MB,
+        "describes a member takes over|invalid header",
+    ),
     "a size over 64 bits": (tar_header(b"0", 1 << 80), GOOD, "cannot fit|ends in the middle"),
     "a name over 64 bits": (tar_header(b"L", 1 << 80), GOOD, "describes a member takes over"),
     "a lying size": (tar_header(b"0", 9_000_000), GOOD, "unexpected end of data"),
-    "a number of many digits": (tar_header(b"x", 6000) + b"9" * 5992 + b" path=a\n" + bytes(144), GOOD, "digits|invalid header"),
+    "a number of many digits": (
+        tar_header(b"x", 6000) + b"9" * 5992 + b" path=a\n" + bytes(144),
+        GOOD,
+        "digits|invalid header",
+    ),
 }
 
 
@@ -875,13 +936,18 @@ def memory_below(most):
 
 @pytest.mark.parametrize("bomb", TAR_BOMBS)
 def test_a_tar_bomb_is_one_line_in_little_memory(tmp_path, bomb):
-    """Small files that say what would take gigabytes, end Python's stack, or go round in a circle for ever."""
+    """Small files that would take gigabytes, end Python's stack, or be read for ever."""
     before, repeated, words = TAR_BOMBS[bomb]
     with gzip.open(tmp_path / "bomb.tar.gz", "wb", compresslevel=1) as f:
         f.write(before)
         for _ in range(40):
             f.write(repeated)
-    with memory_below(12 * MB), pytest.raises(ValueError, match=rf"bomb.tar.gz: damaged \(.*({words}).*\); fetch it again$"):
+    with (
+        memory_below(12 * MB),
+        pytest.raises(
+            ValueError, match=rf"bomb.tar.gz: damaged \(.*({words}).*\); fetch it again$"
+        ),
+    ):
         read(tmp_path / "bomb.tar.gz")
 
 
@@ -901,9 +967,14 @@ def test_an_xz_archive_may_not_ask_for_gigabytes(tmp_path):
     packed = bytearray(lzma.compress(bytes(MB)))
     packed[16] = 37  # the size of its dictionary: 1.5 GB
     length = 4 * packed[12] + 4
-    packed[12 + length - 4 : 12 + length] = zlib.crc32(packed[12 : 12 + length - 4]).to_bytes(4, "little")
+    packed[12 + length - 4 : 12 + length] = zlib.crc32(packed[12 : 12 + length - 4]).to_bytes(
+        4, "little"
+    )
     (tmp_path / "bomb.tar.xz").write_bytes(packed)
-    with memory_below(12 * MB), pytest.raises(ValueError, match="bomb.tar.xz: damaged \\(Memory usage limit exceeded"):
+    with (
+        memory_below(12 * MB),
+        pytest.raises(ValueError, match="bomb.tar.xz: damaged \\(Memory usage limit exceeded"),
+    ):
         read(tmp_path / "bomb.tar.xz")
 
 
@@ -930,7 +1001,9 @@ def test_a_zip_member_that_lies_about_its_size(tmp_path, method):
     (tmp_path / "s.zip").write_bytes(content)
     with memory_below(30 * MB), contextlib.suppress(ValueError):
         documents, skipped = read(tmp_path / "s.zip")
-        assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {"neither stored nor deflated": 1}
+        assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {
+            "neither stored nor deflated": 1
+        }
 
 
 def test_a_name_of_many_dots():
