@@ -8,7 +8,8 @@ for byte; exact duplicates go. The hash of its content decides whether a documen
 sources are added or reordered. What is left out is counted, by reason.
 
 A corpus is written in parts, cut where PART_BYTES of distinct documents have been read, so a part is a function of the sources and the
-arguments alone. That makes it restartable (the same command goes on; parts that are there are only read over, not tokenized again) and
+arguments alone. That makes it restartable (the same command goes on; parts that are there are only
+read over, not tokenized again; each keeps a digest that says if the sources have changed since) and
 divisible: `--shard i/n` writes those parts p for which p % n == i, so that n machines, which need not know of each other, write the corpus
 of one, file for file. It counts from when meta.json appears, which the one that finishes last writes.
 """
@@ -20,7 +21,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import sysconfig
 import threading
 import time
@@ -209,7 +209,8 @@ class _Part:
         index[-1] = (index[-1][0], number)  # an entry: where a document begins, and its language
         index.append((index[-1][0] + len(tokens), 0))
 
-    def close(self):
+    def close(self, read=""):
+        """read: a digest of the documents that the part was made of."""
         splits, files = {}, {}
         for split, file in self.files.items():
             index = np.array(self.index[split], INDEX)
@@ -224,7 +225,8 @@ class _Part:
             os.fsync(file.fileno())
             file.close()
             os.replace(self.temporary(name), part_file(self.directory, self.number, name))
-        facts = {"splits": splits, "languages": self.languages, "skipped": dict(sorted(self.skipped.items()))}
+        skipped = dict(sorted(self.skipped.items()))
+        facts = {"splits": splits, "languages": self.languages, "skipped": skipped, "read": read}
         write_whole(part_file(self.directory, self.number, "json"), json.dumps(facts))
 
 
@@ -275,6 +277,7 @@ def prepare(
         "commits": commits, "languages": languages, "limit_per_language": limit_per_language, "clean": clean,
         "near_dedup": near_dedup, "part_bytes": part_bytes,
     }  # fmt: skip
+    there = os.path.lexists(out)
     begun = _open(out, arguments)
     try:
         which = dict(commits=commits, languages=languages, limit=limit_per_language)
@@ -296,7 +299,32 @@ def prepare(
         trained = not given and os.path.exists(os.path.join(out, "tokenizer.json"))
         made = trained or glob.glob(os.path.join(glob.escape(out), "[0-9]*.json"))
         if begun and shard[1] == 1 and not made:
-            shutil.rmtree(out, ignore_errors=True)  # nothing worth keeping was made
+            _remove_ours(out)  # nothing worth keeping was made
+            if not there:
+                with contextlib.suppress(OSError):  # somebody has put something there since
+                    os.rmdir(out)
+
+
+# The names of the files that this program writes, and how they end while they are written.
+TEMPORARY = r"\.[0-9a-f]{8}\.tmp"
+OURS = re.compile(
+    r"((prepare|tokenizer|tokenizer_config|meta)\.json"
+    r"|\d{5,}\.(json|(train|validation)\.(bin|(index|windows)\.npy)))"
+    rf"({TEMPORARY})?"
+    r"|\.(\d+-of-\d+\.)?lock"
+)
+
+
+def _temporary(name):
+    """Whether a file is one that this program began to write."""
+    return OURS.fullmatch(name) and re.search(TEMPORARY + "$", name)
+
+
+def _remove_ours(out, which=OURS.fullmatch):
+    """Removes the files of this program, or those for which `which` holds; nobody else's."""
+    for name in filter(which, os.listdir(out)):
+        with contextlib.suppress(OSError):  # another shard may be doing the same
+            os.remove(os.path.join(out, name))
 
 
 def _open(out, arguments):
@@ -305,7 +333,8 @@ def _open(out, arguments):
     Returns whether it is begun here. Shards that are started together may all begin it: with the same content.
     """
     path = os.path.join(out, "prepare.json")
-    other = os.path.exists(out) and (not os.path.isdir(out) or any(not name.endswith(".tmp") for name in os.listdir(out)))
+    empty = os.path.isdir(out) and all(map(_temporary, os.listdir(out)))
+    other = os.path.exists(out) and not empty
     begun = not os.path.exists(path)
     if other and begun:
         raise ValueError(f"{out}: exists already; choose another directory or remove it")
@@ -352,19 +381,32 @@ def _chunks(stream, part_bytes):
 
 
 def _write(out, stream, validation, pool, most_in_flight, shard, part_bytes, near, dtype):
-    """Writes the parts of this shard that are not there; returns the number of all parts."""
+    """Writes the parts of this shard that are not there; returns the number of all parts.
+
+    Raises ValueError where one that is there was made of other documents than the sources have.
+    """
     part, number, flight = None, -1, deque()
+    digests = []  # of each part, what it was made of
 
     def wanted(number):
         return number % shard[1] == shard[0] and not os.path.exists(part_file(out, number, "json"))
+
+    def end_part():
+        if part:
+            part.close(digests[-1].hexdigest())
+        elif digests:
+            _check_read(out, number, digests[-1].hexdigest())
 
     def land():
         nonlocal part, number
         landing, chunk, results = flight.popleft()
         if landing != number:
-            if part:
-                part.close()
+            end_part()
             number, part = landing, _Part(out, landing, dtype) if wanted(landing) else None
+            digests.append(hashlib.sha256())
+        for share, size, document in chunk:
+            # The share is 53 bits of the content's hash.
+            digests[-1].update(f"{share!r} {size} {document.language}\n".encode())
         for (share, size, document), (tokens, signature) in zip(chunk, results.result() if results else [(None, None)] * len(chunk)):
             if signature is not None and near.seen(signature):
                 tokens = "near duplicate"
@@ -381,9 +423,26 @@ def _write(out, stream, validation, pool, most_in_flight, shard, part_bytes, nea
             land()
     while flight:
         land()
-    if part:
-        part.close()
+    end_part()
+    for i, digest in enumerate(digests):  # those that other shards wrote since, too
+        _check_read(out, i, digest.hexdigest())
+    for name in os.listdir(out):
+        if re.fullmatch(r"\d{5,}\.json", name) and int(name[:-5]) > number:
+            raise ValueError(f"{os.path.join(out, name)}: {CHANGED}")
     return number + 1
+
+
+CHANGED = (
+    "the sources have changed since it was made; bring them back as they were, "
+    "or begin anew in another directory"
+)
+
+
+def _check_read(out, number, digest):
+    """Raises ValueError where a part is there that was made of documents with another digest."""
+    path = part_file(out, number, "json")
+    if os.path.exists(path) and read_json(path).get("read") != digest:
+        raise ValueError(f"{path}: {CHANGED}")
 
 
 def _finish(out, count, skipped, tokenizer, dtype, sources):
@@ -412,10 +471,8 @@ def _finish(out, count, skipped, tokenizer, dtype, sources):
         "skipped": dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0]))),
         "parts": [part["splits"] for part in facts],
     }
-    with contextlib.suppress(FileNotFoundError):  # another shard may be doing the same
-        for path in glob.glob(os.path.join(glob.escape(out), "*.tmp")):  # of what was killed
-            os.remove(path)
-        write_whole(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
+    _remove_ours(out, _temporary)  # of what was killed
+    write_whole(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
     return json.loads(json.dumps(meta))
 
 

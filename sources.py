@@ -1,7 +1,7 @@
 """What a corpus is made of: source files, archives, The Stack's records, commits, issues and notebooks, read one document at a time.
 
     directory               source files by the table of languages below, Jupyter notebooks; with `commits`, the history of the git
-                            repositories in it
+                            repositories in it (those inside a repository are its project's files)
     .tar .tar.gz .zip ...   the same inside an archive; nothing is ever unpacked to disk
     .parquet                rows with a `content`, as The Stack has them, read in batches
     .jsonl .gz .zst         records, each by its fields: a file (`content`), a commit (`old_contents`, `new_contents`), a GitHub issue
@@ -13,7 +13,8 @@ A file is its bytes. What has a structure becomes a record of StarCoder's: pairs
     issue      <issue_start> Title: title \\n username_0: text <issue_comment> username_1: text ... <issue_closed>
     notebook   <jupyter_start> <jupyter_text> text <jupyter_code> code <jupyter_output> output, or <empty_output>
 
-Memory does not grow with a source: a table is read 64 rows at a time, all else one document; those over LARGEST are counted as left out.
+Memory does not grow with a source, but for the names in a .zip: a table is read 64 rows at a time,
+all else one document; those over LARGEST are counted as left out.
 
 References: Li et al., StarCoder, 2023, section 3 (records and their filters); Kocetkov et al., The Stack, 2022.
 """
@@ -23,6 +24,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -178,7 +180,7 @@ def language_of(path, content=b""):
     >>> language_of("a.h"), language_of("a.h", b"namespace a {}"), language_of("a.v", b"Theorem t : True.")
     ('c', 'cpp', None)
     """
-    name = os.path.basename(path)
+    name = os.path.basename(path)[-100:]  # one of a million dots has a million endings
     suffixes = [name] + [name[i:] for i, c in enumerate(name) if c == "."]
     extension = os.path.splitext(name)[1]
     extension = extension if extension in LANGUAGE_OF else extension.lower()
@@ -414,17 +416,41 @@ class Damaged(ValueError):
     """A source that ends in the middle, or is not what its name says."""
 
 
+def _walk(directory, unreadable=None):
+    """(folder, its folders, its files) as of os.walk, sorted; no links or SKIPPED_DIRECTORIES.
+
+    One level of os.walk at a time: Python 3.11's calls itself, and fails a thousand folders deep.
+    unreadable: called with the error of a folder that cannot be read.
+    """
+    waiting = [directory]
+    while waiting:
+        level = os.walk(waiting.pop(), onerror=unreadable)
+        for folder, folders, names in itertools.islice(level, 1):
+            folders.sort()
+            yield folder, folders, sorted(names)
+            entered = [name for name in folders if name not in SKIPPED_DIRECTORIES]
+            inner = [os.path.join(folder, name) for name in reversed(entered)]
+            waiting += [path for path in inner if not os.path.islink(path)]
+
+
 def _files(directory, skipped=None):
     def unreadable(error):
         if skipped is not None:
             skipped["unreadable"] += 1
 
-    for folder, folders, names in os.walk(directory, onerror=unreadable):
+    for folder, folders, names in _walk(directory, unreadable):
         if skipped is not None and (links := sum(os.path.islink(os.path.join(folder, f)) for f in folders)):
             skipped["not a file"] += links  # they are not followed
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_DIRECTORIES)
-        for name in sorted(names):
+        for name in names:
             yield os.path.join(folder, name)
+
+
+def _size(path):
+    """Bytes of a file that may be a source; 0 of what is none, or is gone by now."""
+    with contextlib.suppress(OSError):
+        if _may_be_source(path) and os.path.isfile(path):
+            return os.path.getsize(path)
+    return 0
 
 
 def _read_directory(source, skipped, progress):
@@ -447,11 +473,80 @@ def _read_directory(source, skipped, progress):
                 yield document
 
 
+HEADERS = 1_000_000  # bytes at most that describe a member of an archive: its name, its attributes
+XZ_MEMORY = 200_000_000  # bytes that unpacking may take; `xz -9` asks for 65 MB
+
+
+class _Rationed:
+    """A stream that gives `left` bytes and no more: tarfile would take a name of any length."""
+
+    def __init__(self, stream):
+        self.stream, self.left, self.last = stream, HEADERS, b""
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size):
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise Damaged(f"what describes a member takes over {HEADERS:,} bytes")
+        self.last = self.stream.read(size)
+        return self.last
+
+
+class _Xz:
+    """What is in an .xz file, read forward. lzma.open takes the gigabytes that a file asks for."""
+
+    def __init__(self, packed):
+        self.packed, self.position, self.rest = packed, 0, b""
+        self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+
+    def read(self, size):
+        pieces = []
+        while size:
+            if self.stream.eof:  # another stream may follow, after zeros
+                self.rest = self.stream.unused_data.lstrip(b"\0")
+                while not self.rest:
+                    block = self.packed.read(1 << 16)
+                    if not block:
+                        break
+                    self.rest = block.lstrip(b"\0")
+                if not self.rest:
+                    break
+                self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+            elif self.stream.needs_input:
+                self.rest = self.packed.read(1 << 16)
+                if not self.rest:
+                    raise EOFError("it ends in the middle")
+            pieces.append(self.stream.decompress(self.rest, size))
+            size -= len(pieces[-1])
+            self.rest = b""
+        content = b"".join(pieces)
+        self.position += len(content)
+        return content
+
+    def tell(self):
+        return self.position
+
+    def seek(self, position):
+        if position < self.position:
+            raise Damaged("a member of negative size")
+        while position > self.position and self.read(min(1 << 20, position - self.position)):
+            pass
+
+
 def _read_tar(source, skipped, progress):
-    unpack = {".tar": lambda raw: raw, ".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[os.path.splitext(source)[1]]
-    with open(source, "rb") as raw, unpack(raw) as plain, tarfile.open(fileobj=plain, mode="r:") as archive:
+    unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": _Xz, ".bz2": bz2.open}
+    with open(source, "rb") as raw:
+        plain = raw if source.endswith(".tar") else unpack[os.path.splitext(source)[1]](raw)
+        rationed = _Rationed(plain)
+        archive = tarfile.open(fileobj=rationed, mode="r:")
+        offset = -1
         while member := archive.next():
-            archive.members.clear()  # tarfile would keep them all
+            archive.members.clear()  # tarfile would keep them all,
+            archive.pax_headers.clear()  # and all that is said of all members
+            if archive.offset <= offset:
+                raise Damaged("a member of negative size")
+            offset = archive.offset
+            rationed.left = HEADERS
             progress(raw.tell(), absolute=True)
             folders = member.name.split("/")[:-1]
             if member.isdir() or SKIPPED_DIRECTORIES.intersection(folders):
@@ -462,11 +557,15 @@ def _read_tar(source, skipped, progress):
                 skipped["no known extension"] += 1
             elif member.size > LARGEST:
                 skipped[TOO_LARGE] += 1
-            elif document := _document(member.name, archive.extractfile(member).read(), skipped):
-                yield document
-        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros; reading them also checks the checksum.
-        plain.seek(archive.offset)
-        end = plain.read(1 << 20)
+            else:
+                rationed.left = LARGEST
+                content = archive.extractfile(member).read()
+                rationed.left = HEADERS
+                if document := _document(member.name, content, skipped):
+                    yield document
+        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros, of
+        # which it read the first; reading the others also checks the checksum.
+        end = rationed.last + plain.read(1 << 20)
         if not end or any(end):
             raise tarfile.ReadError("it ends in the middle")
         while plain.read(1 << 20):
@@ -492,6 +591,9 @@ def _read_zip(source, skipped, progress):
                 skipped[TOO_LARGE] += 1
             elif member.flag_bits & 1:
                 skipped["encrypted"] += 1
+            elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # zipfile unpacks bzip2 and LZMA to any size, whatever a member claims.
+                skipped["neither stored nor deflated"] += 1
             else:
                 with archive.open(member) as f:  # reads no more than the size that was checked
                     content = f.read(LARGEST)
@@ -582,32 +684,154 @@ def _read_jsonl(source, skipped, progress):
             yield from _checked(lambda: issue, skipped)
 
 
-def _git(repository, *arguments, **pipes):
-    command = ["git", "-C", repository, "-c", "core.fsmonitor=false", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}, **pipes)
+def _is_file(path):
+    """Whether a path is a plain file: a link may lead elsewhere, and reading a pipe never ends."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
+
+
+def _line(path):
+    """What a small file of git's holds; "" without it."""
+    if not _is_file(path):
+        return ""
+    with open(path, "rb") as f:
+        return os.fsdecode(f.read(5000).strip())
+
+
+COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, or SHA-256
+
+
+def _head(own, shared):
+    """The name of the commit that a repository's HEAD stands for. Raises Damaged without one.
+
+    own, shared: its directories; two where it is a linked work tree.
+    """
+    text = _line(os.path.join(own, "HEAD"))
+    for _ in range(5):  # a reference may stand for another
+        reference = text.removeprefix("ref:").strip()
+        if COMMIT.fullmatch(reference):
+            return reference
+        if not reference.startswith("refs/") or ".." in reference:
+            break
+        text = _line(os.path.join(shared, reference))
+        packed = os.path.join(shared, "packed-refs")
+        if not text and _is_file(packed):
+            with open(packed, "rb") as f:
+                names = (os.fsdecode(line.strip()).partition(" ") for line in f)
+                text = next((commit for commit, _, name in names if name == reference), "")
+    if os.path.isdir(os.path.join(shared, "reftable")):
+        raise Damaged("its references are a reftable, which is not read here")
+    raise Damaged("its HEAD stands for no commit")
+
+
+def _borrow(repository, bare):
+    """Makes the directory `bare` a git repository with the history of another, and no more of it.
+
+    A stranger's repository may have git run any command: its configuration names programs that
+    fetch missing objects, compare files or check signatures, and it has hooks. So git is only
+    pointed at a repository of our own, which takes over the name of a commit, where a shallow
+    history ends, and the packs and loose objects: no configuration, hooks, attributes, references
+    or alternates.
+    Raises Damaged for one without a commit, or that names files elsewhere.
+    """
+    own = os.path.join(repository, ".git")
+    own = own if os.path.lexists(own) else repository
+    shared = own
+    if os.path.isfile(own):  # a linked work tree or a submodule: a file that names the directory
+        own = os.path.join(repository, _line(own).removeprefix("gitdir:").strip())
+        shared = os.path.join(own, _line(os.path.join(own, "commondir")))
+    shared = os.path.realpath(shared)
+    objects = os.path.join(shared, "objects")
+    if os.path.lexists(os.path.join(objects, "info", "alternates")):
+        raise Damaged("its objects lie in another repository, as after git clone --shared")
+
+    head = _head(own, shared)
+    config = "[core]\nbare = true\nrepositoryformatversion = 0\n"
+    if len(head) == 64:
+        config = config.replace("= 0", "= 1") + "[extensions]\nobjectFormat = sha256\n"
+    files = {"HEAD": head + "\n", "config": config}
+    shallow = os.path.join(shared, "shallow")
+    if _is_file(shallow):
+        with open(shallow, errors="replace") as f:
+            files["shallow"] = "".join(line for line in f if COMMIT.fullmatch(line.strip()))
+    for name, text in files.items():
+        with open(os.path.join(bare, name), "w") as f:
+            f.write(text)
+    os.makedirs(os.path.join(bare, "refs"))
+    os.makedirs(os.path.join(bare, "objects", "pack"))
+
+    for folder in os.listdir(objects):
+        if not re.fullmatch("pack|[0-9a-f]{2}", folder):
+            continue
+        path = os.path.join(objects, folder)
+        if os.path.islink(objects) or os.path.islink(path):
+            raise Damaged(f"objects/{folder} is a link")
+        names = os.listdir(path)
+        if folder == "pack":
+            names = [name for name in names if name.endswith((".pack", ".idx"))]
+        for name in names:
+            if not _is_file(os.path.join(path, name)):
+                raise Damaged(f"objects/{folder}/{name} is not a plain file")
+        if folder == "pack":
+            for name in names:
+                os.symlink(os.path.join(path, name), os.path.join(bare, "objects", "pack", name))
+        else:
+            os.symlink(path, os.path.join(bare, "objects", folder))
+
+
+def _git(bare, *arguments, **pipes):
+    """Starts git in a repository of our own, with no configuration or variables of the user's."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {
+        "GIT_DIR": bare,
+        "HOME": bare,
+        "XDG_CONFIG_HOME": bare,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_ATTR_NOSYSTEM": "1",
+        # Should it want to fetch something for all that:
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_ALLOW_PROTOCOL": "none",
+        "GIT_TERMINAL_PROMPT": "0",
+    }
+    command = ["git", *arguments]
+    return subprocess.Popen(command, cwd=bare, stdout=subprocess.PIPE, env=environment, **pipes)
 
 
 def read_commits(source, skipped, progress):
-    """The changes of files by the commits of a git repository's current branch, the newest first; merges and new files are none."""
+    """The changes of files by the commits of a git repository's current branch, the newest first.
+
+    Merges and new files are none. No command runs that the repository names (see `_borrow`).
+    """
+    with tempfile.TemporaryDirectory() as bare:
+        _borrow(source, bare)
+        yield from _read_commits(bare, skipped)
+
+
+def _read_commits(bare, skipped):
     how = "--no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames --diff-filter=M -z --format=%x01%s".split()
     said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop git when it is full
-    log = _git(source, "log", *how, "HEAD", stderr=said)
-    objects = _git(source, "cat-file", "--batch", stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    log = _git(bare, "log", *how, "HEAD", stderr=said)
+    # One process is asked for an object's size, another for its content where that is not too much.
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    sizes = _git(bare, "cat-file", "--batch-check", **pipes)
+    objects = _git(bare, "cat-file", "--batch", **pipes)
+
+    def ask(process, name):
+        process.stdin.write(name + b"\n")
+        process.stdin.flush()
+        words = process.stdout.readline().split()
+        if len(words) != 3:
+            raise Damaged(f"git has no object {name.decode()}; a partial clone lacks some")
+        return words[1], int(words[2])
 
     def blob(name):
-        objects.stdin.write(name + b"\n")
-        objects.stdin.flush()
-        words = objects.stdout.readline().split()
-        if len(words) != 3:
-            raise Damaged(f"git has no object {name.decode()}")
-        (_, kind, size), content = words, b""
-        if int(size) <= LARGEST:
-            content = objects.stdout.read(int(size) + 1)[:-1]
-        else:
-            for _ in range(int(size) + 1 >> 20):
-                objects.stdout.read(1 << 20)
-            objects.stdout.read((int(size) + 1) % (1 << 20))
-        return content if kind == b"blob" else b""
+        """The content of a file, or None where it is too large."""
+        kind, size = ask(sizes, name)
+        if kind != b"blob" or size > LARGEST:
+            return None
+        ask(objects, name)
+        return objects.stdout.read(size + 1)[:-1]
 
     try:
         subject, change = "", None
@@ -625,6 +849,9 @@ def read_commits(source, skipped, progress):
                     skipped["no known extension"] += 1
                     continue
                 old, new = blob(old), blob(new)
+                if old is None or new is None:
+                    skipped[TOO_LARGE] += 1
+                    continue
                 if (language := language_of(path, new)) is None:
                     skipped["no known extension"] += 1
                     continue
@@ -635,12 +862,11 @@ def read_commits(source, skipped, progress):
                     continue
                 if record:
                     yield Document("git-commits", record)
-        objects.stdin.close()
         if log.wait():
             said.seek(0)
             raise Damaged(said.read(1000).decode(errors="replace").strip().split("\n")[0])
     finally:
-        for process in (log, objects):
+        for process in (log, sizes, objects):
             process.kill()
             for pipe in filter(None, (process.stdin, process.stdout)):
                 with contextlib.suppress(OSError):  # a pipe whose other end is gone
@@ -655,6 +881,8 @@ def _fields(stream):
     while block := stream.read1(1 << 16):
         *fields, rest = (rest + block).split(b"\0")
         yield from fields
+        if len(rest) > LARGEST:
+            raise Damaged(f"the subject of a commit is {TOO_LARGE}")
     if rest:
         yield rest
 
@@ -670,22 +898,33 @@ KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 
 
 def _repositories(directory):
-    """The git repositories in a directory, which may be one itself: with a work tree, or bare."""
-    for folder, folders, names in os.walk(directory):
-        folders.sort()
-        if ".git" in folders + names or {"objects", "refs"} <= {*folders} and "HEAD" in names:
+    """The git repositories in a directory, which may be one itself: with a work tree, or bare.
+
+    Those inside a repository are its project's files, and not entered. Nor is a `.git` that leads
+    elsewhere, a file or a link, but for that of the directory itself, which the user named.
+    """
+    for folder, folders, names in _walk(directory):
+        git = os.path.join(folder, ".git")
+        named = folder == directory and os.path.lexists(git)
+        plain = os.path.isdir(git) and not os.path.islink(git)
+        bare = {"objects", "refs"} <= {*folders} and "HEAD" in names
+        if named or plain or bare:
             yield folder
-        folders[:] = [f for f in folders if f not in SKIPPED_DIRECTORIES]
+            folders.clear()
 
 
 def readers(source, commits=False):
-    """[(path, reader, bytes on disk), ...] of a source. Raises ValueError for one that is missing or of an unknown kind.
+    """[(path, reader, bytes on disk), ...] of a source.
+
+    Raises ValueError for one that is missing or of an unknown kind, OSError for one that cannot be
+    read.
 
     A reader is a generator of `Document`; its arguments are the path, a Counter of what is left out, by reason, and a function that is
     told of progress in bytes. commits: the histories of the git repositories in a directory, too.
     """
     if os.path.isdir(source):
-        size = sum(os.path.getsize(path) for path in _files(source) if os.path.isfile(path) and _may_be_source(path))
+        os.scandir(source).close()  # a folder inside that cannot be read is counted; not this one
+        size = sum(map(_size, _files(source)))
         if commits and not shutil.which("git"):
             raise ValueError("--commits: needs the git program")
         return [(source, _read_directory, size)] + [(path, read_commits, 0) for path in (_repositories(source) if commits else [])]
@@ -702,8 +941,11 @@ def read(source, reader, skipped, progress):
     import pyarrow
 
     archives = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, EOFError, lzma.LZMAError, zlib.error)
+    numbers = (ValueError, OverflowError, RecursionError)  # of a header that claims the impossible
     try:
         yield from reader(source, skipped, progress)
-    except (Damaged, OSError, pyarrow.ArrowException, *archives) as error:
+    except (OSError, pyarrow.ArrowException, *archives, *numbers) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -220,6 +221,101 @@ def test_another_command_does_not_go_on(sources, tmp_path, small_corpus):
     assert corpus.prepare([sources], out, tokenizer=small_corpus, workers=1, part_bytes=100_000)["format"] == 2
 
 
+def test_sources_that_changed_between_two_starts_are_noticed(tmp_path, small_corpus):
+    """Going on with other sources would lose documents and take some twice."""
+    numbered = {f"m{i:03d}.py": f"number = {i}\n".encode() * 9 for i in range(60)}
+    source = write_files(tmp_path / "in", numbered)
+    out, options = tmp_path / "out", dict(tokenizer=small_corpus, workers=1, part_bytes=1000)
+    meta = corpus.prepare([source], str(out), **options)
+    whole = files_of(out)
+    assert len(meta["parts"]) >= 6
+
+    def stop_after(parts):
+        """As if the first start had been killed then."""
+        for name in os.listdir(out):
+            os.remove(out / name)
+        for name, content in whole.items():
+            if not (name == "meta.json" or name[:5].isdigit() and int(name[:5]) >= parts):
+                (out / name).write_bytes(content)
+
+    def refused():
+        before = files_of(out)
+        with pytest.raises(ValueError, match=r"0000\d.json: the sources have changed since .* another directory"):
+            corpus.prepare([source], str(out), **options)
+        assert files_of(out).items() >= before.items()
+
+    stop_after(3)
+    write_files(source, {f"a{i}.py": f"more = {i}\n".encode() * 9 for i in range(5)})  # in front
+    refused()
+    for i in range(5):
+        os.remove(os.path.join(source, f"a{i}.py"))
+    write_files(source, {"m004.py": b"number = 4\n" * 8 + b"number = 5\n"})  # as long as before
+    refused()
+    os.remove(os.path.join(source, "m004.py"))
+    refused()
+    write_files(source, {"m004.py": b"number = 4\n" * 9})
+    corpus.prepare([source], str(out), **options)
+    assert files_of(out) == whole
+
+    stop_after(len(meta["parts"]))  # all but meta.json
+    kept = sorted(os.listdir(source))[:20]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in {*os.listdir(source)} - {*kept}:
+        os.rename(os.path.join(source, name), moved / name)
+    refused()
+    for name in os.listdir(moved):
+        os.rename(moved / name, os.path.join(source, name))
+    stop_after(3)
+    write_files(source, {"z.py": b"last = 1\n" * 9})  # behind all that was read: nothing is lost
+    corpus.prepare([source], str(out), **options)
+    assert len(contents(out)) == 61
+
+
+def test_shards_of_different_sources_are_noticed(tmp_path, small_corpus):
+    numbered = {f"m{i:03d}.py": f"number = {i}\n".encode() * 9 for i in range(60)}
+    source = write_files(tmp_path / "in", numbered)
+    options = dict(tokenizer=small_corpus, workers=1, part_bytes=1000)
+    assert corpus.prepare([source], str(tmp_path / "out"), shard=(1, 2), **options) is None
+    write_files(source, {"a.py": b"first = 1\n" * 9})
+    with pytest.raises(ValueError, match="00001.json: the sources have changed"):
+        corpus.prepare([source], str(tmp_path / "out"), shard=(0, 2), **options)
+    assert not os.path.exists(tmp_path / "out" / "meta.json")
+
+
+def test_nothing_of_the_users_is_removed(tmp_path, sources, small_corpus):
+    """Neither files that look like temporary ones, nor an empty directory that was there."""
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    for name in ("precious.tmp", "prepare.json.tmp", "00000.train.bin.backup.tmp", ".hidden"):
+        out.mkdir()
+        (out / name).write_text("precious")
+        for source in (sources, str(empty)):
+            with pytest.raises(ValueError, match="exists already; choose another directory"):
+                corpus.prepare([source], str(out), tokenizer=small_corpus, workers=1)
+        assert files_of(out) == {name: b"precious"}
+        shutil.rmtree(out)
+    out.mkdir()
+    with pytest.raises(ValueError, match="no documents"):
+        corpus.prepare([str(empty)], str(out), tokenizer=small_corpus, workers=1)
+    assert os.listdir(out) == []
+    (out / "prepare.json.01234567.tmp").write_text("{")  # ours, of one that was killed
+    real = corpus._open
+
+    def open_while_the_user_writes(*arguments):
+        begun = real(*arguments)
+        (out / "precious.tmp").write_text("precious")
+        return begun
+
+    with mock.patch.object(corpus, "_open", open_while_the_user_writes):
+        with pytest.raises(ValueError, match="no documents"):
+            corpus.prepare([str(empty)], str(out), tokenizer=small_corpus, workers=1)
+        assert os.listdir(out) == ["precious.tmp"]
+        os.remove(out / "precious.tmp")
+        corpus.prepare([sources], str(out), tokenizer=small_corpus, workers=1)
+    assert [name for name in os.listdir(out) if name.endswith(".tmp")] == ["precious.tmp"]
+
+
 def test_clean_and_near_duplicates(tmp_path, small_corpus):
     words = [f"word{i}" for i in range(400)]
     lines = lambda words: "\n".join(" ".join(words[i : i + 8]) for i in range(0, len(words), 8)) + "\n"
@@ -344,7 +440,7 @@ def test_shards_that_start_together(tmp_path, small_corpus):
     """One may find what another is just beginning to write."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "prepare.json.0123.tmp").write_text("{")
+    (out / "prepare.json.01234567.tmp").write_text("{")
     source = write_files(tmp_path / "in", {f"{i}.py": f"x = {i}\n".encode() * 9 for i in range(9)})
     assert corpus.prepare([source], str(out), tokenizer=small_corpus, workers=1, shard=(0, 2), part_bytes=200) is None
     assert corpus.prepare([source], str(out), tokenizer=small_corpus, workers=1, shard=(1, 2), part_bytes=200)

@@ -1,14 +1,20 @@
 """Every kind of source gives the documents that it should, in the documented format, and no input crashes, hangs or vanishes in silence."""
 
 import contextlib
+import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import random
+import shutil
 import subprocess
 import tarfile
+import tempfile
+import tracemalloc
 import zipfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -373,6 +379,248 @@ def test_the_history_of_this_project_comes_back_from_the_corpus(tmp_path, small_
     assert found == expected
 
 
+# ---- git repositories of strangers ----------------------------------------------------------------------------------------------
+
+# What a repository may hold to have a command run: its configuration, and what git must be asked to
+# see that the trap is live. TRAP is a program that leaves a marker; BLOB an object that is missing,
+# which git would fetch; OTHER another repository.
+FETCHED = '[core]\nrepositoryformatversion = 1\n[extensions]\npartialClone = o\n[remote "o"]\npromisor = true\n'
+ATTACKS = {
+    "ssh": (FETCHED + "url = ssh://host/x\n[core]\nsshCommand = TRAP", "cat-file -p BLOB"),
+    "ext": (FETCHED + "url = ext::TRAP\n[protocol]\nallow = always", "cat-file -p BLOB"),
+    "proxy": (FETCHED + "url = git://host/x\n[core]\ngitProxy = TRAP", "cat-file -p BLOB"),
+    "uploadpack": (FETCHED + "url = OTHER\nuploadpack = TRAP", "cat-file -p BLOB"),
+    "include": ("[include]\npath = ../ssh.config", "cat-file -p BLOB"),
+    "includeIf": ('[includeIf "gitdir:**"]\npath = ../ssh.config', "cat-file -p BLOB"),
+    "worktree": (
+        "[core]\nrepositoryformatversion = 1\n[extensions]\nworktreeConfig = true",
+        "cat-file -p BLOB",
+    ),
+    "fsmonitor": ("[core]\nfsmonitor = TRAP", "status"),
+    "hooks": ("", "checkout -q -f"),
+    "hooksPath": ("[core]\nhooksPath = hooks", "checkout -q -f"),
+    "signature": ("[log]\nshowSignature = true\n[gpg]\nprogram = TRAP", "log"),
+    "external diff": ("[diff]\nexternal = TRAP", "diff HEAD~1"),
+    "textconv": ('[diff "x"]\ntextconv = TRAP', "log -p"),
+    "diff command": ('[diff "x"]\ncommand = TRAP', "diff HEAD~1"),
+    "filter": ('[filter "x"]\nclean = TRAP', "diff"),
+}
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A program that leaves a marker, which a test may look for."""
+    program, marker = tmp_path / "trap", tmp_path / "marker"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\nexit 1\n")
+    program.chmod(0o755)
+    return program, marker
+
+
+def change_often(repository, times=12):
+    """A git repository with a file that each commit changes."""
+    lines, stream = [f"line {i}\n" for i in range(40)], []
+    for i in range(times):
+        lines[2 * i] = f"new {i}\nanother {i}\nthird {i}\n"
+        message, content = f"Change number {i}", "".join(lines)
+        stream += [
+            "commit refs/heads/main",
+            f"committer a <a@b> {10**9 + i} +0000",
+            f"data {len(message)}",
+            message,
+        ]
+        stream += ["M 100644 inline a.py", f"data {len(content)}", content]
+    repository.mkdir(parents=True)
+    git(repository, "init", "-q")
+    git(repository, "symbolic-ref", "HEAD", "refs/heads/main")
+    subprocess.run(
+        ["git", "-C", repository, "fast-import", "--quiet"],
+        input="\n".join(stream).encode(),
+        check=True,
+    )
+    git(repository, "reset", "-q", "--hard")
+    return repository
+
+
+def plant(repository, program, attack):
+    """Makes a repository hostile; returns the arguments of git that show it."""
+    config, arguments = ATTACKS[attack]
+    own = repository / ".git" if (repository / ".git").exists() else repository
+    ssh = ATTACKS["ssh"][0].replace("TRAP", str(program))
+    (repository / "ssh.config").write_text(ssh)
+    (own / "config.worktree").write_text(ssh)
+    for hooks in [own / "hooks"] * (attack == "hooks") + [repository / "hooks"]:
+        hooks.mkdir(exist_ok=True)
+        (hooks / "post-checkout").symlink_to(program)
+    (own / "info").mkdir(exist_ok=True)
+    (own / "info" / "attributes").write_text("*.py diff=x filter=x\n")
+    blob = git(repository, "rev-parse", "HEAD~3:a.py").stdout.decode().strip()
+    if attack == "signature":
+        commit = git(repository, "cat-file", "commit", "HEAD").stdout
+        signed = commit.replace(
+            b"\n\n",
+            b"\ngpgsig -----BEGIN PGP SIGNATURE-----\n \n x\n -----END PGP SIGNATURE-----\n\n",
+            1,
+        )
+        (repository / "commit").write_bytes(signed)
+        name = (
+            git(repository, "hash-object", "-t", "commit", "-w", "commit").stdout.decode().strip()
+        )
+        git(repository, "update-ref", "HEAD", name)
+    if "BLOB" in arguments:
+        os.remove(own / "objects" / blob[:2] / blob[2:])
+    config = config.replace("TRAP", str(program)).replace("OTHER", str(repository))
+    with open(own / "config", "a") as f:
+        f.write(config)
+    if attack == "filter":
+        (repository / "a.py").write_text("changed")
+    return arguments.replace("BLOB", blob).split()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_command_of_a_repository_runs(tmp_path, trap, attack):
+    """git itself runs each of them; reading the commits does not, and reads what is there."""
+    program, marker = trap
+    repository = change_often(tmp_path / "in")
+    arguments = plant(repository, program, attack)
+    subprocess.run(["git", *arguments], cwd=repository, capture_output=True)
+    assert marker.exists(), "the trap is not live"
+    marker.unlink()
+    if "cat-file" in arguments:
+        with pytest.raises(ValueError, match="git has no object [0-9a-f]{40}"):
+            read(repository, commits=True)
+    else:
+        documents, _ = read(repository, commits=True)
+        assert sum(d.language == "git-commits" for d in documents) >= 6
+    assert not marker.exists()
+
+
+def test_repositories_inside_a_repository_are_files(tmp_path, trap):
+    """A clone may hold a whole bare repository as ordinary files, or a `.git` that names another."""
+    program, marker = trap
+    inner = change_often(tmp_path / "inner")
+    git(tmp_path, "clone", "-q", "--bare", str(inner), str(tmp_path / "bare"))
+    outer = change_often(tmp_path / "clones" / "outer", 3)
+    (tmp_path / "bare" / "config").write_text(ATTACKS["fsmonitor"][0].replace("TRAP", str(program)))
+    os.rename(tmp_path / "bare", outer / "docs")
+    (outer / "sub").mkdir()
+    (outer / "sub" / ".git").write_text(f"gitdir: {inner / '.git'}\n")
+    link = tmp_path / "clones" / "link"
+    link.mkdir()
+    (link / ".git").symlink_to(inner / ".git")
+    for source in (outer, tmp_path / "clones"):
+        found = [
+            path
+            for path, reader, _ in readers.readers(str(source), True)
+            if reader is readers.read_commits
+        ]
+        assert found == [str(outer)]
+    assert not marker.exists()
+
+
+def test_the_environment_does_not_change_what_git_reads(tmp_path, trap, monkeypatch):
+    """As in a hook of git's own, where GIT_DIR names another repository."""
+    program, marker = trap
+    repository, other = change_often(tmp_path / "in"), change_often(tmp_path / "other", 2)
+    (tmp_path / "global").write_text(ATTACKS["signature"][0].replace("TRAP", str(program)))
+    expected = read(repository, commits=True)
+    for name, value in {
+        "GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_OBJECT_DIRECTORY": other / ".git" / "objects",
+        "GIT_CONFIG_GLOBAL": tmp_path / "global", "GIT_CONFIG_COUNT": 1, "GIT_CONFIG_KEY_0": "diff.external",
+        "GIT_CONFIG_VALUE_0": program, "GIT_EXTERNAL_DIFF": program, "GIT_SSH_COMMAND": program, "GIT_PAGER": program,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    assert read(repository, commits=True) == expected and len(expected[0]) > 6
+    assert not marker.exists()
+
+
+def test_objects_of_another_repository_are_not_read(tmp_path):
+    """Neither by git's alternates nor by links; a pipe would never end."""
+    change_often(tmp_path / "private")
+    objects = tmp_path / "private" / ".git" / "objects"
+    git(tmp_path, "clone", "-q", "--shared", str(tmp_path / "private"), str(tmp_path / "shared"))
+    with pytest.raises(ValueError, match="objects lie in another repository"):
+        read(tmp_path / "shared", commits=True)
+    for number, name in enumerate(["objects", "objects/pack", "objects/ab"]):
+        repository = change_often(tmp_path / str(number), 2)
+        path = repository / ".git" / name
+        if path.exists():
+            os.rename(path, repository / "moved")
+        path.symlink_to(objects)
+        with pytest.raises(ValueError, match="is a link"):
+            read(repository, commits=True)
+    for name in [
+        "HEAD",
+        "refs/heads/main",
+        "objects/pack/a.idx",
+        "objects/ab/cd",
+        "packed-refs",
+        "shallow",
+        "config",
+    ]:
+        repository = change_often(tmp_path / name.replace("/", "_"))
+        path = repository / ".git" / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        if name in ("packed-refs", "shallow", "config"):
+            assert len(read(repository, commits=True)[0]) > 6
+        else:
+            with pytest.raises(ValueError, match="stands for no commit|is not a plain file"):
+                read(repository, commits=True)
+
+
+def test_what_is_too_large_in_a_history_is_counted(tmp_path, monkeypatch):
+    """Not taken for an empty file; a subject without end is not read on."""
+    repository = change_often(tmp_path / "in")
+    monkeypatch.setattr(readers, "LARGEST", 450)  # bytes; the file grows to 513
+    documents, skipped = read(repository, commits=True)
+    assert skipped[readers.TOO_LARGE] >= 3 and len(documents) >= 4
+    assert all(before and after for (_, before), _, (_, after) in (d.content for d in documents))
+    (repository / "a.py").write_text("small")
+    git(repository, "commit", "-qam", "a" * 100_000)
+    with pytest.raises(ValueError, match="the subject of a commit is over"):
+        read(repository, commits=True)
+
+
+def test_a_reftable_is_refused_in_one_line(tmp_path):
+    repository = change_often(tmp_path / "in", 2)
+    (repository / ".git" / "HEAD").write_text("ref: refs/heads/.invalid\n")
+    with pytest.raises(ValueError, match="stands for no commit"):
+        read(repository, commits=True)
+    (repository / ".git" / "reftable").mkdir()
+    with pytest.raises(ValueError, match="a reftable, which is not read here"):
+        read(repository, commits=True)
+
+
+@pytest.mark.parametrize("kind", ["worktree", "shallow", "packed", "bare", "sha256", "detached"])
+def test_every_kind_of_clone(tmp_path, kind):
+    """The same records as git's own clone has, or as many as a shallow one holds."""
+    origin, clone = change_often(tmp_path / "origin"), tmp_path / "clone"
+    expected = [d for d in read(origin, commits=True)[0] if d.language == "git-commits"]
+    if kind == "worktree":
+        git(origin, "worktree", "add", "-q", str(clone))
+    elif kind == "packed":
+        git(tmp_path, "clone", "-q", str(origin), str(clone))
+        git(clone, "pack-refs", "--all")
+        git(clone, "gc", "-q")
+    elif kind == "sha256":
+        git(tmp_path, "init", "-q", "--object-format=sha256", str(clone))
+        stream = subprocess.run(
+            ["git", "-C", origin, "fast-export", "HEAD"], capture_output=True, check=True
+        ).stdout
+        subprocess.run(["git", "-C", clone, "fast-import", "--quiet"], input=stream, check=True)
+        git(clone, "symbolic-ref", "HEAD", "refs/heads/main")
+    elif kind == "detached":
+        git(tmp_path, "clone", "-q", str(origin), str(clone))
+        git(clone, "checkout", "-q", "--detach")
+    else:
+        options = {"shallow": ["--depth", "8", f"file://{origin}"], "bare": ["--bare", str(origin)]}
+        git(tmp_path, "clone", "-q", *options[kind], str(clone))
+    found = [d for d in read(clone, commits=True)[0] if d.language == "git-commits"]
+    assert found == (expected[: len(found)] if kind == "shallow" else expected)
+    assert len(found) >= 4 and (kind != "shallow" or len(found) < len(expected))
+
+
 def test_text_that_looks_like_a_special_token_stays_text(tmp_path, small_corpus):
     notebook = {"cells": [{"cell_type": "markdown", "source": "<jupyter_code> and <mask>"}]}
     (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(notebook | {"k": i}) for i in range(1)))
@@ -462,6 +710,90 @@ def test_damage_is_an_error_or_counted(whole_sources, tmp_path, ending):
                 assert [d.content for d in documents] == expected or skipped
 
 
+def test_what_vanishes_or_changes_while_it_is_read_is_counted(tmp_path, monkeypatch):
+    """Between the listing, the look at a file and its opening."""
+    files = "a b c d e f".split()
+    for name in [*files, "sub/g", "z"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(f"{name} = 1\n")
+    real = os.path.isfile
+
+    def vanishes(path):
+        found = real(path)
+        if path.endswith("b.py"):
+            os.remove(path)
+        return found
+
+    def change(*_, **__):
+        """Called when the first file has been read."""
+        if (tmp_path / "c.py").exists():
+            os.remove(tmp_path / "c.py")
+            (tmp_path / "d.py").unlink()
+            (tmp_path / "d.py").mkdir()
+            (tmp_path / "e.py").write_text("")
+            (tmp_path / "f.py").unlink()
+            (tmp_path / "f.py").symlink_to("f.py")
+            shutil.rmtree(tmp_path / "sub")
+
+    assert readers._size(str(tmp_path / "gone.py")) == 0
+    monkeypatch.setattr(os.path, "isfile", vanishes)
+    skipped = Counter()
+    documents = list(readers.read(str(tmp_path), readers._read_directory, skipped, change))
+    assert [d.content for d in documents] == [b"a = 1\n", b"", b"z = 1\n"]  # an empty one is counted later
+    assert skipped == {"unreadable": 2, "not a file": 3}
+    (tmp_path / "b.py").write_text("b = 1\n")
+    assert readers.readers(str(tmp_path))[0][2] == len("a = 1\nz = 1\n")
+
+
+def test_what_cannot_be_read_is_counted(tmp_path):
+    """A file whose reading fails, as on a bad disk; a folder that may not be listed, but by root."""
+    if not os.path.exists("/proc/self/mem"):
+        pytest.skip("needs Linux")
+    (tmp_path / "a.py").write_text("a = 1\n")
+    (tmp_path / "bad.py").symlink_to("/proc/self/mem")
+    documents, skipped = read(tmp_path)
+    assert len(documents) == 1 and skipped == {"unreadable": 1}
+    (tmp_path / "sub").mkdir(mode=0)
+    (tmp_path / "b.py").write_text("b = 1\n")
+    (tmp_path / "b.py").chmod(0)
+    found = read(tmp_path)[1]
+    (tmp_path / "sub").chmod(0o700)
+    assert found == {"unreadable": 1 if os.getuid() == 0 else 3}
+
+
+def test_a_source_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with tarfile.open(tmp_path / "s.tar", "w"):
+        pass
+    monkeypatch.setattr(readers.tarfile, "open", lambda **_: refuse("s.tar"))
+    with pytest.raises(ValueError, match=r"s.tar: cannot be read \(Permission denied\)$"):
+        read(tmp_path / "s.tar")
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match="Permission denied"):
+        read(tmp_path)
+
+
+def test_a_thousand_folders_deep():
+    """A path may be twice as deep; os.walk of Python 3.11 would call itself too often."""
+    top = tempfile.mkdtemp()  # not pytest's directory: shutil.rmtree, which cleans it, calls itself too
+    try:
+        folder = os.open(top, os.O_RDONLY)
+        for _ in range(1100):
+            os.mkdir("a", dir_fd=folder)
+            inner = os.open("a", os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        file = os.open("deep.py", os.O_WRONLY | os.O_CREAT, dir_fd=folder)
+        os.write(file, b"x = 1\n")
+        os.close(file)
+        os.close(folder)
+        assert [d.content for d in read(top)[0]] == [b"x = 1\n"]
+    finally:
+        subprocess.run(["rm", "-rf", top], check=True)
+
+
 def test_a_directory_of_traps(tmp_path):
     """Links in a circle and to nothing, a pipe, files that cannot be read or are too large, names that are not UTF-8."""
     trap = tmp_path / "in"
@@ -506,3 +838,174 @@ def test_bombs(tmp_path):
         f.write(b'"}\n' + json.dumps({"content": "good = 1\n", "ext": "py"}).encode())
     documents, skipped = read(tmp_path / "line.jsonl.gz")
     assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {readers.TOO_LARGE: 1}
+
+
+MB = 1 << 20
+
+
+def tar_header(kind, size, name="a.py"):
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    member.size = size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(content):
+    return content + bytes(-len(content) % 512)
+
+
+def pax(**values):
+    """An extended header."""
+    content = b""
+    for name, value in values.items():
+        rest = f" {name.replace('_', '.')}={value}\n".encode()
+        content += str(len(rest) + len(str(len(rest) + 9))).encode() + rest
+    return tar_header(b"x", len(content)) + padded(content)
+
+
+def sparse_header():
+    """Of an old sparse file; blocks of more numbers follow, as long as each says so."""
+    header = bytearray(tar_header(b"S", 0))
+    header[482] = 1
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+GOOD = tar_header(b"0", 9, "good.py") + padded(b"good = 1\n")
+SPARSE = pax(GNU_sparse_major=1, GNU_sparse_minor=0, GNU_sparse_name="a.py", GNU_sparse_realsize=9)
+TAR_BOMBS = {  # (what is before, what is repeated 40 times, the error)
+    "a GNU name": (
+        tar_header(b"L", 40 * MB),
+        b"a" * MB,
+        "describes a member takes over 1,000,000 bytes",
+    ),
+    "a GNU link": (tar_header(b"K", 40 * MB), b"a" * MB, "describes a member takes over"),
+    "an extended header": (
+        tar_header(b"x", 40 * MB) + b"%d path=" % (40 * MB),
+        b"a" * MB,
+        "describes a member takes over",
+    ),
+    "a global header": (tar_header(b"g", 40 * MB), b"a" * MB, "describes a member takes over"),
+    "names in a row": (b"", tar_header(b"L", MB) + b"a" * MB, "describes a member takes over"),
+    "many names": (b"", (tar_header(b"L", 5) + padded(b"a.py\0")) * 20, "recursion depth"),
+    "sparse numbers": (
+        sparse_header(),
+        (b"00000000001\0" * 42 + b"\1".ljust(8, b"\0")) * 512,
+        "describes a member takes over",
+    ),
+    "a sparse map": (
+        SPARSE + tar_header(b"0", 40 * MB) + b"9999999\n",
+        b"1\n".rjust(256, b"0") * 4096,
+        "describes a member takes over",
+    ),
+    "no number": (SPARSE + tar_header(b"0", 40 * MB), b"9" * MB, "not enough values"),
+    "a negative size": (GOOD + tar_header(b"0", -512), GOOD, "negative size"),
+    "a negative extended size": (
+        GOOD + pax(size=-4096) + tar_header(b"0", 0),
+        GOOD,
+        "negative size",
+    ),
+    "a negative name": (
+        tar_header(b"L", -513),
+        b"a" * MB,
+        "describes a member takes over|invalid header",
+    ),
+    "a size over 64 bits": (tar_header(b"0", 1 << 80), GOOD, "cannot fit|ends in the middle"),
+    "a name over 64 bits": (tar_header(b"L", 1 << 80), GOOD, "describes a member takes over"),
+    "a lying size": (tar_header(b"0", 9_000_000), GOOD, "unexpected end of data"),
+    "a number of many digits": (
+        tar_header(b"x", 6000) + b"9" * 5992 + b" path=a\n" + bytes(144),
+        GOOD,
+        "digits|invalid header",
+    ),
+}
+
+
+@contextlib.contextmanager
+def memory_below(most):
+    """That what runs inside takes no more than so many bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < most, f"{peak:,} bytes"
+
+
+@pytest.mark.parametrize("bomb", TAR_BOMBS)
+def test_a_tar_bomb_is_one_line_in_little_memory(tmp_path, bomb):
+    """Small files that would take gigabytes, end Python's stack, or be read for ever."""
+    before, repeated, words = TAR_BOMBS[bomb]
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb", compresslevel=1) as f:
+        f.write(before)
+        for _ in range(40):
+            f.write(repeated)
+    with (
+        memory_below(12 * MB),
+        pytest.raises(
+            ValueError, match=rf"bomb.tar.gz: damaged \(.*({words}).*\); fetch it again$"
+        ),
+    ):
+        read(tmp_path / "bomb.tar.gz")
+
+
+def test_global_headers_are_not_kept(tmp_path):
+    """All that they say is remembered by tarfile, for ever."""
+    with gzip.open(tmp_path / "s.tar.gz", "wb", compresslevel=1) as f:
+        for i in range(40):
+            content = b"900000 k%02d=" % i
+            f.write(tar_header(b"g", 900_000) + padded(content.ljust(899_999, b"v") + b"\n") + GOOD)
+        f.write(bytes(10_240))
+    with memory_below(12 * MB):
+        documents, skipped = read(tmp_path / "s.tar.gz")
+    assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {"exact duplicate": 39}
+
+
+def test_an_xz_archive_may_not_ask_for_gigabytes(tmp_path):
+    packed = bytearray(lzma.compress(bytes(MB)))
+    packed[16] = 37  # the size of its dictionary: 1.5 GB
+    length = 4 * packed[12] + 4
+    packed[12 + length - 4 : 12 + length] = zlib.crc32(packed[12 : 12 + length - 4]).to_bytes(
+        4, "little"
+    )
+    (tmp_path / "bomb.tar.xz").write_bytes(packed)
+    with (
+        memory_below(12 * MB),
+        pytest.raises(ValueError, match="bomb.tar.xz: damaged \\(Memory usage limit exceeded"),
+    ):
+        read(tmp_path / "bomb.tar.xz")
+
+
+def test_an_xz_archive_in_pieces(tmp_path):
+    """As xz writes with several cores, or cat does; zeros may lie between them."""
+    whole = GOOD + tar_header(b"0", MB, "large.py") + b"x = 1\n\n\n" * (MB // 8) + bytes(10_240)
+    pieces = [lzma.compress(whole[i : i + 99_999]) for i in range(0, len(whole), 99_999)]
+    (tmp_path / "s.tar.xz").write_bytes((bytes(1 << 17)).join(pieces) + bytes(8))
+    documents, skipped = read(tmp_path / "s.tar.xz")
+    assert [len(d.content) for d in documents] == [9, MB] and not skipped
+    (tmp_path / "s.tar.xz").write_bytes(b"".join(pieces[:-1]))
+    with pytest.raises(ValueError, match="damaged"):
+        read(tmp_path / "s.tar.xz")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_a_zip_member_that_lies_about_its_size(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w", method) as archive:
+        archive.writestr("a.py", bytes(40 * MB))
+        archive.writestr("b.py", b"good = 1\n", zipfile.ZIP_DEFLATED)
+    content = bytearray((tmp_path / "s.zip").read_bytes())
+    at = content.index(b"PK\1\2") + 24
+    content[at : at + 4] = (1000).to_bytes(4, "little")
+    (tmp_path / "s.zip").write_bytes(content)
+    with memory_below(30 * MB), contextlib.suppress(ValueError):
+        documents, skipped = read(tmp_path / "s.zip")
+        assert [d.content for d in documents] == [b"good = 1\n"] and skipped == {
+            "neither stored nor deflated": 1
+        }
+
+
+def test_a_name_of_many_dots():
+    with memory_below(MB):
+        assert readers.language_of(".a" * 30_000 + ".py") == "python"
