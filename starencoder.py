@@ -625,6 +625,8 @@ def embed(model, tokenizer, texts):
     if isinstance(texts, str):
         raise ValueError("texts must be a list of str, got one str")
     model = getattr(model, "bert", model)
+    if model.config.max_position_embeddings < 3:
+        raise ValueError(f"the model's {model.config.max_position_embeddings} positions leave no room for text between <cls> and <sep>")
     device, training, room = model.word_embeddings.weight.device, model.training, model.config.max_position_embeddings - 2
     vectors = torch.zeros(len(texts), model.config.hidden_size)
     model.eval()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import assert_refused, program
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -593,6 +594,26 @@ def test_embed_reads_the_whole_text(tokenizer):
     torch.testing.assert_close(embed(model, tokenizer, [text])[0], total / total.norm())
     with pytest.raises(ValueError, match="a list"):
         embed(model, tokenizer, "one str")
+    with pytest.raises(ValueError, match="2 positions leave no room"):
+        embed(StarEncoder(small_config(vocab_size=600, max_position_embeddings=2)), tokenizer, [text])
+
+
+def test_the_command_line_reads_any_bert_directory_and_refuses_in_one_line(tokenizer, tmp_path):
+    """BertForMaskedLM in shards is read; a null and an odd tokenizer end with status 2 and one line."""
+    bert = random_bert(transformers.BertForMaskedLM, vocab_size=600)
+    bert.save_pretrained(tmp_path, max_shard_size="50KB")
+    tokenizer.save_pretrained(tmp_path)
+    result = program(starencoder, "fill-mask", str(tmp_path), "a <mask>", "--top-k", "3")
+    assert result.returncode == 0 and len(result.stdout.strip().splitlines()) == 3 and len(result.stderr.splitlines()) == 1
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": null'))
+    words = "config.json: layer_norm_eps must be a number from 0 up, got None"
+    assert_refused(program(starencoder, "fill-mask", str(tmp_path), "a <mask>"), words)
+    spec = json.loads(tokenizer.json)
+    spec["model"]["continuing_subword_prefix"] = "é"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    words = "tokenizer.json: this tokenizer cannot be used: not a plain byte-level BPE: 'continuing_subword_prefix' is not supported"
+    assert_refused(program(starencoder, "fill-mask", str(tmp_path), "a <mask>"), words)
 
 
 def test_a_padded_vocabulary_is_no_trouble(tokenizer):
