@@ -46,10 +46,12 @@ ENCODER_TOKENS = ["<pad>", "<sep>", "<cls>", "<mask>"]
 # library runs as an automaton: the same pieces in half the time.
 _WORDS = r"(?> ?\p{L}+|%s|'(?:[stmd]|re|ve|ll)| ?[^\s\p{L}\p{N}]+)|\s+(?:%s)|\s"
 GPT2_PATTERN, DIGITS_PATTERN = _WORDS % (r" ?\p{N}+", r"(?!\S)"), _WORDS % (r"\p{N}", r"(?=\p{N})|(?!\S)")
-# `Digits` knows a newer Unicode than both regexes do, with 13 digits more. A test compares all code points.
+# `Digits` knows a newer Unicode than both regexes do, with 13 digits more.
+# A test compares all code points.
 DIGITS_PATTERN = DIGITS_PATTERN.replace(r"\p{N}", r"[\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}]")
 
-# At a million blanks in a row tiktoken's regex panics; a run above this length is cut by hand. Python's \s has four more characters.
+# At a million blanks in a row tiktoken's regex panics: a run above this length is cut by hand.
+# Python's \s has four more characters than that of the regexes.
 LONG_RUN = 500_000
 BLANKS = re.compile(r"[^\S\x1c-\x1f]+")
 
@@ -62,18 +64,21 @@ def _byte_characters():
 
 
 def _check_readable(text):
-    """Raises ValueError for a tokenizer.json that is none, or at which the library would panic instead of raising."""
+    """Raises ValueError for a tokenizer.json that is none, or at which the library would panic."""
     spec = json.loads(text)
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict):
         raise ValueError("no tokenizer: it has no model")
-    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    odd = "dropout continuing_subword_prefix end_of_word_suffix byte_fallback ignore_merges".split()
     if wrong := [name for name in odd if model.get(name)]:
         raise ValueError(f"not a plain byte-level BPE: {wrong[0]!r} is not supported")
 
 
 def _has_digits(spec):
-    """True for StarCoder's pre-tokenizer, False for GPT-2's. Raises ValueError for any other, and for a normalizer."""
+    """True for StarCoder's pre-tokenizer, False for GPT-2's.
+
+    Raises ValueError for any other, and for a normalizer.
+    """
     steps = spec["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     digits = steps[:1] == [{"type": "Digits", "individual_digits": True}]
@@ -81,28 +86,31 @@ def _has_digits(spec):
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     plain = spec["model"]["type"] == "BPE" and spec["normalizer"] is None
     if not plain or len(last) != 1 or not byte_level.items() <= last[0].items():
-        raise ValueError("not a byte-level BPE with GPT-2's or StarCoder's pre-tokenizer and no normalizer")
+        words = "not a byte-level BPE with GPT-2's or StarCoder's pre-tokenizer and no normalizer"
+        raise ValueError(words)
     if ordinary := [t["content"] for t in spec["added_tokens"] if not t["special"]]:
         raise ValueError(f"not a plain byte-level BPE: {ordinary[0]!r} is not supported")
     return digits
 
 
 def _check_vocabulary(vocabulary, merged, special):
-    """Raises ValueError unless ids follow the merges, and every token is a byte, the product of a merge, or special.
+    """Raises ValueError unless ids follow the merges, and each token is a byte, merged, or special.
 
     vocabulary, special: dicts of token -> id. merged: what each merge makes, in order.
     """
     made = _byte_characters().keys() | {*merged}
     ids = [vocabulary.get(token, -1) for token in merged]
     if any(a >= b for a, b in zip(ids, ids[1:])) or not made <= vocabulary.keys():
-        raise ValueError("the ids do not follow the order of the merges, or some of the 256 bytes have none")
+        words = "the ids do not follow the order of the merges, or some of the 256 bytes have none"
+        raise ValueError(words)
     if unmade := vocabulary.keys() - made - special.keys():
         raise ValueError(f"no merge makes its token {min(unmade)!r}")
     if both := made & special.keys():
         raise ValueError(f"its special token {min(both)!r} may come of ordinary text")
     everything = vocabulary | special
     if sorted(everything.values()) != list(range(len(everything))):
-        raise ValueError(f"its {len(everything)} tokens do not have the ids from 0 up, each once: there are gaps or doubles")
+        words = "do not have the ids from 0 up, each once: there are gaps or doubles"
+        raise ValueError(f"its {len(everything)} tokens {words}")
 
 
 class Tokenizer:
@@ -136,9 +144,11 @@ class Tokenizer:
 
         byte_of = _byte_characters()
         ranks = {bytes(byte_of[c] for c in token): vocabulary[token] for token in [*byte_of, *merged]}
-        pattern = DIGITS_PATTERN if digits else GPT2_PATTERN
         self._tiktoken = tiktoken.Encoding(
-            "starencoder", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            "starencoder",
+            pat_str=DIGITS_PATTERN if digits else GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens=self.special_tokens,
         )
         self.vocab_size = len(vocabulary | self.special_tokens)
         self.pad_id, self.sep_id, self.cls_id, self.mask_id = (self.special_tokens[t] for t in ENCODER_TOKENS)
@@ -154,8 +164,10 @@ class Tokenizer:
                 return cls(f.read())
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a parse error of the library is a bare Exception, a panic of its Rust code not even that
-            raise ValueError(f"{file}: this tokenizer cannot be used: {first_line(error)}") from None
+        except BaseException as error:
+            # A parse error of the library is a bare Exception, a panic of its Rust code not even that.
+            words = first_line(error)
+            raise ValueError(f"{file}: this tokenizer cannot be used: {words}") from None
 
     def save_pretrained(self, directory):
         """Writes tokenizer.json and what `transformers.AutoTokenizer` needs beside it into `directory`."""
@@ -172,10 +184,12 @@ class Tokenizer:
         ids, start = [], 0
         for run in BLANKS.finditer(text):
             if run.end() - run.start() > LONG_RUN:
-                # A piece begins with the run. It ends with the run, or one blank before, as the next character may take that blank:
-                # the library says which of the two, shown the last blanks and that character alone.
+                # A piece begins with the run. It ends with the run, or one blank before, as the next
+                # character may take that blank: the library says which of the two, shown the last
+                # blanks and that character alone.
                 ids += self._tiktoken.encode_ordinary(text[start : run.start()])
-                context = text[run.end() - 2 : run.end() + 1].encode(errors="replace").decode()  # half a surrogate is no text
+                context = text[run.end() - 2 : run.end() + 1]
+                context = context.encode(errors="replace").decode()  # half a surrogate is no text
                 _, (_, length) = self._library.pre_tokenizer.pre_tokenize_str(context)[0]
                 start = run.end() - 2 + length
                 ids += self._tiktoken._encode_single_piece(text[run.start() : start])
@@ -289,7 +303,8 @@ def read_meta(directory):
     if not isinstance(meta, dict) or meta.get("format") != 2:
         raise ValueError(f"{path}: not of this version's format; prepare the corpus again")
     if not _is_whole(meta):
-        raise ValueError(f"{path}: damaged (an entry is missing, or is none of its kind); prepare the corpus again")
+        words = "damaged (an entry is missing, or is none of its kind)"
+        raise ValueError(f"{path}: {words}; prepare the corpus again")
     return meta
 
 
@@ -297,20 +312,27 @@ SPLITS = ("train", "validation")
 
 
 def _is_whole(meta):
-    """True if a meta.json has all entries, of the right types, and the counts of its parts add up."""
+    """True if a meta.json has all entries, of their types, and the counts of its parts add up."""
 
     def is_table(entry, *columns):
         """Columns: the counts that each row has."""
         rows = entry.values() if isinstance(entry, dict) else [None]
-        return all(isinstance(row, dict) and is_counts({c: row.get(c) for c in columns}) for row in rows)
+        for row in rows:
+            if not isinstance(row, dict) or not all(is_count(row.get(column)) for column in columns):
+                return False
+        return True
 
-    def is_counts(entry):
-        return isinstance(entry, dict) and all(type(count) is int and 0 <= count < 2**63 for count in entry.values())
+    def is_count(entry):
+        return type(entry) is int and 0 <= entry < 2**63
 
     splits, parts, languages = meta.get("splits"), meta.get("parts"), meta.get("languages")
-    if not isinstance(parts, list) or not all(is_table(part, "documents", "tokens", "longest") for part in parts):
+    if not isinstance(parts, list):
         return False
-    if not is_table(splits, "documents", "tokens") or not is_table(languages, "documents", "bytes", "tokens"):
+    if not all(is_table(part, "documents", "tokens", "longest") for part in parts):
+        return False
+    if not is_table(splits, "documents", "tokens"):
+        return False
+    if not is_table(languages, "documents", "bytes", "tokens"):
         return False
     if not languages or any(language["tokens"] == 0 for language in languages.values()):
         return False
@@ -320,8 +342,10 @@ def _is_whole(meta):
         for name in ("documents", "tokens"):
             if splits[split][name] != sum(part[split][name] for part in parts):
                 return False
-    texts = isinstance(meta.get("tokenizer_sha256"), str) and meta.get("dtype") in ("uint16", "uint32")
-    return texts and is_counts({"vocab_size": meta.get("vocab_size")}) and is_counts(meta.get("skipped"))
+    if not isinstance(meta.get("tokenizer_sha256"), str) or meta.get("dtype") not in ("uint16", "uint32"):
+        return False
+    skipped = meta.get("skipped")
+    return is_count(meta.get("vocab_size")) and isinstance(skipped, dict) and all(map(is_count, skipped.values()))
 
 
 INDEX = np.dtype([("offset", np.int64), ("language", np.uint32)])
@@ -357,7 +381,8 @@ class _Part:
             self.windows = int(self.load("windows.npy", WINDOWS_TABLE, np.dtype(np.int64))[room])
         else:
             self.windows = int(self.first_window[-1])
-        if not counts["documents"] <= self.windows <= count:  # the exact sum is looked at when the index is read
+        # The exact sum is looked at when the index is read.
+        if not counts["documents"] <= self.windows <= count:
             raise ValueError(f"{self.path('windows.npy')}: damaged; prepare the corpus again")
 
     def path(self, name):
@@ -378,7 +403,8 @@ class _Part:
         except OSError:
             raise
         except Exception as error:  # NumPy reads the header as Python, and raises as that does
-            raise ValueError(f"{path}: damaged ({first_line(error)}); prepare the corpus again") from None
+            words = first_line(error)
+            raise ValueError(f"{path}: damaged ({words}); prepare the corpus again") from None
         return self.mapped(path, start).view(dtype)
 
     @staticmethod
@@ -407,7 +433,8 @@ class _Part:
         """The name of the language of a document of this part."""
         number = int(self.index["language"][document])
         if number >= len(self.languages):
-            raise ValueError(f"{self.path('index.npy')}: damaged (language {number}); prepare the corpus again")
+            path = self.path("index.npy")
+            raise ValueError(f"{path}: damaged (language {number}); prepare the corpus again")
         return self.languages[number]
 
     @functools.cached_property
@@ -528,7 +555,8 @@ class PairDataset:
         ids[0], ids[1 + len(a)], ids[-1] = self.cls_id, self.sep_id, self.sep_id
         ids[1 : 1 + len(a)], ids[2 + len(a) : -1] = a, b
         if ids.max() >= len(self.special):
-            raise ValueError(f"{self.arguments[0]}: a token of example {i} is beyond the vocabulary; prepare the corpus again")
+            words = f"a token of example {i} is beyond the vocabulary; prepare the corpus again"
+            raise ValueError(f"{self.arguments[0]}: {words}")
         positions, labels = mask_tokens(ids, generator, self.special, self.ordinary, self.mask_id)
         return Example(ids, positions, labels, follows)
 
@@ -598,7 +626,8 @@ def batches(dataset, steps, batch_size, micro_batch_size, rank=0, world_size=1, 
         generator=torch.Generator(),  # or it would draw from torch's own, whose state is the caller's
     )
     loader = iter(loader)
-    # At its end the interpreter joins all children, and these ignore its SIGTERM: they are told, even where an error ends the program.
+    # At its end the interpreter terminates and joins all children, and these ignore SIGTERM:
+    # they are told to end before, even where an error ends the program.
     stop = getattr(loader, "_shutdown_workers", lambda: None)
     atexit.register(stop)
     try:
@@ -610,7 +639,7 @@ def batches(dataset, steps, batch_size, micro_batch_size, rank=0, world_size=1, 
 
 
 def _next(loader):
-    """The next batch of a loader. What a worker raises carries its whole traceback as text; its last line is the error."""
+    """The next batch of a loader. A worker's error carries its traceback as text: the last line says it."""
     try:
         return next(loader)
     except (ValueError, OSError) as error:

@@ -34,7 +34,8 @@ import kernels
 def _check_classes(id2label):
     """Raises ValueError unless `id2label` gives the classes 0, 1, ... a name each."""
     names = id2label.values() if isinstance(id2label, dict) else []
-    if not names or sorted(id2label, key=str) != sorted(range(len(names)), key=str) or not all(isinstance(n, str) for n in names):
+    named = names and all(isinstance(name, str) for name in names)
+    if not named or set(id2label) != set(range(len(names))):
         raise ValueError(f"id2label must name the classes 0, 1, ..., got {str(id2label)[:60]}")
 
 
@@ -79,7 +80,8 @@ class StarEncoderConfig:
             if type(value) not in (int, float) or not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
         if type(self.tie_word_embeddings) is not bool:
-            raise ValueError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+            value = self.tie_word_embeddings
+            raise ValueError(f"tie_word_embeddings must be true or false, got {value!r}")
         if type(self.pad_token_id) not in (int, type(None)):
             raise ValueError(f"pad_token_id must be the number of a token, got {self.pad_token_id!r}")
         if self.id2label is not None:
@@ -119,7 +121,8 @@ class StarEncoderConfig:
         known = {f.name for f in fields(cls)}
         arguments = {name: value for name, value in (defaults | entries).items() if name in known}
         if isinstance(arguments.get("id2label"), dict):  # JSON has no numbers for keys
-            arguments["id2label"] = {int(i) if i.isdecimal() else i: label for i, label in arguments["id2label"].items()}
+            labels = arguments["id2label"].items()
+            arguments["id2label"] = {int(i) if i.isdecimal() else i: label for i, label in labels}
         arguments["id2label"] = arguments.get("id2label") or None
         try:
             return cls(**arguments)
@@ -187,9 +190,10 @@ class _Bert(nn.Module):
     def from_pretrained(cls, directory, **overrides):
         """Reads any Bert directory of transformers: model.safetensors or pytorch_model.bin, whole or in shards.
 
-        A name that is no directory is fetched from the Hugging Face hub. `overrides` replace fields of its config (the classes of a new
-        head: `id2label={0: "O", ...}`). A classification head, pooler or next-sentence head that the files lack starts from new weights,
-        and that is said (a BertForMaskedLM has no pooler and no next-sentence head). As in transformers, the model comes
+        A name that is no directory is fetched from the Hugging Face hub. `overrides` replace fields of
+        its config (the classes of a new head: `id2label={0: "O", ...}`). A classification head, pooler
+        or next-sentence head that the files lack starts from new weights, and that is said (a
+        BertForMaskedLM has neither pooler nor next-sentence head). As in transformers, the model comes
         back in evaluation mode, without dropout.
 
         Raises ValueError where files and config do not fit together, FileNotFoundError where they are missing.
@@ -309,7 +313,8 @@ class StarEncoderForPreTraining(_Bert):
         self.mlm_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlm_decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        # Where nothing is tied, the files of transformers hold a second bias, which no forward pass reads: kept, to be written back.
+        # Where nothing is tied, the files of transformers hold a second bias, which no forward pass
+        # reads: kept, to be written back.
         self.register_buffer("unread_bias", None, persistent=False)
         self.nsp = nn.Linear(config.hidden_size, 2)
         self._initialize(self.mlm_transform, self.mlm_decoder, self.nsp)
@@ -424,7 +429,8 @@ def _write_files(model, directory):
         names = _bert_names(name)
         weights |= {n: part.detach().cpu().contiguous() for n, part in zip(names, parameter.chunk(len(names)))}
     unread = getattr(model, "unread_bias", None)
-    if DECODER in weights or unread is not None:  # not tied: transformers then reads the decoder's bias, under its own name
+    if DECODER in weights or unread is not None:
+        # Not tied: transformers then reads the decoder's bias, under its own name.
         weights[DECODER_BIAS] = weights[BIAS].clone()
     if unread is not None:
         weights[BIAS] = unread.detach().cpu().contiguous()
@@ -472,7 +478,10 @@ def _read_files(cls, directory, overrides):
 
 
 def _check_shapes(weights, config, directory):
-    """Raises ValueError where config.json does not fit the weights, before a model of its sizes is made: they may be huge."""
+    """Raises ValueError where config.json does not fit the weights, before a model is made.
+
+    Its sizes may be huge.
+    """
     H = config.hidden_size
     expected = {
         WORDS: (config.vocab_size, H),
@@ -487,14 +496,16 @@ def _check_shapes(weights, config, directory):
         if name not in weights:
             raise ValueError(f"{directory}: the weights lack {name}")
         if weights[name].shape != shape:
-            raise ValueError(f"{directory}: {name} is {tuple(weights[name].shape)}, its config.json asks for {shape}")
+            words = f"{name} is {tuple(weights[name].shape)}, its config.json asks for {shape}"
+            raise ValueError(f"{directory}: {words}")
 
 
 def _untie(weights, config):
-    """Puts the decoder's weight and bias where they are looked for here, tied or not, in `weights` and `config`.
+    """Puts the decoder's weight and bias where they are looked for here, tied or not.
 
-    As transformers: what the files hold twice, and differently, is not tied, whatever the config says. The forward pass reads the
-    decoder's bias; `cls.predictions.bias` is its other name, and where the two differ, is not read. Returns it then, else None.
+    As transformers: what the files hold twice, and differently, is not tied, whatever the config
+    says. The forward pass reads the decoder's bias; `cls.predictions.bias` is its other name, and
+    where the two differ, is not read. Returns it then, else None. Changes `weights` and `config`.
     """
     if DECODER in weights and WORDS in weights and not _same(weights[DECODER], weights[WORDS]):
         config.tie_word_embeddings = False
@@ -506,9 +517,10 @@ def _untie(weights, config):
         return None
     decoder_bias, other = weights.pop(DECODER_BIAS), weights.get(BIAS)
     weights[BIAS] = decoder_bias
-    if other is None or other.shape != decoder_bias.shape or config.tie_word_embeddings and _same(decoder_bias, other):
+    if other is None or other.shape != decoder_bias.shape:
         return None
-    return other
+    tied = config.tie_word_embeddings and _same(decoder_bias, other)
+    return None if tied else other
 
 
 def _same(a, b):
@@ -516,11 +528,11 @@ def _same(a, b):
 
 
 def _read_weights(directory):
-    """name -> tensor, of the first of these files that is there: whole, or in the shards that an index beside it names."""
+    """name -> tensor, of the first of these files that is there, whole or in shards."""
     from safetensors.torch import load_file
 
     def load_pickle(path):
-        return torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
+        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
 
     for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", load_pickle)):
         path = os.path.join(directory, name)
@@ -531,18 +543,22 @@ def _read_weights(directory):
                 weights = _read_shards(directory, path + ".index.json", load)
             else:
                 continue
-            if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+            values = weights.values() if isinstance(weights, dict) else [None]
+            if not all(isinstance(value, torch.Tensor) for value in values):
                 raise ValueError("not a table of tensors")
             return weights
         except Exception as error:  # each library has its own kind for a file cut short
-            raise ValueError(f"{directory}: the weights cannot be read ({_first_line(error)}); copy or save them again") from None
-    raise FileNotFoundError(f"{directory}: neither model.safetensors nor pytorch_model.bin, nor the index of shards of either")
+            words = f"the weights cannot be read ({_first_line(error)}); copy or save them again"
+            raise ValueError(f"{directory}: {words}") from None
+    words = "neither model.safetensors nor pytorch_model.bin, nor the index of shards of either"
+    raise FileNotFoundError(f"{directory}: {words}")
 
 
 def _read_shards(directory, index, load):
     """The weights that an index names, each from its shard.
 
-    Raises ValueError for an index that is damaged, that leads out of the directory, or whose shards do not hold what it says.
+    Raises ValueError for an index that is damaged, that leads out of the directory, or whose shards
+    do not hold what it says.
     """
     with open(index, encoding="utf-8") as f:
         entries = json.load(f)
@@ -566,7 +582,8 @@ def _download(name):
 
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):  # whole or in shards
-            directory = snapshot_download(name, allow_patterns=["config.json", "tokenizer.json", weights, weights + ".index.json"])
+            files = ["config.json", "tokenizer.json", weights, weights + ".index.json"]
+            directory = snapshot_download(name, allow_patterns=files)
             if glob.glob(os.path.join(glob.escape(directory), weights)):
                 break
         return directory
@@ -626,7 +643,8 @@ def embed(model, tokenizer, texts):
         raise ValueError("texts must be a list of str, got one str")
     model = getattr(model, "bert", model)
     if model.config.max_position_embeddings < 3:
-        raise ValueError(f"the model's {model.config.max_position_embeddings} positions leave no room for text between <cls> and <sep>")
+        positions = model.config.max_position_embeddings
+        raise ValueError(f"the model's {positions} positions leave no room for text")
     device, training, room = model.word_embeddings.weight.device, model.training, model.config.max_position_embeddings - 2
     vectors = torch.zeros(len(texts), model.config.hidden_size)
     model.eval()
