@@ -15,6 +15,7 @@ References: Devlin et al., BERT, 2018 (the two tasks); Black & Rogaway, Ciphers 
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -45,6 +46,14 @@ ENCODER_TOKENS = ["<pad>", "<sep>", "<cls>", "<mask>"]
 # library runs as an automaton: the same pieces in half the time.
 _WORDS = r"(?> ?\p{L}+|%s|'(?:[stmd]|re|ve|ll)| ?[^\s\p{L}\p{N}]+)|\s+(?:%s)|\s"
 GPT2_PATTERN, DIGITS_PATTERN = _WORDS % (r" ?\p{N}+", r"(?!\S)"), _WORDS % (r"\p{N}", r"(?=\p{N})|(?!\S)")
+# `Digits` knows a newer Unicode than both regexes do, with 13 digits more.
+# A test compares all code points.
+DIGITS_PATTERN = DIGITS_PATTERN.replace(r"\p{N}", r"[\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}]")
+
+# At a million blanks in a row tiktoken's regex panics: a run above this length is cut by hand.
+# Python's \s has four more characters than that of the regexes.
+LONG_RUN = 500_000
+BLANKS = re.compile(r"[^\S\x1c-\x1f]+")
 
 
 def _byte_characters():
@@ -52,6 +61,56 @@ def _byte_characters():
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _check_readable(text):
+    """Raises ValueError for a tokenizer.json that is none, or at which the library would panic."""
+    spec = json.loads(text)
+    model = spec.get("model") if isinstance(spec, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("no tokenizer: it has no model")
+    odd = "dropout continuing_subword_prefix end_of_word_suffix byte_fallback ignore_merges".split()
+    if wrong := [name for name in odd if model.get(name)]:
+        raise ValueError(f"not a plain byte-level BPE: {wrong[0]!r} is not supported")
+
+
+def _has_digits(spec):
+    """True for StarCoder's pre-tokenizer, False for GPT-2's.
+
+    Raises ValueError for any other, and for a normalizer.
+    """
+    steps = spec["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    digits = steps[:1] == [{"type": "Digits", "individual_digits": True}]
+    last = steps[1:] if digits else steps
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    plain = spec["model"]["type"] == "BPE" and spec["normalizer"] is None
+    if not plain or len(last) != 1 or not byte_level.items() <= last[0].items():
+        words = "not a byte-level BPE with GPT-2's or StarCoder's pre-tokenizer and no normalizer"
+        raise ValueError(words)
+    if ordinary := [t["content"] for t in spec["added_tokens"] if not t["special"]]:
+        raise ValueError(f"not a plain byte-level BPE: {ordinary[0]!r} is not supported")
+    return digits
+
+
+def _check_vocabulary(vocabulary, merged, special):
+    """Raises ValueError unless ids follow the merges, and each token is a byte, merged, or special.
+
+    vocabulary, special: dicts of token -> id. merged: what each merge makes, in order.
+    """
+    made = _byte_characters().keys() | {*merged}
+    ids = [vocabulary.get(token, -1) for token in merged]
+    if any(a >= b for a, b in zip(ids, ids[1:])) or not made <= vocabulary.keys():
+        words = "the ids do not follow the order of the merges, or some of the 256 bytes have none"
+        raise ValueError(words)
+    if unmade := vocabulary.keys() - made - special.keys():
+        raise ValueError(f"no merge makes its token {min(unmade)!r}")
+    if both := made & special.keys():
+        raise ValueError(f"its special token {min(both)!r} may come of ordinary text")
+    everything = vocabulary | special
+    if sorted(everything.values()) != list(range(len(everything))):
+        words = "do not have the ids from 0 up, each once: there are gaps or doubles"
+        raise ValueError(f"its {len(everything)} tokens {words}")
 
 
 class Tokenizer:
@@ -63,48 +122,36 @@ class Tokenizer:
     """
 
     def __init__(self, text):
+        _check_readable(text)
         library = tokenizers.Tokenizer.from_str(text)
         if missing := [t for t in ENCODER_TOKENS if library.token_to_id(t) is None]:
             library.add_special_tokens(missing)
             text = library.to_str(pretty=True)
-        self.json, self._library = text, library
-        library.encode_special_tokens = True  # text that looks like a special token is text
-        library.no_truncation()
-        spec = json.loads(text)
-        model, digits = spec["model"], False
-        steps = spec["pre_tokenizer"] or {}
-        steps = steps.get("pretokenizers", [steps])
-        if steps[0] == {"type": "Digits", "individual_digits": True}:
-            digits, steps = True, steps[1:]
-        last = steps[0] if len(steps) == 1 else {}
-        byte_level = last.get("type") == "ByteLevel" and not last["add_prefix_space"] and last.get("use_regex", True)
-        if model["type"] != "BPE" or not byte_level or spec["normalizer"] is not None:
-            raise ValueError("not a byte-level BPE with GPT-2's or StarCoder's pre-tokenizer and no normalizer")
-        odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-        if wrong := [k for k in odd if model.get(k)] + [t["content"] for t in spec["added_tokens"] if not t["special"]]:
-            raise ValueError(f"not a plain byte-level BPE: {wrong[0]!r} is not supported")
+        self.json = text
+        self._library = library
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
 
-        byte_of, vocabulary = _byte_characters(), model["vocab"]
-        merged = ["".join(m if isinstance(m, list) else m.split(" ")) for m in model["merges"]]
-        ids = [vocabulary[t] for t in merged]
-        if any(a >= b for a, b in zip(ids, ids[1:])) or not byte_of.keys() <= vocabulary.keys():
-            raise ValueError("the ids do not follow the order of the merges, or some of the 256 bytes have none")
-        if unmade := vocabulary.keys() - byte_of.keys() - {*merged} - {t["content"] for t in spec["added_tokens"]}:
-            raise ValueError(f"no merge makes its token {min(unmade)!r}")
+        spec = json.loads(library.to_str())  # as the library understood it, with every entry
+        digits = _has_digits(spec)
+        vocabulary = spec["model"]["vocab"]
+        merged = ["".join(pair) for pair in spec["model"]["merges"]]
+        self.special_tokens = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        _check_vocabulary(vocabulary, merged, self.special_tokens)
         # tiktoken joins any two neighbours that make a token; the library only those of a merge. They agree if the library can make
         # each token from its own bytes.
         if lost := [t for t in merged if len(library.model.tokenize(t)) != 1]:
             raise ValueError(f"its merges can never make the token {lost[0]!r}")
+
+        byte_of = _byte_characters()
         ranks = {bytes(byte_of[c] for c in token): vocabulary[token] for token in [*byte_of, *merged]}
-        self.special_tokens = {t["content"]: t["id"] for t in spec["added_tokens"]}
         self._tiktoken = tiktoken.Encoding(
-            "starencoder", pat_str=DIGITS_PATTERN if digits else GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            "starencoder",
+            pat_str=DIGITS_PATTERN if digits else GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens=self.special_tokens,
         )
-        self.vocab_size = library.get_vocab_size(with_added_tokens=True)
-        if max(ranks.values()) >= self.vocab_size or max(self.special_tokens.values()) >= self.vocab_size:
-            raise ValueError(f"its ids have gaps: {self.vocab_size} tokens, but higher ids")
+        self.vocab_size = len(vocabulary | self.special_tokens)
         self.pad_id, self.sep_id, self.cls_id, self.mask_id = (self.special_tokens[t] for t in ENCODER_TOKENS)
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def from_pretrained(cls, path):
@@ -115,8 +162,12 @@ class Tokenizer:
         try:
             with open(file, encoding="utf-8") as f:
                 return cls(f.read())
-        except Exception as error:  # a tokenizers parse error is a bare Exception
-            raise ValueError(f"{file}: this tokenizer cannot be used: {error}") from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # A parse error of the library is a bare Exception, a panic of its Rust code not even that.
+            words = first_line(error)
+            raise ValueError(f"{file}: this tokenizer cannot be used: {words}") from None
 
     def save_pretrained(self, directory):
         """Writes tokenizer.json and what `transformers.AutoTokenizer` needs beside it into `directory`."""
@@ -128,10 +179,21 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids, without `<cls>` or `<sep>`. Text that looks like a special token is ordinary text."""
-        # tiktoken's regex keeps a stack entry for each blank of a run and panics at a million; the library does not.
-        if len(text) > 500_000 and any(m.end() - m.start() > 500_000 for m in re.finditer(r"\s+", text)):
-            return self._library.encode(text, add_special_tokens=False).ids
-        return self._tiktoken.encode_ordinary(text)
+        if len(text) <= LONG_RUN:
+            return self._tiktoken.encode_ordinary(text)
+        ids, start = [], 0
+        for run in BLANKS.finditer(text):
+            if run.end() - run.start() > LONG_RUN:
+                # A piece begins with the run. It ends with the run, or one blank before, as the next
+                # character may take that blank: the library says which of the two, shown the last
+                # blanks and that character alone.
+                ids += self._tiktoken.encode_ordinary(text[start : run.start()])
+                context = text[run.end() - 2 : run.end() + 1]
+                context = context.encode(errors="replace").decode()  # half a surrogate is no text
+                _, (_, length) = self._library.pre_tokenizer.pre_tokenize_str(context)[0]
+                start = run.end() - 2 + length
+                ids += self._tiktoken._encode_single_piece(text[run.start() : start])
+        return ids + self._tiktoken.encode_ordinary(text[start:])
 
     def decode(self, ids):
         """list of ids -> str; bytes that are not UTF-8 (half a character) become U+FFFD."""
@@ -240,7 +302,50 @@ def read_meta(directory):
     meta = read_json(path)
     if not isinstance(meta, dict) or meta.get("format") != 2:
         raise ValueError(f"{path}: not of this version's format; prepare the corpus again")
+    if not _is_whole(meta):
+        words = "damaged (an entry is missing, or is none of its kind)"
+        raise ValueError(f"{path}: {words}; prepare the corpus again")
     return meta
+
+
+SPLITS = ("train", "validation")
+
+
+def _is_whole(meta):
+    """True if a meta.json has all entries, of their types, and the counts of its parts add up."""
+
+    def is_table(entry, *columns):
+        """Columns: the counts that each row has."""
+        rows = entry.values() if isinstance(entry, dict) else [None]
+        for row in rows:
+            if not isinstance(row, dict) or not all(is_count(row.get(column)) for column in columns):
+                return False
+        return True
+
+    def is_count(entry):
+        return type(entry) is int and 0 <= entry < 2**63
+
+    splits, parts, languages = meta.get("splits"), meta.get("parts"), meta.get("languages")
+    if not isinstance(parts, list):
+        return False
+    if not all(is_table(part, "documents", "tokens", "longest") for part in parts):
+        return False
+    if not is_table(splits, "documents", "tokens"):
+        return False
+    if not is_table(languages, "documents", "bytes", "tokens"):
+        return False
+    if not languages or any(language["tokens"] == 0 for language in languages.values()):
+        return False
+    if not all(table.keys() == set(SPLITS) for table in [splits, *parts]):
+        return False
+    for split in SPLITS:
+        for name in ("documents", "tokens"):
+            if splits[split][name] != sum(part[split][name] for part in parts):
+                return False
+    if not isinstance(meta.get("tokenizer_sha256"), str) or meta.get("dtype") not in ("uint16", "uint32"):
+        return False
+    skipped = meta.get("skipped")
+    return is_count(meta.get("vocab_size")) and isinstance(skipped, dict) and all(map(is_count, skipped.values()))
 
 
 INDEX = np.dtype([("offset", np.int64), ("language", np.uint32)])
@@ -269,23 +374,38 @@ class _Part:
         path, count = self.path("bin"), counts["tokens"]
         if os.path.getsize(path) != count * dtype.itemsize:
             raise ValueError(f"{path}: {os.path.getsize(path):,} bytes instead of {count * dtype.itemsize:,}; prepare the corpus again")
-        self.index = self.load("index.npy")
-        ends = len(self.index), int(self.index["offset"][0]), int(self.index["offset"][-1])
-        if ends != (counts["documents"] + 1, 0, count):
+        self.index = self.load("index.npy", counts["documents"] + 1, INDEX)
+        if (self.index["offset"][0], self.index["offset"][-1]) != (0, count):
             raise ValueError(f"{self.path('index.npy')} does not fit {path}; prepare the corpus again")
-        self.windows = int(self.load("windows.npy")[room] if room < WINDOWS_TABLE else self.first_window[-1])
+        if room < WINDOWS_TABLE:
+            self.windows = int(self.load("windows.npy", WINDOWS_TABLE, np.dtype(np.int64))[room])
+        else:
+            self.windows = int(self.first_window[-1])
+        # The exact sum is looked at when the index is read.
+        if not counts["documents"] <= self.windows <= count:
+            raise ValueError(f"{self.path('windows.npy')}: damaged; prepare the corpus again")
 
     def path(self, name):
         return part_file(self.directory, self.number, self.stem + name)
 
-    def load(self, name):
+    def load(self, name, length, dtype):
+        """The array (length,) of a .npy file, mapped."""
+        path = self.path(name)
         try:
-            with open(self.path(name), "rb") as f:
+            with open(path, "rb") as f:
                 np.lib.format.read_magic(f)
-                (length,), _, dtype = np.lib.format.read_array_header_1_0(f)
-                return self.mapped(self.path(name), f.tell()).view(dtype)[:length]
-        except ValueError as error:
-            raise ValueError(f"{self.path(name)}: damaged ({error}); prepare the corpus again") from None
+                header = np.lib.format.read_array_header_1_0(f)
+                start = f.tell()
+            if header != ((length,), False, dtype):
+                raise ValueError(f"not {length:,} entries of {dtype}")
+            if os.path.getsize(path) != start + length * dtype.itemsize:
+                raise ValueError("cut short, or longer than it says")
+        except OSError:
+            raise
+        except Exception as error:  # NumPy reads the header as Python, and raises as that does
+            words = first_line(error)
+            raise ValueError(f"{path}: damaged ({words}); prepare the corpus again") from None
+        return self.mapped(path, start).view(dtype)
 
     @staticmethod
     def mapped(path, offset=0):
@@ -311,11 +431,19 @@ class _Part:
 
     def language(self, document):
         """The name of the language of a document of this part."""
-        return self.languages[self.index["language"][document]]
+        number = int(self.index["language"][document])
+        if number >= len(self.languages):
+            path = self.path("index.npy")
+            raise ValueError(f"{path}: damaged (language {number}); prepare the corpus again")
+        return self.languages[number]
 
     @functools.cached_property
     def languages(self):
-        return list(read_json(part_file(self.directory, self.number, "json"))["languages"])
+        path = part_file(self.directory, self.number, "json")
+        facts = read_json(path)
+        if not isinstance(facts, dict) or not isinstance(facts.get("languages"), dict):
+            raise ValueError(f"{path}: damaged (it names no languages); prepare the corpus again")
+        return list(facts["languages"])
 
 
 class PairDataset:
@@ -426,6 +554,9 @@ class PairDataset:
         ids = np.empty(len(a) + len(b) + 3, np.int64)
         ids[0], ids[1 + len(a)], ids[-1] = self.cls_id, self.sep_id, self.sep_id
         ids[1 : 1 + len(a)], ids[2 + len(a) : -1] = a, b
+        if ids.max() >= len(self.special):
+            words = f"a token of example {i} is beyond the vocabulary; prepare the corpus again"
+            raise ValueError(f"{self.arguments[0]}: {words}")
         positions, labels = mask_tokens(ids, generator, self.special, self.ordinary, self.mask_id)
         return Example(ids, positions, labels, follows)
 
@@ -495,8 +626,26 @@ def batches(dataset, steps, batch_size, micro_batch_size, rank=0, world_size=1, 
         generator=torch.Generator(),  # or it would draw from torch's own, whose state is the caller's
     )
     loader = iter(loader)
-    for step in steps:
-        yield [next(loader) for _ in micro_batches(step)]
+    # At its end the interpreter terminates and joins all children, and these ignore SIGTERM:
+    # they are told to end before, even where an error ends the program.
+    stop = getattr(loader, "_shutdown_workers", lambda: None)
+    atexit.register(stop)
+    try:
+        for step in steps:
+            yield [_next(loader) for _ in micro_batches(step)]
+    finally:
+        atexit.unregister(stop)
+        stop()
+
+
+def _next(loader):
+    """The next batch of a loader. A worker's error carries its traceback as text: the last line says it."""
+    try:
+        return next(loader)
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("Caught "):
+            raise
+        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
 
 
 # ---- what all programs here share ------------------------------------------------------------------------------------------------
@@ -543,7 +692,7 @@ def read_json(path):
     with open(path, encoding="utf-8") as f:
         try:
             return json.load(f)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: damaged ({error})") from None
 
 

@@ -15,8 +15,11 @@ References: Devlin et al., BERT, 2018; Li et al., StarCoder: may the source be w
 of bigcode/starencoder. Left out: decoding, cross attention, relative positions, second segment embeddings (the original never uses them).
 """
 
+import glob
 import json
+import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
@@ -26,6 +29,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+
+
+def _check_classes(id2label):
+    """Raises ValueError unless `id2label` gives the classes 0, 1, ... a name each."""
+    names = id2label.values() if isinstance(id2label, dict) else []
+    named = names and all(isinstance(name, str) for name in names)
+    if not named or set(id2label) != set(range(len(names))):
+        raise ValueError(f"id2label must name the classes 0, 1, ..., got {str(id2label)[:60]}")
 
 
 @dataclass
@@ -54,13 +65,27 @@ class StarEncoderConfig:
                      "max_position_embeddings", "type_vocab_size"):  # fmt: skip
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number from 0 up, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
         if self.hidden_act != "gelu":
             raise ValueError(f'hidden_act must be "gelu", got "{self.hidden_act}"')
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is None and name == "classifier_dropout":
+                continue
+            if type(value) not in (int, float) or not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+        if type(self.tie_word_embeddings) is not bool:
+            value = self.tie_word_embeddings
+            raise ValueError(f"tie_word_embeddings must be true or false, got {value!r}")
+        if type(self.pad_token_id) not in (int, type(None)):
+            raise ValueError(f"pad_token_id must be the number of a token, got {self.pad_token_id!r}")
+        if self.id2label is not None:
+            _check_classes(self.id2label)
 
     @property
     def num_labels(self):
@@ -84,19 +109,25 @@ class StarEncoderConfig:
         with open(path) as f:
             try:
                 entries = json.load(f)
-                if not isinstance(entries, dict) or not isinstance(entries.get("id2label") or {}, dict):
-                    raise ValueError("not the entries of a model")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: damaged ({error})") from None
+        if not isinstance(entries, dict):
+            raise ValueError(f"{path}: damaged (not the entries of a model)")
         if entries.get("model_type", "bert") != "bert" or entries.get("is_decoder"):
             raise ValueError(f"{path}: not a Bert encoder (model_type {entries.get('model_type')})")
         if entries.get("position_embedding_type", "absolute") != "absolute":
             raise ValueError(f"{path}: position_embedding_type must be absolute, got {entries['position_embedding_type']}")
         defaults = {"max_position_embeddings": 512, "vocab_size": 30522, "pad_token_id": 0}  # where BertConfig's are not StarEncoder's
-        if entries.get("id2label"):
-            entries["id2label"] = {int(i): label for i, label in entries["id2label"].items()}
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in (defaults | entries).items() if k in known})
+        arguments = {name: value for name, value in (defaults | entries).items() if name in known}
+        if isinstance(arguments.get("id2label"), dict):  # JSON has no numbers for keys
+            labels = arguments["id2label"].items()
+            arguments["id2label"] = {int(i) if i.isdecimal() else i: label for i, label in labels}
+        arguments["id2label"] = arguments.get("id2label") or None
+        try:
+            return cls(**arguments)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------------------
@@ -157,9 +188,12 @@ class _Bert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, **overrides):
-        """Reads any Bert directory of transformers (model.safetensors or pytorch_model.bin); a name that is no directory is fetched
-        from the Hugging Face hub. `overrides` replace fields of its config (the classes of a new head: `id2label={0: "O", ...}`).
-        A classification head or pooler that the files lack starts from new weights, and that is said. As in transformers, the model comes
+        """Reads any Bert directory of transformers: model.safetensors or pytorch_model.bin, whole or in shards.
+
+        A name that is no directory is fetched from the Hugging Face hub. `overrides` replace fields of
+        its config (the classes of a new head: `id2label={0: "O", ...}`). A classification head, pooler
+        or next-sentence head that the files lack starts from new weights, and that is said (a
+        BertForMaskedLM has neither pooler nor next-sentence head). As in transformers, the model comes
         back in evaluation mode, without dropout.
 
         Raises ValueError where files and config do not fit together, FileNotFoundError where they are missing.
@@ -281,6 +315,9 @@ class StarEncoderForPreTraining(_Bert):
         self.mlm_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlm_decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        # Where nothing is tied, the files of transformers hold a second bias, which no forward pass
+        # reads: kept, to be written back.
+        self.register_buffer("unread_bias", None, persistent=False)
         self.nsp = nn.Linear(config.hidden_size, 2)
         self._initialize(self.mlm_transform, self.mlm_decoder, self.nsp)
         if config.tie_word_embeddings:
@@ -385,6 +422,8 @@ BERT_NAMES = {
     "mlm_decoder.": "cls.predictions.decoder.",
     "nsp.": "cls.seq_relationship.",
 }
+WORDS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+BIAS, DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
 QKV = ("attention.self.query.", "attention.self.key.", "attention.self.value.")
 
 
@@ -403,8 +442,12 @@ def _write_files(model, directory):
     for name, parameter in model.named_parameters():  # a tied decoder is counted, and written, once
         names = _bert_names(name)
         weights |= {n: part.detach().cpu().contiguous() for n, part in zip(names, parameter.chunk(len(names)))}
-    if "cls.predictions.decoder.weight" in weights:  # untied; transformers then reads the decoder's bias by this name
-        weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
+    unread = getattr(model, "unread_bias", None)
+    if DECODER in weights or unread is not None:
+        # Not tied: transformers then reads the decoder's bias, under its own name.
+        weights[DECODER_BIAS] = weights[BIAS].clone()
+    if unread is not None:
+        weights[BIAS] = unread.detach().cpu().contiguous()
     model.config.save(directory, model.architecture)
     path = os.path.join(directory, "model.safetensors")
     with open(path + ".tmp", "wb") as f:
@@ -420,12 +463,8 @@ def _read_files(cls, directory, overrides):
     weights = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): w for n, w in weights.items()}
     if not any(name.startswith("bert.") for name in weights):  # BertModel is saved without the prefix that models with heads have
         weights = {name if name.startswith("classifier.") else "bert." + name: w for name, w in weights.items()}
-    words, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
-    if decoder in weights and words in weights and not torch.equal(weights[decoder], weights[words]):
-        config.tie_word_embeddings = False  # as transformers: weights that differ stay apart, whatever the config says
-    weights.setdefault(words, weights.get(decoder))  # where tied, the files may hold
-    weights.setdefault(decoder, weights[words])  # either name
-    weights["cls.predictions.bias"] = weights.pop("cls.predictions.decoder.bias", weights.get("cls.predictions.bias"))
+    _check_shapes(weights, config, directory)
+    unread = _untie(weights, config)
 
     model, new, used = cls(config), [], set()
     for name, parameter in model.named_parameters():
@@ -433,43 +472,134 @@ def _read_files(cls, directory, overrides):
         used.update(names)
         parts = [weights.get(n) for n in names]
         if any(part is None for part in parts):
-            if not name.startswith(("classifier.", "pooler.")):
+            if not name.startswith(("classifier.", "pooler.", "bert.pooler.", "nsp.")):
                 raise ValueError(f"{directory}: the weights lack {names[0]}")
             new.append(name)
             continue
+        if not all(part.is_floating_point() for part in parts):
+            raise ValueError(f"{directory}: {names[0]} is not made of floating-point numbers")
         value = torch.cat(parts)
         if value.shape != parameter.shape:
             raise ValueError(f"{directory}: {names[0]} is {tuple(value.shape)}, its config.json asks for {tuple(parameter.shape)}")
         parameter.data.copy_(value)
     if extra := [name for name in weights if name.startswith("bert.encoder.") and name not in used]:
         raise ValueError(f"{directory}: config.json has no place for the weights {extra[0]}")
+    if unread is not None and cls is StarEncoderForPreTraining:
+        model.unread_bias = unread
     if new:
         print(f"{directory}: new weights for {', '.join(new)} (not in the files)", file=sys.stderr)
     return model.eval()
 
 
-def _read_weights(directory):
-    safe, pickled = (os.path.join(directory, name) for name in ("model.safetensors", "pytorch_model.bin"))
-    try:
-        if os.path.exists(safe):
-            from safetensors.torch import load_file
+def _check_shapes(weights, config, directory):
+    """Raises ValueError where config.json does not fit the weights, before a model is made.
 
-            return load_file(safe)
-        if os.path.exists(pickled):
-            return torch.load(pickled, map_location="cpu", weights_only=True)  # never runs code from the file
-    except Exception as error:  # each library has its own kind for a file cut short
-        raise ValueError(f"{directory}: the weights cannot be read ({_first_line(error)}); copy or save them again") from None
-    raise FileNotFoundError(f"{directory}: neither model.safetensors nor pytorch_model.bin")
+    Its sizes may be huge.
+    """
+    H = config.hidden_size
+    expected = {
+        WORDS: (config.vocab_size, H),
+        "bert.embeddings.position_embeddings.weight": (config.max_position_embeddings, H),
+        "bert.embeddings.token_type_embeddings.weight": (config.type_vocab_size, H),
+        "bert.encoder.layer.0.intermediate.dense.weight": (config.intermediate_size, H),
+        f"bert.encoder.layer.{config.num_hidden_layers - 1}.output.dense.bias": (H,),
+    }
+    for name, shape in expected.items():
+        if name == WORDS and name not in weights:
+            name = DECODER  # tied, and stored under the other name
+        if name not in weights:
+            raise ValueError(f"{directory}: the weights lack {name}")
+        if weights[name].shape != shape:
+            words = f"{name} is {tuple(weights[name].shape)}, its config.json asks for {shape}"
+            raise ValueError(f"{directory}: {words}")
+
+
+def _untie(weights, config):
+    """Puts the decoder's weight and bias where they are looked for here, tied or not.
+
+    As transformers: what the files hold twice, and differently, is not tied, whatever the config
+    says. The forward pass reads the decoder's bias; `cls.predictions.bias` is its other name, and
+    where the two differ, is not read. Returns it then, else None. Changes `weights` and `config`.
+    """
+    if DECODER in weights and WORDS in weights and not _same(weights[DECODER], weights[WORDS]):
+        config.tie_word_embeddings = False
+    if config.tie_word_embeddings:  # the files may hold either name
+        weights.setdefault(WORDS, weights.get(DECODER))
+        weights.setdefault(DECODER, weights[WORDS])
+
+    if DECODER_BIAS not in weights:  # transformers 4 writes one bias, tied or not
+        return None
+    decoder_bias, other = weights.pop(DECODER_BIAS), weights.get(BIAS)
+    weights[BIAS] = decoder_bias
+    if other is None or other.shape != decoder_bias.shape:
+        return None
+    tied = config.tie_word_embeddings and _same(decoder_bias, other)
+    return None if tied else other
+
+
+def _same(a, b):
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _read_weights(directory):
+    """name -> tensor, of the first of these files that is there, whole or in shards."""
+    from safetensors.torch import load_file
+
+    def load_pickle(path):
+        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
+
+    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", load_pickle)):
+        path = os.path.join(directory, name)
+        try:
+            if os.path.exists(path):
+                weights = load(path)
+            elif os.path.exists(path + ".index.json"):
+                weights = _read_shards(directory, path + ".index.json", load)
+            else:
+                continue
+            values = weights.values() if isinstance(weights, dict) else [None]
+            if not all(isinstance(value, torch.Tensor) for value in values):
+                raise ValueError("not a table of tensors")
+            return weights
+        except Exception as error:  # each library has its own kind for a file cut short
+            words = f"the weights cannot be read ({_first_line(error)}); copy or save them again"
+            raise ValueError(f"{directory}: {words}") from None
+    words = "neither model.safetensors nor pytorch_model.bin, nor the index of shards of either"
+    raise FileNotFoundError(f"{directory}: {words}")
+
+
+def _read_shards(directory, index, load):
+    """The weights that an index names, each from its shard.
+
+    Raises ValueError for an index that is damaged, that leads out of the directory, or whose shards
+    do not hold what it says.
+    """
+    with open(index, encoding="utf-8") as f:
+        entries = json.load(f)
+    shard_of = entries.get("weight_map") if isinstance(entries, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{os.path.basename(index)} has no weight_map")
+    weights = {}
+    for shard in sorted(set(map(str, shard_of.values()))):
+        if shard in (".", "..") or re.search(r"[/\\:\0]", shard):
+            raise ValueError(f"the shard {shard[:80]!r} is not a file name in this directory")
+        tensors = load(os.path.join(directory, shard))
+        for name in (name for name, file in shard_of.items() if file == shard):
+            if name not in tensors:
+                raise ValueError(f"{shard} lacks {name}, which the index says it holds")
+            weights[name] = tensors[name]
+    return weights
 
 
 def _download(name):
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["config.json", "tokenizer.json", "model.safetensors"]
-        directory = snapshot_download(name, allow_patterns=files)
-        if not os.path.exists(os.path.join(directory, "model.safetensors")):
-            directory = snapshot_download(name, allow_patterns=files[:2] + ["pytorch_model.bin"])
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):  # whole or in shards
+            files = ["config.json", "tokenizer.json", weights, weights + ".index.json"]
+            directory = snapshot_download(name, allow_patterns=files)
+            if glob.glob(os.path.join(glob.escape(directory), weights)):
+                break
         return directory
     except Exception as error:  # no such name, no network, no access: all one to the caller
         raise FileNotFoundError(f"{name}: no such directory, and the Hugging Face hub did not give it ({_first_line(error)})") from None
@@ -526,6 +656,9 @@ def embed(model, tokenizer, texts):
     if isinstance(texts, str):
         raise ValueError("texts must be a list of str, got one str")
     model = getattr(model, "bert", model)
+    if model.config.max_position_embeddings < 3:
+        positions = model.config.max_position_embeddings
+        raise ValueError(f"the model's {positions} positions leave no room for text")
     device, training, room = model.word_embeddings.weight.device, model.training, model.config.max_position_embeddings - 2
     vectors = torch.zeros(len(texts), model.config.hidden_size)
     model.eval()

@@ -5,16 +5,22 @@ import io
 import json
 import os
 import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import STDLIB, write_corpus
+from conftest import ROOT, STDLIB, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
+import corpus
 import data
 from data import PairDataset, Tokenizer, batches, collate, mask_tokens, permute, share
 
@@ -25,6 +31,14 @@ PIECES += ["\x00", "\x1c", "\x85", "\u2028", "\u3000", "\u200b", "\ufffd", "\ufe
 PIECES += ["<mask>", "<cls>", "<|endoftext|>", "<reponame>", "def ", "return", "0x1F"]
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 texts = st.lists(st.sampled_from(PIECES) | any_text, max_size=20).map("".join)
+
+
+@pytest.fixture(scope="module")
+def gpt2_tokenizer(tokenizer):
+    """The same with GPT-2's pre-tokenizer, which keeps the digits of a number together."""
+    spec = json.loads(tokenizer.json)
+    spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][1]
+    return Tokenizer(json.dumps(spec))
 
 
 def library_of(tokenizer):
@@ -83,11 +97,86 @@ def test_special_tokens_stand_where_starcoder_has_them(tokenizer):
     assert tokenizer.decode([tokenizer.cls_id, *tokenizer.encode("x"), tokenizer.mask_id]) == "<cls>x<mask>"
 
 
-@pytest.mark.parametrize("text", [" " * 1_200_000 + "x", "\n" * 1_200_000, "x" + " " * 1_200_000 + "1", "a" * 300_000])
+MANY = 1_200_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [" " * MANY + "x", "\n" * MANY, "x" + " " * MANY + "1", "a" * 300_000, "\xa0" * MANY + "a", "\x1c" * MANY])
 def test_megabytes_of_one_character(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert ids == library_of(tokenizer).encode(text).ids
+
+
+BLANK_PIECES = [" ", "\n", "\u00a0", "\u3000", "\x1c", "\x85", "1", "٣", "\U00011de3", "a", "é", "_", "'s", "<mask>", "\u200b"]
+
+
+@given(text=st.lists(st.sampled_from(BLANK_PIECES), max_size=30).map("".join), longest=st.integers(1, 4), gpt2=st.booleans())
+def test_long_runs_are_cut_where_the_library_cuts(tokenizer, gpt2_tokenizer, text, longest, gpt2):
+    """What is done at half a million blanks, done at a few."""
+    chosen = gpt2_tokenizer if gpt2 else tokenizer
+    with mock.patch.object(data, "LONG_RUN", longest):
+        assert chosen.encode(text) == library_of(chosen).encode(text).ids
+        # half a character, which the library refuses, is U+FFFD to tiktoken
+        assert chosen.encode(text + "\ud800") == chosen.encode(text + "\ufffd")
+
+
+def _spec_that_shows_cuts(tokenizer, gpt2):
+    """Bytes, and a token of each byte above ASCII with each of "a1 _\\n" beside it: the ids tell where the text was cut."""
+    spec = json.loads(tokenizer.json)
+    character = {byte: c for c, byte in data._byte_characters().items()}
+    vocabulary = {character[byte]: byte for byte in range(256)}
+    merges = []
+    for neighbour in b"a1 _\n":
+        for byte in range(128, 256):
+            for pair in ((neighbour, byte), (byte, neighbour)):
+                merges.append([character[b] for b in pair])
+                vocabulary["".join(merges[-1])] = len(vocabulary)
+    spec["model"] |= {"vocab": vocabulary, "merges": merges}
+    spec["added_tokens"] = []
+    if gpt2:
+        spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][1]
+    return json.dumps(spec)
+
+
+def _differing(characters, tokenizer, template):
+    """Those of `characters` in whose place in `template` the two libraries give other ids."""
+    text = "".join(template.format(c) for c in characters)
+    if tokenizer.encode(text) == tokenizer._library.encode(text, add_special_tokens=False).ids:
+        return []
+    if len(characters) == 1:
+        return characters
+    half = len(characters) // 2
+    return _differing(characters[:half], tokenizer, template) + _differing(characters[half:], tokenizer, template)
+
+
+# Which the regexes of the two libraries take for no digits, and `Digits` for digits.
+NEW_DIGITS = [chr(c) for c in [*range(0x11DE0, 0x11DEA), *range(0x16FF4, 0x16FF7)]]
+PLACES = "a{0}1{0} {0}_"
+
+
+@pytest.mark.parametrize("gpt2", [False, True])
+def test_digits_of_a_newer_unicode_are_cut_as_the_library_cuts_them(tokenizer, gpt2):
+    probe = Tokenizer(_spec_that_shows_cuts(tokenizer, gpt2))
+    assert not _differing(NEW_DIGITS, probe, PLACES)
+    for character in NEW_DIGITS:
+        assert probe.encode(character) == library_of(probe).encode(character, add_special_tokens=False).ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpt2", [False, True])
+def test_every_code_point_is_cut_as_the_library_cuts_it(tokenizer, gpt2):
+    """All of Unicode, alone and between letters, digits, blanks and others. A new version of either library may fail here."""
+    probe = Tokenizer(_spec_that_shows_cuts(tokenizer, gpt2))
+    probe._library.encode_special_tokens = True
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    differing = set()
+    for i in range(0, len(characters), 4096):
+        some = characters[i : i + 4096]
+        differing.update(_differing(some, probe, PLACES))
+        alone = probe._library.encode_batch_fast(some, add_special_tokens=False)
+        differing.update(c for c, encoding in zip(some, alone, strict=True) if probe.encode(c) != encoding.ids)
+    assert not differing, [f"{ord(c):X}" for c in sorted(differing)]
 
 
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
@@ -105,12 +194,23 @@ def test_a_tokenizer_without_the_encoder_tokens_gets_them_at_its_end(tokenizer):
     assert again.vocab_size == 600 and [again.pad_id, again.sep_id, again.cls_id, again.mask_id] == list(range(596, 600))
 
 
-def test_gpt2_pretokenizer_is_read_as_well(tokenizer):
-    spec = json.loads(tokenizer.json)
-    spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][1]
-    again = Tokenizer(json.dumps(spec))
+def test_gpt2_pretokenizer_is_read_as_well(gpt2_tokenizer):
     for text in ("a  12345 b\n\n  7", "x = 100_000  # 3.14"):
-        assert again.encode(text) == library_of(again).encode(text).ids
+        assert gpt2_tokenizer.encode(text) == library_of(gpt2_tokenizer).encode(text).ids
+
+
+PADDING = {"direction": "Left", "pad_to_multiple_of": 8, "pad_id": 3, "pad_type_id": 0, "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("strategy", ["BatchLongest", {"Fixed": 50}])
+def test_padding_and_truncation_of_a_tokenizer_json_do_nothing_here(tokenizer, strategy):
+    spec = json.loads(tokenizer.json)
+    spec["padding"] = PADDING | {"strategy": strategy}
+    spec["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    again = Tokenizer(json.dumps(spec))
+    for text in ("def f(x):", "x" * 100, " " * 600_000 + "x"):
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.decode(again.encode(text)) == text
 
 
 def _spec_of(change):
@@ -139,6 +239,19 @@ def _unreachable(spec):
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in data.ENCODER_TOKENS]
 
 
+def _gap(spec):
+    """The last token but one is gone, and the last keeps its id, at which the library puts a special token."""
+    token = "".join(spec["model"]["merges"].pop(-2))
+    del spec["model"]["vocab"][token]
+
+
+def _special_of_a_merge(spec):
+    token = "".join(spec["model"]["merges"][0])
+    entry = {"id": spec["model"]["vocab"][token], "content": token, "special": True}
+    spec["added_tokens"].append(spec["added_tokens"][0] | entry)
+    spec["added_tokens"].sort(key=lambda t: t["id"])
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -151,20 +264,33 @@ def _unreachable(spec):
         (lambda s: s["added_tokens"][0].update(special=False), "not supported"),
         (lambda s: s["model"].update(dropout=0.1), "dropout"),
         (lambda s: s["model"]["vocab"].update(orphan=600), "no merge makes its token 'orphan'"),
+        (lambda s: s.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "pre-tokenizer"),
+        (lambda s: s["pre_tokenizer"]["pretokenizers"].pop(), "pre-tokenizer"),
+        (lambda s: s["model"].update(continuing_subword_prefix="é"), "'continuing_subword_prefix' is not supported"),
+        (lambda s: s["model"].update(continuing_subword_prefix="##"), "'continuing_subword_prefix' is not supported"),
+        (lambda s: s["model"].update(type="WordLevel", unk_token="x"), "data did not match|not a byte-level BPE"),
+        (lambda s: s.update(model=None), "it has no model"),
+        (lambda s: s["model"]["vocab"].update({"!": 20}), "some of the 256 bytes"),
+        (lambda s: s["model"]["vocab"].pop("a"), "cannot be used"),
+        (_gap, "there are gaps or doubles"),
+        (_special_of_a_merge, "may come of ordinary text"),
     ],
 )
-def test_refuses_a_tokenizer_that_tiktoken_cannot_run(tokenizer, tmp_path, change, words):
+def test_refuses_a_tokenizer_that_tiktoken_cannot_run(tokenizer, tmp_path, change, words, capfd):
     (tmp_path / "tokenizer.json").write_text(_spec_of(change)(tokenizer))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as refused:
         Tokenizer.from_pretrained(str(tmp_path))
+    assert "\n" not in str(refused.value)
+    assert "panicked" not in capfd.readouterr().err
 
 
 def test_refuses_what_is_no_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such tokenizer"):
         Tokenizer.from_pretrained(str(tmp_path))
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be used"):
-        Tokenizer.from_pretrained(str(tmp_path))
+    for content in ("{", "[]", "3", "null", "[" * 100_000, '{"model": 3}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match="cannot be used"):
+            Tokenizer.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="at least 279"):
         data.train_tokenizer(["text"], 278)
 
@@ -444,11 +570,114 @@ def test_background_workers_change_nothing(small_corpus, workers):
 # ---- what is refused ----
 
 
+@pytest.mark.parametrize("value", [None, "x", True, [], {}, -1, 2.5, 2**70], ids=str)
+def test_an_entry_of_any_kind_in_meta_json_is_used_or_refused_in_one_line(small_corpus, tmp_path, value):
+    """Each entry in turn, at any depth, replaced and removed."""
+    shutil.copytree(small_corpus, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "meta.json"
+    meta = json.loads(path.read_text())
+
+    def entries(node):
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            yield node, key
+            if isinstance(node[key], dict | list):
+                yield from entries(node[key])
+
+    refused = 0
+    for node, key in entries(meta):
+        before = node[key]
+        for absent in (False, True):
+            node[key] = value
+            if absent and isinstance(node, dict):
+                del node[key]
+            path.write_text(json.dumps(meta))
+            try:
+                corpus.summary(data.read_meta(str(tmp_path)))
+                PairDataset(str(tmp_path), "train", 64, 0)[0]
+            except ValueError as error:
+                assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
+                refused += 1
+            if isinstance(node, dict):
+                node.pop(key, None)
+            node[key] = before
+    assert refused > 40
+
+
+@pytest.mark.parametrize("name", ["00000.train.windows.npy", "00000.train.index.npy"])
+def test_damaged_arrays_are_refused_in_one_line(small_corpus, tmp_path, name):
+    """Cut at any place, and with any byte of the header replaced."""
+    shutil.copytree(small_corpus, tmp_path, dirs_exist_ok=True)
+    content = (tmp_path / name).read_bytes()
+    cut = [content[:size] for size in (0, 5, 9, 60, 127, 128, 135, len(content) // 2, len(content) - 8, len(content) - 1)]
+    for damaged in [*cut, content + b"x"]:
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            PairDataset(str(tmp_path), "train", 64, 0)
+    for place in range(128):
+        for byte in (0, 0x20, content[place] ^ 1):
+            (tmp_path / name).write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+            try:
+                PairDataset(str(tmp_path), "train", 64, 0)[0]
+            except ValueError as error:
+                assert str(error).startswith(str(tmp_path / name)) and "\n" not in str(error)
+    table = np.load(io.BytesIO(content))
+    if name.endswith("windows.npy"):
+        for windows in (0, -1, 2**62):
+            table[61] = windows
+            np.save(tmp_path / name, table)
+            with pytest.raises(ValueError, match=f"{name}: damaged"):
+                PairDataset(str(tmp_path), "train", 64, 0)
+
+
+def test_damaged_tokens_and_languages_are_refused_in_one_line(small_corpus, tmp_path):
+    shutil.copytree(small_corpus, tmp_path, dirs_exist_ok=True)
+    np.full(os.path.getsize(tmp_path / "00000.train.bin") // 2, 600, np.uint16).tofile(tmp_path / "00000.train.bin")
+    with pytest.raises(ValueError, match="a token of example 0 is beyond the vocabulary"):
+        PairDataset(str(tmp_path), "train", 64, 0)[0]
+    part, index = tmp_path / "00000.json", np.load(tmp_path / "00000.train.index.npy")
+    for content in ("[]", "{}", '{"languages": 3}', "["):
+        part.write_text(content)
+        with pytest.raises(ValueError, match="00000.json: damaged"):
+            PairDataset(str(tmp_path), "train", 64, 0).language(0)
+    shutil.copy(os.path.join(small_corpus, "00000.json"), part)
+    index["language"] = 77
+    np.save(tmp_path / "00000.train.index.npy", index)
+    with pytest.raises(ValueError, match="index.npy: damaged .language 77"):
+        PairDataset(str(tmp_path), "train", 64, 0).language(0)
+
+
+PROGRAM = """
+import sys, data
+def main():
+    for _ in data.batches(data.PairDataset(sys.argv[1], "train", 64, 0), range(100), 8, 8, workers=1):
+        if sys.argv[2] == "in the program":
+            raise RuntimeError("an error of the program")
+data.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["in a worker", "in the program"])
+def test_an_error_ends_the_program_and_its_workers(small_corpus, tmp_path, where):
+    """Workers ignore SIGTERM, for which the interpreter would wait at its end; and what one raises is one line."""
+    shutil.copytree(small_corpus, tmp_path, dirs_exist_ok=True)
+    if where == "in a worker":
+        np.full(os.path.getsize(tmp_path / "00000.train.bin") // 2, 600, np.uint16).tofile(tmp_path / "00000.train.bin")
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), where], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, error = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if where == "in a worker":
+        assert process.returncode == 2 and len(error.splitlines()) == 1 and "beyond the vocabulary; prepare" in error
+    else:
+        assert process.returncode == 1 and error.splitlines()[-1] == "RuntimeError: an error of the program"
+
+
 def test_refuses_a_corpus_that_is_not_whole(small_corpus, sources, tmp_path):
-    import shutil
-
-    import corpus
-
     with pytest.raises(FileNotFoundError, match="no corpus here"):
         PairDataset(str(tmp_path), "train", 64, 0)
     with pytest.raises(ValueError, match="max_length"):
@@ -462,7 +691,7 @@ def test_refuses_a_corpus_that_is_not_whole(small_corpus, sources, tmp_path):
         ("meta.json", b"{}", "format"),
         ("meta.json", b'{"for', "meta.json: damaged"),
         ("00000.train.windows.npy", b"", "damaged"),
-        ("00000.train.index.npy", index.getvalue(), "index.npy does not fit"),
+        ("00000.train.index.npy", index.getvalue(), "index.npy: damaged .not 14 entries"),
     ]:
         broken = shutil.copytree(small_corpus, tmp_path / "broken", dirs_exist_ok=True)
         (broken / name).write_bytes(content)

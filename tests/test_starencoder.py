@@ -1,13 +1,17 @@
 """The model against transformers' Bert*: outputs, gradients, files in both directions, and its refusals."""
 
+import json
 import os
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import assert_refused, program
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -143,23 +147,130 @@ def test_parity_on_any_lengths(lengths, seed):
     torch.testing.assert_close(out.mlm_logits, torch.cat(one_by_one), rtol=1e-9, atol=1e-9)
 
 
+def random_bert(bert_class, **overrides):
+    """No parameter at its initial 0 or 1, so that none can be forgotten."""
+    bert = bert_class(bert_config(**overrides)).eval()
+    for p in bert.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return bert
+
+
+def compare_logits(ours, bert):
+    ids, cu_seqlens = packed([20, 7], ours.config.vocab_size, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = bert(padded(ids, [20, 7], 0), padded(torch.ones_like(ids), [20, 7], 0))[0]
+        torch.testing.assert_close(ours(ids, cu_seqlens).mlm_logits, unpad(expected, [20, 7]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_masked_lm_files_load(tied, tmp_path, capsys):
+    """transformers' BertForMaskedLM has neither pooler nor next-sentence head: these start new, and that is said."""
+    bert = random_bert(transformers.BertForMaskedLM, tie_word_embeddings=tied)
+    bert.save_pretrained(tmp_path / "theirs")
+    ours = StarEncoderForPreTraining.from_pretrained(str(tmp_path / "theirs"))
+    assert "new weights for bert.pooler.weight, bert.pooler.bias, nsp.weight, nsp.bias (not in" in capsys.readouterr().err
+    compare_logits(ours, bert)
+    ours.save_pretrained(str(tmp_path / "ours"))
+    back, info = transformers.BertForMaskedLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    for (name, a), b in zip(bert.state_dict().items(), back.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    encoder = StarEncoder.from_pretrained(str(tmp_path / "theirs"))
+    assert torch.equal(encoder.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("decoder", ["absent", "equal", "different"])
+@pytest.mark.parametrize("biases", ["one", "the decoder's", "equal", "different"])
+def test_the_decoder_and_its_bias_are_read_and_written_as_transformers_does(tied, decoder, biases, tmp_path):
+    """Every way to hold a decoder and its bias: the logits of transformers from the same files, and back, every tensor that was there."""
+    weights = random_bert(transformers.BertForPreTraining, tie_word_embeddings=False).state_dict()
+    words, bias, decoder_bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder.bias"
+    if decoder == "equal":
+        weights["cls.predictions.decoder.weight"] = weights[words].clone()
+    if decoder == "absent":
+        del weights["cls.predictions.decoder.weight"]
+    if biases == "equal":
+        weights[bias] = weights[decoder_bias].clone()
+    if biases in ("one", "the decoder's"):
+        del weights[decoder_bias if biases == "one" else bias]
+    directory = tmp_path / "theirs"
+    bert_config(tie_word_embeddings=tied, architectures=["BertForPreTraining"]).save_pretrained(directory)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+    if not tied and decoder == "absent":
+        with pytest.raises(ValueError, match="the weights lack cls.predictions.decoder.weight"):
+            StarEncoderForPreTraining.from_pretrained(str(directory))
+        return
+    ours = StarEncoderForPreTraining.from_pretrained(str(directory))
+    ours.save_pretrained(str(tmp_path / "ours"))
+    back, info = transformers.BertForPreTraining.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for name, value in weights.items():
+        assert torch.equal(back.state_dict()[name], value), name
+    compare_logits(ours, back)
+    bert = transformers.BertForPreTraining.from_pretrained(directory).eval()
+    if not tied and biases == "one":  # what transformers 4 wrote; 5 would read the decoder's as 0
+        bert.cls.predictions.decoder.bias = bert.cls.predictions.bias
+    compare_logits(ours, bert)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_shards_load_and_hostile_indexes_are_refused(kind, tmp_path):
+    bert = random_bert(transformers.BertForPreTraining)
+    directory = tmp_path / "sharded"
+    bert.save_pretrained(directory, max_shard_size="50KB")
+    index = directory / f"{kind}.index.json"
+    entries = json.loads((directory / "model.safetensors.index.json").read_text())
+    if kind == "pytorch_model.bin":
+        for shard in directory.glob("*.safetensors"):
+            torch.save(load_file(shard), directory / f"pytorch_{shard.stem}.bin")
+            shard.unlink()
+        (directory / "model.safetensors.index.json").unlink()
+        entries["weight_map"] = {n: f"pytorch_{os.path.splitext(s)[0]}.bin" for n, s in entries["weight_map"].items()}
+        index.write_text(json.dumps(entries))
+    assert len(set(entries["weight_map"].values())) > 3
+    ours = StarEncoderForPreTraining.from_pretrained(str(directory))
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, torch.cat([bert.state_dict()[n] for n in _bert_names(name)]))
+
+    shards, word = entries["weight_map"], "bert.embeddings.word_embeddings.weight"
+    elsewhere = shutil.copy(directory / shards[word], tmp_path / shards[word])
+    for content, words in [
+        ("{", "cannot be read .Expecting"),
+        ("[]", "has no weight_map"),
+        ('{"weight_map": []}', "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ("[" * 100_000, "cannot be read"),
+        (shards | {word: f"../{shards[word]}"}, "is not a file name in this directory"),
+        (shards | {word: str(elsewhere)}, "is not a file name in this directory"),
+        (shards | {word: ".."}, "is not a file name in this directory"),
+        (shards | {word: "a\0b"}, "is not a file name in this directory"),
+        (shards | {word: 7}, "cannot be read"),
+        (shards | {word: "gone.safetensors"}, "cannot be read .*gone.safetensors"),
+        (shards | {"bert.more": shards[word]}, "lacks bert.more, which the index says it holds"),
+        ({n: s for n, s in shards.items() if n != word}, f"the weights lack {word}|the weights lack cls.predictions.decoder.weight"),
+    ]:
+        index.write_text(content if isinstance(content, str) else json.dumps({"weight_map": content}))
+        with pytest.raises(ValueError, match=words) as refused:
+            StarEncoderForPreTraining.from_pretrained(str(directory))
+        assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("ours_class", PAIRS)
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": False}, {"type_vocab_size": 1, "vocab_size": 97}])
 def test_files_go_both_ways_bit_for_bit(ours_class, overrides, tmp_path):
     """transformers -> here -> transformers -> here: every tensor the same bits, and the outputs agree."""
     bert_class = PAIRS[ours_class]
     torch.manual_seed(0)
-    bert = bert_class(bert_config(**overrides)).eval()
-    for p in bert.parameters():
-        torch.nn.init.normal_(p, std=0.3)  # no parameter at its initial 0 or 1, so that none can be forgotten
+    bert = random_bert(bert_class, **overrides)
     bert.save_pretrained(tmp_path / "theirs")
     ours = ours_class.from_pretrained(str(tmp_path / "theirs")).eval()
     ours.save_pretrained(str(tmp_path / "ours"))
     back, info = bert_class.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for (name, a), b in zip(bert.state_dict().items(), back.eval().state_dict().values()):
-        # untied, transformers keeps a second bias that its forward pass never reads
-        assert torch.equal(a, b) or (overrides.get("tie_word_embeddings") is False and name == "cls.predictions.bias"), name
+        assert torch.equal(a, b), name
     back.save_pretrained(tmp_path / "again")
     again = ours_class.from_pretrained(str(tmp_path / "again"))
     for (name, a), b in zip(ours.state_dict().items(), again.state_dict().values()):
@@ -353,6 +464,15 @@ def test_dropout_is_a_function_of_the_seed():
         (dict(hidden_act="gelu_new"), "hidden_act"),
         (dict(num_hidden_layers=0), "num_hidden_layers"),
         (dict(hidden_dropout_prob=1.0), "hidden_dropout_prob"),
+        (dict(layer_norm_eps=None), "layer_norm_eps must be a number from 0 up, got None"),
+        (dict(layer_norm_eps=float("nan")), "layer_norm_eps"),
+        (dict(initializer_range="0.02"), "initializer_range"),
+        (dict(classifier_dropout="a"), "classifier_dropout"),
+        (dict(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
+        (dict(pad_token_id=[0]), "pad_token_id"),
+        (dict(id2label={1: "a", 2: "b"}), "id2label must name the classes 0, 1"),
+        (dict(id2label={0: None}), "id2label"),
+        (dict(id2label=[]), "id2label"),
     ],
 )
 def test_config_refuses(overrides, words):
@@ -361,9 +481,6 @@ def test_config_refuses(overrides, words):
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
-    import json
-    import shutil
-
     StarEncoderForPreTraining(small_config()).save_pretrained(str(tmp_path / "run"))
 
     def changed(**entries):
@@ -380,16 +497,58 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         (dict(is_decoder=True), "not a Bert"),
         (dict(position_embedding_type="relative_key"), "position_embedding_type"),
         (dict(hidden_act="relu"), "hidden_act"),
+        (dict(id2label={"x": "a"}), "id2label"),
+        (dict(id2label=["a"]), "id2label"),
+        (dict(vocab_size=10**15), "its config.json asks for .1000000000000000,"),  # before so much memory is asked for
+        (dict(num_hidden_layers=10**15), "lack bert.encoder.layer.999999999999999"),
+        (dict(intermediate_size=10**15), "its config.json asks for .1000000000000000,"),
     ]:
         with pytest.raises(ValueError, match=words):
             StarEncoderForPreTraining.from_pretrained(changed(**entries))
+    for weights, words in [
+        ([1, 2], "not a table of tensors"),
+        ({"a": 1}, "not a table of tensors"),
+        ({}, "the weights lack"),
+        ({n: w.int() for n, w in load_file(tmp_path / "run" / "model.safetensors").items()}, "not made of floating-point"),
+    ]:
+        directory = changed()
+        os.remove(os.path.join(directory, "model.safetensors"))
+        torch.save(weights, os.path.join(directory, "pytorch_model.bin"))
+        with pytest.raises(ValueError, match=words):
+            StarEncoderForPreTraining.from_pretrained(directory)
+        os.remove(os.path.join(directory, "pytorch_model.bin"))
     directory = changed()
     os.truncate(os.path.join(directory, "model.safetensors"), 5000)
     with pytest.raises(ValueError, match="cannot be read"):
         StarEncoderForPreTraining.from_pretrained(directory)
     os.remove(os.path.join(directory, "model.safetensors"))
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
         StarEncoderForPreTraining.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("value", [None, "x", True, [], {}, -1, 2.5, float("nan")], ids=str)
+def test_an_entry_of_any_kind_is_used_or_refused_in_one_line(value, tmp_path):
+    """Each entry of config.json in turn."""
+    StarEncoderForPreTraining(small_config()).save_pretrained(str(tmp_path))
+    entries = json.loads((tmp_path / "config.json").read_text())
+    for name in [*entries, "id2label", "classifier_dropout", "is_decoder", "position_embedding_type"]:
+        (tmp_path / "config.json").write_text(json.dumps(entries | {name: value}))
+        try:
+            StarEncoderForPreTraining.from_pretrained(str(tmp_path))
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
+    for content in ("[]", "3", "null", "[" * 100_000, "\xff"):
+        (tmp_path / "config.json").write_text(content, encoding="latin-1")
+        with pytest.raises(ValueError, match="config.json: damaged"):
+            StarEncoderForPreTraining.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("hidden_size, heads", [(1, 1), (2, 1), (2, 2), (3, 1), (6, 2), (35, 5), (66, 1)])
+def test_odd_sizes_are_those_of_transformers(hidden_size, heads, tmp_path):
+    shape = dict(hidden_size=hidden_size, num_attention_heads=heads, intermediate_size=1, max_position_embeddings=20)
+    bert = random_bert(transformers.BertForPreTraining, **shape)
+    bert.save_pretrained(tmp_path)
+    compare_logits(StarEncoderForPreTraining.from_pretrained(str(tmp_path)), bert)
 
 
 def test_a_sequence_longer_than_the_model_is_refused():
@@ -435,6 +594,26 @@ def test_embed_reads_the_whole_text(tokenizer):
     torch.testing.assert_close(embed(model, tokenizer, [text])[0], total / total.norm())
     with pytest.raises(ValueError, match="a list"):
         embed(model, tokenizer, "one str")
+    with pytest.raises(ValueError, match="2 positions leave no room"):
+        embed(StarEncoder(small_config(vocab_size=600, max_position_embeddings=2)), tokenizer, [text])
+
+
+def test_the_command_line_reads_any_bert_directory_and_refuses_in_one_line(tokenizer, tmp_path):
+    """BertForMaskedLM in shards is read; a null and an odd tokenizer end with status 2 and one line."""
+    bert = random_bert(transformers.BertForMaskedLM, vocab_size=600)
+    bert.save_pretrained(tmp_path, max_shard_size="50KB")
+    tokenizer.save_pretrained(tmp_path)
+    result = program(starencoder, "fill-mask", str(tmp_path), "a <mask>", "--top-k", "3")
+    assert result.returncode == 0 and len(result.stdout.strip().splitlines()) == 3 and len(result.stderr.splitlines()) == 1
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": null'))
+    words = "config.json: layer_norm_eps must be a number from 0 up, got None"
+    assert_refused(program(starencoder, "fill-mask", str(tmp_path), "a <mask>"), words)
+    spec = json.loads(tokenizer.json)
+    spec["model"]["continuing_subword_prefix"] = "é"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    words = "tokenizer.json: this tokenizer cannot be used: not a plain byte-level BPE: 'continuing_subword_prefix' is not supported"
+    assert_refused(program(starencoder, "fill-mask", str(tmp_path), "a <mask>"), words)
 
 
 def test_a_padded_vocabulary_is_no_trouble(tokenizer):
