@@ -86,6 +86,7 @@ KEYS = re.compile(
 SURE = 0.95  # a rule's address that the model gives this probability of being nothing is none
 PLACEHOLDER = re.compile(r"<(?:NAME|EMAIL|KEY|PASSWORD|USERNAME)>")
 ALLOWED = "pii: allow"
+LINE_END = re.compile(r"\r\n?|\n")
 
 
 def addresses(text):
@@ -130,11 +131,24 @@ def join(first, second):
 
 
 GOES_ON = {"KEY": "_+-=", "PASSWORD": "_+-.=$!#%^*"}  # the signs that with letters and digits belong to one
+ALNUM = re.compile(r"[^\W_]")
 CLOSING = {'"': '"', "'": "'", "`": "`", ">": "<"}
 
 
-def snap(text, start, end, category):
-    """(start, end) of what the tokens of an entity cover, without the quotes, blanks and brackets that share tokens with it; or None."""
+def stops_of(text, category):
+    """(where a KEY or a PASSWORD cannot go on to the left, and to the right): the sorted places of other characters."""
+    left = set(GOES_ON[category]) - set("=-")
+    right = GOES_ON[category]
+    return [
+        [stop.start() for stop in re.finditer(rf"[^\w{re.escape(''.join(sorted(signs)))}]", text)] for signs in (left, right)
+    ]
+
+
+def snap(text, start, end, category, stops):
+    """(start, end) of what the tokens of an entity cover, without the quotes, blanks and brackets that share tokens with it; or None.
+
+    stops: `stops_of` the text and the category.
+    """
     while start < end and text[start] in " \t\r\n\"'`(<[{,;:|":
         start += 1
     closing = CLOSING.get(text[start - 1 : start])
@@ -145,17 +159,17 @@ def snap(text, start, end, category):
     while end > start and text[end - 1] in " \t\r\n\"'`)>]},;:|":
         end -= 1
     if category in GOES_ON and start < end:
-        goes_on = lambda at: 0 <= at < len(text) and (text[at].isalnum() or text[at] in GOES_ON[category])
-        while goes_on(start - 1) and text[start - 1] not in "=-":
-            start -= 1
-        while goes_on(end):
-            end += 1
+        left, right = stops
+        before = bisect.bisect_left(left, start) - 1
+        start = left[before] + 1 if before >= 0 else 0
+        behind = bisect.bisect_left(right, end)
+        end = right[behind] if behind < len(right) else len(text)
     if text[end : end + 1] in " \n":  # the end of a sentence
         while end > start and text[end - 1] == ".":
             end -= 1
     if category == "KEY" and (end - start < 12 or not any(c.isdigit() for c in text[start:end])):
         return None
-    return (start, end) if any(c.isalnum() for c in text[start:end]) else None
+    return (start, end) if ALNUM.search(text, start, end) else None
 
 
 WORD = re.compile(r"[\w+/=-]{60,}|\w+(?:-\w+)*")  # a long one is base64
@@ -191,11 +205,15 @@ def entities_of(text, offsets, probabilities, threshold=0.0):
                 spans[-1][1] = w + 1
                 continue
         spans.append([w, w + 1, k])
+    # Looked up, not walked: a thousand pieces of one long password would each be walked to its ends.
+    stops = functools.cache(lambda category: stops_of(text, category) if category in GOES_ON else None)
     found = []
     for v, w, k in spans:
         category, end = CATEGORIES[k - 1], begins[w] if w < len(begins) else len(offsets)
         score = float(np.average(mean[v:w, k], weights=lengths[v:w]))
-        place = snap(text, int(offsets[begins[v], 0]), int(offsets[end - 1, 1]), category) if score >= threshold else None
+        place = None
+        if score >= threshold:
+            place = snap(text, int(offsets[begins[v], 0]), int(offsets[end - 1, 1]), category, stops(category))
         if place and category in ("IP_ADDRESS", "EMAIL"):  # the one that is written there, and whole
             shift = max(0, place[0] - 80)
             near = text[shift : place[1] + 80]
@@ -298,14 +316,15 @@ def segments(file):
         content = rest + block
         if not content:
             return
-        cut = len(content) if not block else content.rfind(b"\n") + 1
+        # In a file without \n behind the last \r, but for one that ends the block: it may be half of a \r\n.
+        cut = len(content) if not block else content.rfind(b"\n") + 1 or content.rfind(b"\r", 0, -1) + 1
         begin = content.rfind(b"-----BEGIN")  # of a key, which stays whole
         if block and begin >= 0 and b"-----END" not in content[begin:] and len(content) - begin < 50_000:
             cut = min(cut, begin)
         if not cut:  # a line without end: where a word ends, or else where a character does
             cut = max(content.rfind(b" "), content.rfind(b",")) + 1 if len(content) > 2 * SEGMENT else 0
             if not cut and len(content) > 4 * SEGMENT:
-                cut = len(content)
+                cut = len(content.removesuffix(b"\r"))
                 while cut > len(content) - 3 and content[cut - 1] & 0xC0 == 0x80:
                     cut -= 1
                 cut -= content[cut - 1] >= 0xC0
@@ -364,14 +383,21 @@ def open_text(path, skipped):
     return None
 
 
+def line_starts(text):
+    """Where the lines of a text begin. A line ends with \\n, \\r\\n or \\r, as in editors and in Python's `open`."""
+    return [0] + [end.end() for end in LINE_END.finditer(text)]
+
+
 def not_allowed(text, entities):
     """Those entities whose lines do not say that they may stay."""
-    if ALLOWED not in text:
+    if not entities or ALLOWED not in text:
         return entities
+    starts = line_starts(text)
+    allowed = {bisect.bisect(starts, mark.start()) for mark in re.finditer(ALLOWED, text)}
     kept = []
     for entity in entities:
-        begin, end = text.rfind("\n", 0, entity.start) + 1, text.find("\n", entity.end)
-        if ALLOWED not in text[begin : end if end >= 0 else None]:
+        lines = range(bisect.bisect(starts, entity.start), bisect.bisect(starts, entity.end - 1) + 1)
+        if allowed.isdisjoint(lines):
             kept.append(entity)
     return kept
 
@@ -383,10 +409,11 @@ def scan(detector, paths, skipped, description="detecting"):
 
     def found():
         for (path, line, column, text), entities in zip(waiting, detector.find([text for *_, text in waiting])):
+            starts = line_starts(text) if entities else []
             for entity in not_allowed(text, entities):
-                begin = text.rfind("\n", 0, entity.start) + 1
-                place = line + text.count("\n", 0, entity.start) + 1, entity.start - begin + 1 + (0 if begin else column)
-                yield path, *place, entity, text[entity.start : entity.end]
+                number = bisect.bisect(starts, entity.start)  # from 1
+                place = entity.start - starts[number - 1] + 1 + (column if number == 1 else 0)
+                yield path, line + number, place, entity, text[entity.start : entity.end]
         waiting.clear()
 
     with tqdm(total=sum(os.path.getsize(path) for path, _ in files), unit="B", unit_scale=True, desc=description, leave=False) as bar:
@@ -400,8 +427,10 @@ def scan(detector, paths, skipped, description="detecting"):
                     if not line and not column and text.startswith("\ufeff"):
                         column = -1  # a byte order mark has no column
                     waiting.append((path, line, column, text))
-                    line += text.count("\n")
-                    column = len(text) - text.rfind("\n") - 1 + (0 if "\n" in text else column)
+                    ends = text.count("\n") + text.count("\r") - text.count("\r\n")
+                    line += ends
+                    begin = max(text.rfind("\n"), text.rfind("\r")) + 1
+                    column = len(text) - begin + (0 if ends else column)
                     if sum(len(text) for *_, text in waiting) >= GATHER:
                         yield from found()
                         bar.update(file.tell() - before)

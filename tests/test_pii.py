@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -170,6 +171,69 @@ def test_rules(text, expected):
 def test_no_text_takes_the_rules_long(text):
     """A regular expression that tries again at every place would take hours here."""
     pii_detector.by_rules(text * 100_000)
+
+
+class Watched(str):
+    """A text that counts the characters which its methods look at: work that is the same on every machine."""
+
+    looked_at = 0
+
+    def _scanned(method, backwards=False):  # noqa: N805
+        def look(self, sought, begin=0, end=None):
+            begin, end, _ = slice(begin, end).indices(len(self))
+            place = getattr(str, method)(self, sought, begin, end)
+            if method == "count" or place < 0:
+                Watched.looked_at += end - begin
+            else:
+                Watched.looked_at += end - place if backwards else place - begin
+            return place
+
+        return look
+
+    find, rfind, count = _scanned("find"), _scanned("rfind", backwards=True), _scanned("count")
+
+    def __contains__(self, sought):
+        return self.find(sought) >= 0
+
+    def __getitem__(self, place):
+        piece = Watched(str.__getitem__(self, place))
+        Watched.looked_at += len(piece)
+        return piece
+
+
+def growth(work, unit):
+    """By what factor the characters looked at grow where `work` is given four times as many units."""
+    looked_at = []
+    for times in (250, 1000):
+        Watched.looked_at = 0
+        work(Watched(unit * times))
+        looked_at.append(Watched.looked_at)
+    return looked_at[1] / max(looked_at[0], 1)
+
+
+@pytest.mark.parametrize("unit", ["bob@mail.org, ", "8.8.8.8 ", "bob@mail.org\n", "bob@mail.org\r", "x@y.org  # pii: allow\n"])
+@pytest.mark.parametrize("behind", ["", "# pii: allow"])
+def test_a_long_line_takes_time_in_proportion(tmp_path, monkeypatch, unit, behind):
+    """Four times as many findings, on one line or on many, are four times the work, not sixteen times."""
+
+    def work(text):
+        text = Watched(text + behind)
+        monkeypatch.setattr(pii_detector, "segments", lambda *_: [(text, "utf-8")])
+        list(pii_detector.scan(Detector(rules=True), [str(tmp_path / "a.txt")], Counter()))
+
+    (tmp_path / "a.txt").write_text("x")
+    assert growth(work, unit) < 6
+
+
+def test_a_password_without_end_takes_time_in_proportion():
+    """Each of many pieces of one long password is widened to all of it."""
+
+    def work(text):
+        offsets = np.array([(i, i + 1) for i in range(len(text))])
+        labels = np.where(offsets[:, 0] % 4 == 0, LABELS.index("B-PASSWORD"), 0)
+        assert len(pii_detector.entities_of(text, offsets, np.eye(len(LABELS))[labels])) == 1
+
+    assert growth(work, "1...") < 6
 
 
 @given(text=st.text(st.sampled_from("a1.@: -"), max_size=40))
