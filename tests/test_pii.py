@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -349,7 +350,6 @@ def test_only_entities_change(text, seed):
 @given(content=st.binary(max_size=300), size=st.sampled_from([7, 30, 1000]))
 def test_segments_are_the_file(content, size):
     import io
-    from unittest import mock
 
     with mock.patch.object(pii_detector, "SEGMENT", size):
         assert b"".join(text.encode(encoding) for text, encoding in pii_detector.segments(io.BytesIO(content))) == content
@@ -412,6 +412,37 @@ def test_detect(files):
     assert f"{files / 'marked.txt'}:1:1  bo…" in program(pii, "detect", str(files / "marked.txt"), "--rules-only").stdout
     assert program(pii, "detect", str(files / "empty.py"), "--rules-only", "--fail").returncode == 0
     assert program(pii, "detect", str(files / "a.py"), "--rules-only").stderr.endswith("found: 1 EMAIL\n")  # and nothing left out
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_an_exemption_is_of_one_line(tmp_path, end):
+    path = tmp_path / "a.py"
+    path.write_bytes(end.join(["# bob@mail.org  pii: allow", "# eve@mail.org", "", "host = '8.8.8.8'"]).encode())
+    result = program(pii, "detect", str(path), "--rules-only", "--fail")
+    assert result.returncode == 1 and f"{path}:2:3  ev" in result.stdout and f"{path}:4:9  8." in result.stdout
+    assert len(result.stdout.splitlines()) == 2
+    program(pii, "redact", str(path), "--rules-only", "--in-place")
+    assert path.read_bytes() == end.join(["# bob@mail.org  pii: allow", "# <EMAIL>", "", "host = '172.16.31.10'"]).encode()
+
+
+@given(
+    before=st.text(st.sampled_from("a \n\r\v\f\x1c\x85\u2028"), max_size=150),
+    behind=st.text(st.sampled_from("a \n\r\v\f\x1c\x85\u2028"), max_size=150),
+    allowed=st.booleans(),
+    size=st.sampled_from([170, 200, 1000]),  # a line of more than two of these is cut
+)
+@example("\r" * 169 + "\r\n", "", False, 170)
+@example("a" + "\r" * 169, "\n" * 100, False, 170)
+def test_lines_are_those_of_open(tmp_path_factory, before, behind, allowed, size):
+    """Numbers, columns and exemptions, whatever the line ends and wherever a long file is cut."""
+    path = tmp_path_factory.mktemp("lines") / "a.txt"
+    path.write_bytes(f"{before} bob@mail.org {behind}{'pii: allow' if allowed else ''}".encode())
+    with open(path, encoding="utf-8") as f:
+        lines = [(n, line) for n, line in enumerate(f.read().split("\n"), 1) if "bob@mail.org" in line]
+    with mock.patch.object(pii_detector, "SEGMENT", size):
+        found = [(n, column) for _, n, column, *_ in pii_detector.scan(Detector(rules=True), [str(path)], Counter())]
+    ((n, line),) = lines
+    assert found == ([] if "pii: allow" in line else [(n, line.index("bob@mail.org") + 1)])
 
 
 def test_who_reads_the_output_may_have_enough(files):
