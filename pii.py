@@ -509,7 +509,8 @@ def detect_command(arguments):
             print(json.dumps(record | {"score": round(entity.score, 4)}))
         else:
             row = f"{entity.category:11} {entity.score:4.0%}  {path}:{line}:{column}  {text}"
-            print(row.encode(errors="replace").decode())  # half of a surrogate pair, which UTF-16 and names of files may hold
+            # Half of a surrogate pair, which UTF-16 and names of files may hold, cannot be printed.
+            print(row.encode(errors="replace").decode())
     counted = ", ".join(f"{n:,} {what}" for what, n in found.most_common()) or "nothing"
     left_out = "".join(f", {n:,} {what}" for what, n in skipped.items())
     print(f"found: {counted}{'; left out:' + left_out[1:] if left_out else ''}", file=sys.stderr)
@@ -517,7 +518,8 @@ def detect_command(arguments):
 
 
 def end_cleanly(number, _):
-    """Upon a signal: an exit, on whose way what was found is printed and what is half written is removed. Another signal waits for it."""
+    """Upon a signal: an exit that prints what was found and removes what is half written."""
+    # A second one must not stop the first's work.
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 

@@ -64,7 +64,10 @@ def pack(sequences, device):
 
 # ---- finding ---------------------------------------------------------------------------------------------------------------------
 
-EMAIL_HERE = re.compile(r"[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}(?![\w-])", re.ASCII | re.IGNORECASE)
+EMAIL_HERE = re.compile(
+    r"[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}(?![\w-])",
+    re.ASCII | re.IGNORECASE,
+)
 EMAIL = re.compile(r"(?<![\w.+-])" + EMAIL_HERE.pattern, EMAIL_HERE.flags)
 NO_EMAIL = re.compile(
     r"git@|\w+@(example|domain|localhost|company|email|test|foo|bar|site|yourdomain|mysite)\.|(no-?reply|you|your-?name|someone)@|"
@@ -95,7 +98,8 @@ LINE_END = re.compile(r"\r\n?|\n")
 def mails(text):
     """(start, end) of the e-mail addresses of a text.
 
-    Another may begin right behind one, as it does once that is replaced: else each pass of `redact_file` would find the next of a long row.
+    Another may begin right behind one, as it does once that is replaced: else each pass of
+    `redact_file` would find only the next of a long row.
     """
     match = EMAIL.search(text)
     while match:
@@ -153,18 +157,19 @@ CLOSING = {'"': '"', "'": "'", "`": "`", ">": "<"}
 
 
 def stops_of(text, category):
-    """(where a KEY or a PASSWORD cannot go on to the left, and to the right): the sorted places of other characters."""
-    left = set(GOES_ON[category]) - set("=-")
-    right = GOES_ON[category]
+    """Where a KEY or a PASSWORD cannot go on to its left, and to its right: two sorted lists."""
+    right = re.escape(GOES_ON[category])
+    left = re.escape(GOES_ON[category].replace("=", "").replace("-", ""))
     return [
-        [stop.start() for stop in re.finditer(rf"[^\w{re.escape(''.join(sorted(signs)))}]", text)] for signs in (left, right)
+        [stop.start() for stop in re.finditer(rf"[^\w{left}]", text)],
+        [stop.start() for stop in re.finditer(rf"[^\w{right}]", text)],
     ]
 
 
 def snap(text, start, end, category, stops):
     """(start, end) of what the tokens of an entity cover, without the quotes, blanks and brackets that share tokens with it; or None.
 
-    stops: `stops_of` the text and the category.
+    stops: from a category to `stops_of` this text, only called for those that go on.
     """
     while start < end and text[start] in " \t\r\n\"'`(<[{,;:|":
         start += 1
@@ -176,7 +181,7 @@ def snap(text, start, end, category, stops):
     while end > start and text[end - 1] in " \t\r\n\"'`)>]},;:|":
         end -= 1
     if category in GOES_ON and start < end:
-        left, right = stops
+        left, right = stops(category)
         before = bisect.bisect_left(left, start) - 1
         start = left[before] + 1 if before >= 0 else 0
         behind = bisect.bisect_left(right, end)
@@ -222,15 +227,16 @@ def entities_of(text, offsets, probabilities, threshold=0.0):
                 spans[-1][1] = w + 1
                 continue
         spans.append([w, w + 1, k])
-    # Looked up, not walked: a thousand pieces of one long password would each be walked to its ends.
-    stops = functools.cache(lambda category: stops_of(text, category) if category in GOES_ON else None)
+    # Looked up, not walked: each of a thousand pieces of one password would be walked to its ends.
+    stops = functools.cache(functools.partial(stops_of, text))
     found = []
     for v, w, k in spans:
         category, end = CATEGORIES[k - 1], begins[w] if w < len(begins) else len(offsets)
         score = float(np.average(mean[v:w, k], weights=lengths[v:w]))
         place = None
         if score >= threshold:
-            place = snap(text, int(offsets[begins[v], 0]), int(offsets[end - 1, 1]), category, stops(category))
+            start, behind = int(offsets[begins[v], 0]), int(offsets[end - 1, 1])
+            place = snap(text, start, behind, category, stops)
         if place and category in ("IP_ADDRESS", "EMAIL"):  # the one that is written there, and whole
             shift = max(0, place[0] - 80)
             near = text[shift : place[1] + 80]
@@ -331,15 +337,18 @@ MARKS = {
 
 
 def is_plain(text):
-    """Whether most characters are ASCII and none is a control character, unassigned, private or half of a pair."""
-    odd = any(unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and not c.isspace() for c in set(text))
-    return not odd and 2 * sum(c.isascii() for c in text) > len(text)
+    """Whether most characters are ASCII, and none is a control, private or unknown."""
+    for c in set(text):
+        if unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and not c.isspace():
+            return False
+    return 2 * sum(c.isascii() for c in text) > len(text)
 
 
 def encoding_of(file):
     """The encoding of a file open for reading bytes, by its beginning; None where it holds no text.
 
-    Text has no NUL. UTF-16 and UTF-32 have a byte order mark, or spell plain text if read as such. All else is "utf-8", see `segments`.
+    Text has no NUL. UTF-16 and UTF-32 have a byte order mark, or spell plain text if read as such.
+    All else is "utf-8", see `segments`.
     """
     head = file.read(8192)
     file.seek(0)
@@ -359,12 +368,16 @@ def encoding_of(file):
 def segments(file, encoding="utf-8"):
     """The text of a file open for reading bytes, in pieces of about SEGMENT bytes that end with a line: yields (text, encoding).
 
-    The pieces joined and encoded, with "surrogatepass", are the file's bytes. A byte order mark is a piece of its own: no part of what is
-    found. Where UTF-8 fails, a piece is Latin-1, in which any bytes are text; UTF-16 may hold half pairs, and end within a character.
-    Raises UnicodeDecodeError for what is no UTF-32.
+    The pieces joined and encoded, with "surrogatepass", are the file's bytes. A byte order mark is
+    a piece of its own: no part of what is found. Where UTF-8 fails, a piece is Latin-1, in which
+    any bytes are text; UTF-16 may hold half pairs, and end within a character. Raises
+    UnicodeDecodeError for what is no UTF-32.
     """
-    decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)("surrogatepass")
-    rest, at_begin = b"", True
+    decoder = None
+    if encoding != "utf-8":
+        decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    rest = b""
+    at_begin = True
     while True:
         block = file.read(SEGMENT)
         ended = not block
@@ -377,10 +390,13 @@ def segments(file, encoding="utf-8"):
         at_begin = False
         if ended and not content:
             break
-        # In a file without \n behind the last \r, but for one that ends the block: it may be half of a \r\n.
-        cut = len(content) if ended else content.rfind(b"\n") + 1 or content.rfind(b"\r", 0, -1) + 1
+        # Without \n, behind a \r; but not the one that ends the block: it may be half of a \r\n.
+        cut = content.rfind(b"\n") + 1 or content.rfind(b"\r", 0, -1) + 1
+        if ended:
+            cut = len(content)
         begin = content.rfind(b"-----BEGIN")  # of a key, which stays whole
-        if not ended and begin >= 0 and b"-----END" not in content[begin:] and len(content) - begin < 50_000:
+        open_key = begin >= 0 and b"-----END" not in content[begin:]
+        if not ended and open_key and len(content) - begin < 50_000:
             cut = min(cut, begin)
         if not cut:  # a line without end: where a word ends, or else where a character does
             cut = max(content.rfind(b" "), content.rfind(b",")) + 1 if len(content) > 2 * SEGMENT else 0
@@ -432,7 +448,7 @@ def files_of(paths, skipped):
 
 
 def open_text(path, skipped):
-    """(a file, open for reading bytes; its encoding); None, counted, where it cannot be read, is empty or holds no text."""
+    """(a file, open for reading bytes; its encoding); None, and counted, where there is no text."""
     try:
         file = open(path, "rb")
         encoding = encoding_of(file)
@@ -448,7 +464,10 @@ def open_text(path, skipped):
 
 
 def texts_of(path, skipped):
-    """Yields the pieces of a file's text without its byte order mark; counts what cannot be read, wholly or in part, in `skipped`."""
+    """Yields the pieces of a file's text without its byte order mark.
+
+    A file that cannot be read, wholly or in part, is counted in `skipped`.
+    """
     opened = open_text(path, skipped)
     if opened is None:
         return
@@ -471,7 +490,7 @@ def size_of(path):
 
 
 def line_starts(text):
-    """Where the lines of a text begin. A line ends with \\n, \\r\\n or \\r, as in editors and in Python's `open`."""
+    """Where lines begin. One ends with \\n, \\r\\n or \\r, as in editors and in Python's `open`."""
     return [0] + [end.end() for end in LINE_END.finditer(text)]
 
 
@@ -483,8 +502,9 @@ def not_allowed(text, entities):
     allowed = {bisect.bisect(starts, mark.start()) for mark in re.finditer(ALLOWED, text)}
     kept = []
     for entity in entities:
-        lines = range(bisect.bisect(starts, entity.start), bisect.bisect(starts, entity.end - 1) + 1)
-        if allowed.isdisjoint(lines):
+        first = bisect.bisect(starts, entity.start)
+        last = bisect.bisect(starts, entity.end - 1)
+        if allowed.isdisjoint(range(first, last + 1)):
             kept.append(entity)
     return kept
 
@@ -567,9 +587,10 @@ def version_of(path):
 
 @contextlib.contextmanager
 def room_beside(path):
-    """Two paths for files on the disk of `path`, in a directory that is removed in the end, however it ends."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".", prefix=".redacting-") as room:
+    """Two paths for files on the disk of `path`; their directory is removed however this ends."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".redacting-") as room:
         yield os.path.join(room, "a"), os.path.join(room, "b")
 
 
@@ -584,11 +605,12 @@ def overwrite(file, source):
 
 
 def replace_content(path, new, backup):
-    """Gives the file at `path` the content of the file `new`, which is lost, and keeps its mode, owner and all of its names.
+    """Gives the file at `path` the content of the file `new`; it keeps its mode, owner and names.
 
-    A rename does it whole or not at all. But it takes the file from one of its names: under its other names, hard links, the old content
-    would stay. Nor may everybody give a file away to the owner of another. In these cases it is written over, and written back from
-    `backup`, a path for a copy, if that fails or is stopped. The time of change is that of this change, as make and backups need it.
+    A rename does it whole or not at all. But the old content would stay under the file's other
+    names, its hard links, and only root may give a new file to another owner. In these two cases
+    the file is written over, and written back from `backup`, a path for a copy, if that fails or
+    is stopped. The file's time becomes that of this change: make and backups go by it.
     """
     status = os.stat(path)
     try:
@@ -611,7 +633,7 @@ def replace_content(path, new, backup):
 
 
 def redact_once(detector, path, out, encoding, addresses_seen):
-    """Writes `path` to `out` with everything replaced that is found there once; returns a Counter of categories."""
+    """Writes `path` to `out` with all replaced that is found at first; returns it, counted."""
     counts = Counter()
     with open(path, "rb") as f, open(out, "wb") as g:
         for text, of_piece in segments(f, encoding):
@@ -628,8 +650,10 @@ def redact_file(detector, path, out, encoding="utf-8"):
     """Writes `path` to `out`, which may be the same, with everything replaced that is found; returns a Counter of categories.
 
     What replaces something can let the model see something more, so it is done again until nothing is found: to redact what is redacted
-    changes nothing. Whole or not at all, with the same permissions; bytes outside of entities stay what they are. A file in which nothing
-    is found is not written to. Returns None for one that is to be redacted in place and that another program changed meanwhile: it stays.
+    changes nothing. Whole or not at all, with the same permissions; bytes outside of entities stay what they are.
+
+    In place, a file in which nothing is found is not written to; nor is one that another program
+    changed meanwhile, for which None is returned.
     """
     in_place = os.path.exists(out) and os.path.samefile(path, out)
     version = version_of(path)
@@ -652,10 +676,11 @@ def redact_file(detector, path, out, encoding="utf-8"):
 
 
 def targets_of(paths, out, skipped):
-    """{where it is written: path} of what `redact` is given. Raises ValueError where they do not fit together, see there."""
+    """{where it is written: path} of what `redact` is given. Raises ValueError as said there."""
     places = {}
     for path, name in files_of(paths, skipped):
-        target = os.path.realpath(path) if out is None else os.path.join(out, name)  # not a link, but what it names
+        # In place, not a link, but what it names.
+        target = os.path.realpath(path) if out is None else os.path.join(out, name)
         if out is not None and target in places:
             raise ValueError(f"{target}: two files would be written there; choose another --out")
         if out is not None and os.path.lexists(target):
@@ -668,7 +693,9 @@ def targets_of(paths, out, skipped):
         while len(folder) > len(out) and folder not in checked:
             checked.add(folder)
             if folder in places or os.path.lexists(folder) and not os.path.isdir(folder):
-                raise ValueError(f"{folder}: would be both a file and a directory; choose another --out")
+                raise ValueError(
+                    f"{folder}: would be both a file and a directory; choose another --out"
+                )
             folder = os.path.dirname(folder)
     return places
 
@@ -676,8 +703,9 @@ def targets_of(paths, out, skipped):
 def redact(detector, paths, out=None):
     """Redacts files and directories into the directory `out`, or in place where that is None. Returns (found, skipped), two Counters.
 
-    What cannot be read as text is copied as it is. Raises ValueError where two files would get the same name, or a file and a directory, a
-    copy exists, or `out` is a file or lies in a directory that is to be copied.
+    What cannot be read as text is copied as it is. Raises ValueError, before anything is written,
+    where two files would get the same name, or a file and a directory, a copy exists, or `out` is a
+    file or lies in a directory that is to be copied.
     """
     skipped, counts = Counter(), Counter()
     if out is not None and (not out or os.path.exists(out) and not os.path.isdir(out)):
