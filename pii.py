@@ -508,11 +508,20 @@ def detect_command(arguments):
             record = {"file": path, "line": line, "column": column, "category": entity.category, "text": text}
             print(json.dumps(record | {"score": round(entity.score, 4)}))
         else:
-            print(f"{entity.category:11} {entity.score:4.0%}  {path.encode(errors='replace').decode()}:{line}:{column}  {text}")
+            row = f"{entity.category:11} {entity.score:4.0%}  {path}:{line}:{column}  {text}"
+            # Half of a surrogate pair, which UTF-16 and names of files may hold, cannot be printed.
+            print(row.encode(errors="replace").decode())
     counted = ", ".join(f"{n:,} {what}" for what, n in found.most_common()) or "nothing"
     left_out = "".join(f", {n:,} {what}" for what, n in skipped.items())
     print(f"found: {counted}{'; left out:' + left_out[1:] if left_out else ''}", file=sys.stderr)
     return 1 if found and arguments.fail else 0
+
+
+def end_cleanly(number, _):
+    """Upon a signal: an exit that prints what was found and removes what is half written."""
+    # A second one must not stop the first's work.
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def main(argv=None):
@@ -530,9 +539,10 @@ def main(argv=None):
         made = synthesize(arguments.sources, arguments.out, arguments.count, arguments.seed)
         print(f"{arguments.out}: " + ", ".join(f"{split} {n:,}" for split, n in made.items()) + " documents")
     elif command == "detect":
+        signal.signal(signal.SIGTERM, end_cleanly)
         raise SystemExit(detect_command(arguments))
     elif command == "redact":
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exit, on whose way what is half written is removed
+        signal.signal(signal.SIGTERM, end_cleanly)
         counts, skipped = redact(detector_of(arguments), arguments.paths, arguments.out)
         print("redacted: " + (", ".join(f"{n:,} {what}" for what, n in counts.most_common()) or "nothing"))
         if skipped:

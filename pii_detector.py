@@ -8,12 +8,14 @@ References: Li et al., StarCoder, 2023, section 4; Ramshaw & Marcus, 1995 (the B
 """
 
 import bisect
+import codecs
 import contextlib
 import functools
 import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
@@ -62,7 +64,11 @@ def pack(sequences, device):
 
 # ---- finding ---------------------------------------------------------------------------------------------------------------------
 
-EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}(?![\w-])", re.ASCII | re.IGNORECASE)
+EMAIL_HERE = re.compile(
+    r"[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}(?![\w-])",
+    re.ASCII | re.IGNORECASE,
+)
+EMAIL = re.compile(r"(?<![\w.+-])" + EMAIL_HERE.pattern, EMAIL_HERE.flags)
 NO_EMAIL = re.compile(
     r"git@|\w+@(example|domain|localhost|company|email|test|foo|bar|site|yourdomain|mysite)\.|(no-?reply|you|your-?name|someone)@|"
     r".*\.(example|invalid|test|local|png|jpg)$",
@@ -86,6 +92,22 @@ KEYS = re.compile(
 SURE = 0.95  # a rule's address that the model gives this probability of being nothing is none
 PLACEHOLDER = re.compile(r"<(?:NAME|EMAIL|KEY|PASSWORD|USERNAME)>")
 ALLOWED = "pii: allow"
+LINE_END = re.compile(r"\r\n?|\n")
+
+
+def mails(text):
+    """(start, end) of the e-mail addresses of a text.
+
+    Another may begin right behind one, as it does once that is replaced: else each pass of
+    `redact_file` would find only the next of a long row.
+    """
+    match = EMAIL.search(text)
+    while match:
+        behind = None
+        if not NO_EMAIL.match(match[0]):
+            yield match.span()
+            behind = EMAIL_HERE.match(text, match.end())
+        match = behind or EMAIL.search(text, match.end())
 
 
 def addresses(text):
@@ -107,7 +129,7 @@ RULE_CATEGORIES = ("EMAIL", "KEY", "IP_ADDRESS")
 
 def by_rules(text, veto=lambda start, end: False):
     """The entities that regular expressions find: e-mail and IP addresses, unless `veto` says of such a span that it is none; keys."""
-    found = [Entity(*match.span(), "EMAIL", 1.0) for match in EMAIL.finditer(text) if not NO_EMAIL.match(match[0])]
+    found = [Entity(*span, "EMAIL", 1.0) for span in mails(text)]
     found += [Entity(*span, "IP_ADDRESS", 1.0) for span in addresses(text) if not VERSION.search(text[max(0, span[0] - 20) : span[0]])]
     found = [entity for entity in found if not veto(entity.start, entity.end)]
     return join(found + [Entity(*match.span(), "KEY", 1.0) for match in KEYS.finditer(text)], [])
@@ -130,11 +152,25 @@ def join(first, second):
 
 
 GOES_ON = {"KEY": "_+-=", "PASSWORD": "_+-.=$!#%^*"}  # the signs that with letters and digits belong to one
+ALNUM = re.compile(r"[^\W_]")
 CLOSING = {'"': '"', "'": "'", "`": "`", ">": "<"}
 
 
-def snap(text, start, end, category):
-    """(start, end) of what the tokens of an entity cover, without the quotes, blanks and brackets that share tokens with it; or None."""
+def stops_of(text, category):
+    """Where a KEY or a PASSWORD cannot go on to its left, and to its right: two sorted lists."""
+    right = re.escape(GOES_ON[category])
+    left = re.escape(GOES_ON[category].replace("=", "").replace("-", ""))
+    return [
+        [stop.start() for stop in re.finditer(rf"[^\w{left}]", text)],
+        [stop.start() for stop in re.finditer(rf"[^\w{right}]", text)],
+    ]
+
+
+def snap(text, start, end, category, stops):
+    """(start, end) of what the tokens of an entity cover, without the quotes, blanks and brackets that share tokens with it; or None.
+
+    stops: from a category to `stops_of` this text, only called for those that go on.
+    """
     while start < end and text[start] in " \t\r\n\"'`(<[{,;:|":
         start += 1
     closing = CLOSING.get(text[start - 1 : start])
@@ -145,17 +181,17 @@ def snap(text, start, end, category):
     while end > start and text[end - 1] in " \t\r\n\"'`)>]},;:|":
         end -= 1
     if category in GOES_ON and start < end:
-        goes_on = lambda at: 0 <= at < len(text) and (text[at].isalnum() or text[at] in GOES_ON[category])
-        while goes_on(start - 1) and text[start - 1] not in "=-":
-            start -= 1
-        while goes_on(end):
-            end += 1
+        left, right = stops(category)
+        before = bisect.bisect_left(left, start) - 1
+        start = left[before] + 1 if before >= 0 else 0
+        behind = bisect.bisect_left(right, end)
+        end = right[behind] if behind < len(right) else len(text)
     if text[end : end + 1] in " \n":  # the end of a sentence
         while end > start and text[end - 1] == ".":
             end -= 1
     if category == "KEY" and (end - start < 12 or not any(c.isdigit() for c in text[start:end])):
         return None
-    return (start, end) if any(c.isalnum() for c in text[start:end]) else None
+    return (start, end) if ALNUM.search(text, start, end) else None
 
 
 WORD = re.compile(r"[\w+/=-]{60,}|\w+(?:-\w+)*")  # a long one is base64
@@ -191,16 +227,20 @@ def entities_of(text, offsets, probabilities, threshold=0.0):
                 spans[-1][1] = w + 1
                 continue
         spans.append([w, w + 1, k])
+    # Looked up, not walked: each of a thousand pieces of one password would be walked to its ends.
+    stops = functools.cache(functools.partial(stops_of, text))
     found = []
     for v, w, k in spans:
         category, end = CATEGORIES[k - 1], begins[w] if w < len(begins) else len(offsets)
         score = float(np.average(mean[v:w, k], weights=lengths[v:w]))
-        place = snap(text, int(offsets[begins[v], 0]), int(offsets[end - 1, 1]), category) if score >= threshold else None
+        place = None
+        if score >= threshold:
+            start, behind = int(offsets[begins[v], 0]), int(offsets[end - 1, 1])
+            place = snap(text, start, behind, category, stops)
         if place and category in ("IP_ADDRESS", "EMAIL"):  # the one that is written there, and whole
             shift = max(0, place[0] - 80)
             near = text[shift : place[1] + 80]
-            mails = [match.span() for match in EMAIL.finditer(near) if not NO_EMAIL.match(match[0])]
-            written = addresses(near) if category == "IP_ADDRESS" else mails
+            written = addresses(near) if category == "IP_ADDRESS" else mails(near)
             place = next(((a + shift, b + shift) for a, b in written if a + shift < place[1] and b + shift > place[0]), None)
         if place:
             found.append(Entity(*place, category, score))
@@ -287,34 +327,93 @@ SEGMENT, GATHER = 1_000_000, 200_000  # bytes of a long file that are read at on
 SKIPPED_DIRECTORIES = {".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv"}
 
 
-def segments(file):
+# Byte order marks. UTF-32's comes first: one of them begins as UTF-16's does.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+
+
+def is_plain(text):
+    """Whether most characters are ASCII, and none is a control, private or unknown."""
+    for c in set(text):
+        if unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and not c.isspace():
+            return False
+    return 2 * sum(c.isascii() for c in text) > len(text)
+
+
+def encoding_of(file):
+    """The encoding of a file open for reading bytes, by its beginning; None where it holds no text.
+
+    Text has no NUL. UTF-16 and UTF-32 have a byte order mark, or spell plain text if read as such.
+    All else is "utf-8", see `segments`.
+    """
+    head = file.read(8192)
+    file.seek(0)
+    marked = next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), None)
+    if not marked and b"\0" not in head:
+        return "utf-8"
+    for encoding in [marked] if marked else MARKS.values():
+        try:  # incrementally, as the head may end within a character
+            text = codecs.getincrementaldecoder(encoding)("surrogatepass").decode(head)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text and (marked or text and is_plain(text)):
+            return encoding
+    return None
+
+
+def segments(file, encoding="utf-8"):
     """The text of a file open for reading bytes, in pieces of about SEGMENT bytes that end with a line: yields (text, encoding).
 
-    The pieces joined and encoded are the file's bytes: UTF-8, and where that fails Latin-1, in which any bytes are text.
+    The pieces joined and encoded, with "surrogatepass", are the file's bytes. A byte order mark is
+    a piece of its own: no part of what is found. Where UTF-8 fails, a piece is Latin-1, in which
+    any bytes are text; UTF-16 may hold half pairs, and end within a character. Raises
+    UnicodeDecodeError for what is no UTF-32.
     """
+    decoder = None
+    if encoding != "utf-8":
+        decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
     rest = b""
+    at_begin = True
     while True:
         block = file.read(SEGMENT)
+        ended = not block
+        if decoder:  # cut as UTF-8
+            block = decoder.decode(block).encode("utf-8", "surrogatepass")
         content = rest + block
-        if not content:
-            return
-        cut = len(content) if not block else content.rfind(b"\n") + 1
+        if at_begin and content.startswith(codecs.BOM_UTF8):
+            yield "\ufeff", encoding
+            content = content.removeprefix(codecs.BOM_UTF8)
+        at_begin = False
+        if ended and not content:
+            break
+        # Without \n, behind a \r; but not the one that ends the block: it may be half of a \r\n.
+        cut = content.rfind(b"\n") + 1 or content.rfind(b"\r", 0, -1) + 1
+        if ended:
+            cut = len(content)
         begin = content.rfind(b"-----BEGIN")  # of a key, which stays whole
-        if block and begin >= 0 and b"-----END" not in content[begin:] and len(content) - begin < 50_000:
+        open_key = begin >= 0 and b"-----END" not in content[begin:]
+        if not ended and open_key and len(content) - begin < 50_000:
             cut = min(cut, begin)
         if not cut:  # a line without end: where a word ends, or else where a character does
             cut = max(content.rfind(b" "), content.rfind(b",")) + 1 if len(content) > 2 * SEGMENT else 0
             if not cut and len(content) > 4 * SEGMENT:
-                cut = len(content)
+                cut = len(content.removesuffix(b"\r"))
                 while cut > len(content) - 3 and content[cut - 1] & 0xC0 == 0x80:
                     cut -= 1
                 cut -= content[cut - 1] >= 0xC0
         piece, rest = content[:cut], content[cut:]
-        if piece:
-            try:
-                yield piece.decode("utf-8"), "utf-8"
-            except UnicodeDecodeError:
-                yield piece.decode("latin-1"), "latin-1"
+        if not piece:
+            continue
+        try:
+            yield piece.decode("utf-8", "surrogatepass" if decoder else "strict"), encoding
+        except UnicodeDecodeError:
+            yield piece.decode("latin-1"), "latin-1"
+    if decoder and decoder.getstate()[0]:
+        yield decoder.getstate()[0].decode("latin-1"), "latin-1"
 
 
 def files_of(paths, skipped):
@@ -349,29 +448,63 @@ def files_of(paths, skipped):
 
 
 def open_text(path, skipped):
-    """A file, open for reading bytes; None, counted, where it cannot be read, is empty or holds no text."""
+    """(a file, open for reading bytes; its encoding); None, and counted, where there is no text."""
     try:
         file = open(path, "rb")
-        head = file.read(8192)
-        file.seek(0)
+        encoding = encoding_of(file)
+        empty = not file.peek(1)
     except OSError:
         skipped["unreadable"] += 1
         return None
-    if head and b"\0" not in head:
-        return file
-    skipped["binary" if head else "empty"] += 1
+    if encoding and not empty:
+        return file, encoding
+    skipped["empty" if empty else "binary"] += 1
     file.close()
     return None
 
 
+def texts_of(path, skipped):
+    """Yields the pieces of a file's text without its byte order mark.
+
+    A file that cannot be read, wholly or in part, is counted in `skipped`.
+    """
+    opened = open_text(path, skipped)
+    if opened is None:
+        return
+    file, encoding = opened
+    with file:
+        try:
+            for text, _ in segments(file, encoding):
+                if text != "\ufeff":
+                    yield text
+        except (OSError, UnicodeDecodeError):
+            skipped["unreadable"] += 1
+
+
+def size_of(path):
+    """The bytes of a file; 0 where another program has removed it."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def line_starts(text):
+    """Where lines begin. One ends with \\n, \\r\\n or \\r, as in editors and in Python's `open`."""
+    return [0] + [end.end() for end in LINE_END.finditer(text)]
+
+
 def not_allowed(text, entities):
     """Those entities whose lines do not say that they may stay."""
-    if ALLOWED not in text:
+    if not entities or ALLOWED not in text:
         return entities
+    starts = line_starts(text)
+    allowed = {bisect.bisect(starts, mark.start()) for mark in re.finditer(ALLOWED, text)}
     kept = []
     for entity in entities:
-        begin, end = text.rfind("\n", 0, entity.start) + 1, text.find("\n", entity.end)
-        if ALLOWED not in text[begin : end if end >= 0 else None]:
+        first = bisect.bisect(starts, entity.start)
+        last = bisect.bisect(starts, entity.end - 1)
+        if allowed.isdisjoint(range(first, last + 1)):
             kept.append(entity)
     return kept
 
@@ -383,30 +516,31 @@ def scan(detector, paths, skipped, description="detecting"):
 
     def found():
         for (path, line, column, text), entities in zip(waiting, detector.find([text for *_, text in waiting])):
+            starts = line_starts(text) if entities else []
             for entity in not_allowed(text, entities):
-                begin = text.rfind("\n", 0, entity.start) + 1
-                place = line + text.count("\n", 0, entity.start) + 1, entity.start - begin + 1 + (0 if begin else column)
-                yield path, *place, entity, text[entity.start : entity.end]
+                number = bisect.bisect(starts, entity.start)  # from 1
+                place = entity.start - starts[number - 1] + 1 + (column if number == 1 else 0)
+                yield path, line + number, place, entity, text[entity.start : entity.end]
         waiting.clear()
 
-    with tqdm(total=sum(os.path.getsize(path) for path, _ in files), unit="B", unit_scale=True, desc=description, leave=False) as bar:
+    total = sum(size_of(path) for path, _ in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, leave=False) as bar:
+        gathered = 0
         for path, _ in files:
-            if (file := open_text(path, skipped)) is None:
-                bar.update(os.path.getsize(path))
-                continue
-            with file:
-                line, column, before = 0, 0, 0
-                for text, _ in segments(file):
-                    if not line and not column and text.startswith("\ufeff"):
-                        column = -1  # a byte order mark has no column
-                    waiting.append((path, line, column, text))
-                    line += text.count("\n")
-                    column = len(text) - text.rfind("\n") - 1 + (0 if "\n" in text else column)
-                    if sum(len(text) for *_, text in waiting) >= GATHER:
-                        yield from found()
-                        bar.update(file.tell() - before)
-                        before = file.tell()
-                bar.update(os.path.getsize(path) - before)
+            line, column, characters = 0, 0, 0
+            for text in texts_of(path, skipped):
+                waiting.append((path, line, column, text))
+                ends = text.count("\n") + text.count("\r") - text.count("\r\n")
+                line += ends
+                begin = max(text.rfind("\n"), text.rfind("\r")) + 1
+                column = len(text) - begin + (0 if ends else column)
+                characters += len(text)
+                gathered += len(text)
+                if gathered >= GATHER:
+                    yield from found()
+                    gathered = 0
+                bar.update(len(text))
+            bar.update(size_of(path) - characters)  # more bytes than characters
         yield from found()
 
 
@@ -445,77 +579,160 @@ def outside_placeholders(text, entities):
     return [entity for entity in kept if any(c.isalnum() for c in text[entity.start : entity.end])]
 
 
-def new_file(folder):
-    """The path of a new, empty file in a directory, which is made."""
+def version_of(path):
+    """What differs after another program has written to a file, or put another there."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def room_beside(path):
+    """Two paths for files on the disk of `path`; their directory is removed however this ends."""
+    folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    handle, path = tempfile.mkstemp(dir=folder, prefix=".redacting-")
-    os.close(handle)
-    return path
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".redacting-") as room:
+        yield os.path.join(room, "a"), os.path.join(room, "b")
 
 
-def redact_file(detector, path, out):
+def overwrite(file, source):
+    """Gives a file, open for reading and writing bytes, the content of the file at `source`."""
+    file.seek(0)
+    with open(source, "rb") as f:
+        shutil.copyfileobj(f, file)
+    file.truncate()
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def replace_content(path, new, backup):
+    """Gives the file at `path` the content of the file `new`; it keeps its mode, owner and names.
+
+    A rename does it whole or not at all. But the old content would stay under the file's other
+    names, its hard links, and only root may give a new file to another owner. In these two cases
+    the file is written over, and written back from `backup`, a path for a copy, if that fails or
+    is stopped. The file's time becomes that of this change: make and backups go by it.
+    """
+    status = os.stat(path)
+    try:
+        os.chown(new, status.st_uid, status.st_gid)
+        may_rename = status.st_nlink == 1
+    except OSError:
+        may_rename = False
+    if may_rename:
+        shutil.copystat(path, new)
+        os.utime(new)
+        os.replace(new, path)
+        return
+    with open(path, "r+b") as file:
+        shutil.copyfile(path, backup)
+        try:
+            overwrite(file, new)
+        except BaseException:  # KeyboardInterrupt and SystemExit are none of Exception's
+            overwrite(file, backup)
+            raise
+
+
+def redact_once(detector, path, out, encoding, addresses_seen):
+    """Writes `path` to `out` with all replaced that is found at first; returns it, counted."""
+    counts = Counter()
+    with open(path, "rb") as f, open(out, "wb") as g:
+        for text, of_piece in segments(f, encoding):
+            (entities,) = detector.find([text])
+            entities = outside_placeholders(text, not_allowed(text, entities))
+            counts.update(entity.category for entity in entities)
+            g.write(redacted(text, entities, addresses_seen).encode(of_piece, "surrogatepass"))
+        g.flush()
+        os.fsync(g.fileno())
+    return counts
+
+
+def redact_file(detector, path, out, encoding="utf-8"):
     """Writes `path` to `out`, which may be the same, with everything replaced that is found; returns a Counter of categories.
 
     What replaces something can let the model see something more, so it is done again until nothing is found: to redact what is redacted
     changes nothing. Whole or not at all, with the same permissions; bytes outside of entities stay what they are.
+
+    In place, a file in which nothing is found is not written to; nor is one that another program
+    changed meanwhile, for which None is returned.
     """
-    counts, seen, source = Counter(), {}, path
-    temporary = new_file(os.path.dirname(out) or ".")
-    other = new_file(os.path.dirname(out) or ".")
-    try:
-        while True:
-            changed = False
-            with open(source, "rb") as f, open(temporary, "wb") as g:
-                for text, encoding in segments(f):
-                    (entities,) = detector.find([text])
-                    entities = outside_placeholders(text, not_allowed(text, entities))
-                    counts.update(entity.category for entity in entities)
-                    changed = changed or bool(entities)
-                    g.write(redacted(text, entities, seen).encode(encoding))
-                g.flush()
-                os.fsync(g.fileno())
-            if not changed:
-                break
-            os.replace(temporary, other)
-            source = other
-        shutil.copymode(path, temporary)
-        os.replace(temporary, out)
-    finally:
-        for name in (temporary, other):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(name)
+    in_place = os.path.exists(out) and os.path.samefile(path, out)
+    version = version_of(path)
+    seen = {}
+    with room_beside(out) as (redacted_path, other):
+        counts = redact_once(detector, path, redacted_path, encoding, seen)
+        again = counts
+        while again:
+            again = redact_once(detector, redacted_path, other, encoding, seen)
+            counts = counts + again
+            os.replace(other, redacted_path)
+        if not in_place:
+            shutil.copymode(path, redacted_path)
+            os.replace(redacted_path, out)
+        elif version_of(path) != version:
+            return None
+        elif counts:
+            replace_content(out, redacted_path, other)
     return counts
+
+
+def targets_of(paths, out, skipped):
+    """{where it is written: path} of what `redact` is given. Raises ValueError as said there."""
+    places = {}
+    for path, name in files_of(paths, skipped):
+        # In place, not a link, but what it names.
+        target = os.path.realpath(path) if out is None else os.path.join(out, name)
+        if out is not None and target in places:
+            raise ValueError(f"{target}: two files would be written there; choose another --out")
+        if out is not None and os.path.lexists(target):
+            raise ValueError(f"{target}: exists already; choose another --out")
+        places.setdefault(target, path)  # named twice, it is redacted once
+
+    checked = set()
+    for target in places if out is not None else ():
+        folder = os.path.dirname(target)
+        while len(folder) > len(out) and folder not in checked:
+            checked.add(folder)
+            if folder in places or os.path.lexists(folder) and not os.path.isdir(folder):
+                raise ValueError(
+                    f"{folder}: would be both a file and a directory; choose another --out"
+                )
+            folder = os.path.dirname(folder)
+    return places
 
 
 def redact(detector, paths, out=None):
     """Redacts files and directories into the directory `out`, or in place where that is None. Returns (found, skipped), two Counters.
 
-    What cannot be read as text is copied as it is. Raises ValueError where two files would get the same name, a copy exists, or `out` is a
+    What cannot be read as text is copied as it is. Raises ValueError, before anything is written,
+    where two files would get the same name, or a file and a directory, a copy exists, or `out` is a
     file or lies in a directory that is to be copied.
     """
-    skipped, counts, places = Counter(), Counter(), {}
+    skipped, counts = Counter(), Counter()
     if out is not None and (not out or os.path.exists(out) and not os.path.isdir(out)):
         raise ValueError(f"{out or repr(out)}: not a directory; choose another --out")
     for path in paths if out is not None else ():
         if os.path.isdir(path) and os.path.join(os.path.realpath(out), "").startswith(os.path.join(os.path.realpath(path), "")):
             raise ValueError(f"{out} lies in {path}; choose a directory outside of it")
-    for path, name in files_of(paths, skipped):
-        target = os.path.realpath(path) if out is None else os.path.join(out, name)  # not a link, but what it names
-        if target in places and out is None:  # named twice
-            continue
-        if target in places or out is not None and os.path.exists(target):
-            raise ValueError(
-                f"{target}: {'two files would be written there' if target in places else 'exists already'}; choose another --out"
-            )
-        places[target] = path
+    places = targets_of(paths, out, skipped)
     for target, path in tqdm(places.items(), desc="redacting", unit=" files", leave=False):
-        file = open_text(path, skipped)
-        if file is None:
-            if out is not None and os.access(path, os.R_OK):
-                temporary = new_file(os.path.dirname(target))
-                shutil.copy(path, temporary)
-                os.replace(temporary, target)
-            continue
-        file.close()
-        counts += redact_file(detector, path, target)
+        opened = open_text(path, skipped)
+        try:
+            if opened:
+                file, encoding = opened
+                file.close()
+                found = redact_file(detector, path, target, encoding)
+                if found is None:
+                    skipped["changed by another program meanwhile"] += 1
+                else:
+                    counts.update(found)
+            elif out is not None and os.access(path, os.R_OK):
+                with room_beside(target) as (copy, _):
+                    shutil.copy(path, copy)
+                    os.replace(copy, target)
+        except UnicodeDecodeError:  # it began as UTF-32 and does not go on so
+            skipped["unreadable"] += 1
+        except FileNotFoundError:
+            if os.path.exists(path):
+                raise
+            skipped["removed by another program meanwhile"] += 1
     return counts, skipped

@@ -1,5 +1,6 @@
 """Labels land on the right characters, redaction touches nothing else, the figures are seqeval's, and bad input costs nothing."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ import pii_detector
 import pii_eval
 from data import Tokenizer
 from pii_detector import LABELS, Detector, Entity
-from starencoder import StarEncoderConfig, StarEncoderForPreTraining
+from starencoder import StarEncoderConfig, StarEncoderForPreTraining, StarEncoderForTokenClassification
 
 CODE = st.text(st.sampled_from("ab1 .@:-_\"'<>\r\n\té中🙂\ufeff"), max_size=60)
 
@@ -172,6 +175,69 @@ def test_no_text_takes_the_rules_long(text):
     pii_detector.by_rules(text * 100_000)
 
 
+class Watched(str):
+    """A text that counts the characters which its methods look at: work that is the same on every machine."""
+
+    looked_at = 0
+
+    def _scanned(method, backwards=False):  # noqa: N805
+        def look(self, sought, begin=0, end=None):
+            begin, end, _ = slice(begin, end).indices(len(self))
+            place = getattr(str, method)(self, sought, begin, end)
+            if method == "count" or place < 0:
+                Watched.looked_at += end - begin
+            else:
+                Watched.looked_at += end - place if backwards else place - begin
+            return place
+
+        return look
+
+    find, rfind, count = _scanned("find"), _scanned("rfind", backwards=True), _scanned("count")
+
+    def __contains__(self, sought):
+        return self.find(sought) >= 0
+
+    def __getitem__(self, place):
+        piece = Watched(str.__getitem__(self, place))
+        Watched.looked_at += len(piece)
+        return piece
+
+
+def growth(work, unit):
+    """By what factor the characters looked at grow where `work` is given four times as many units."""
+    looked_at = []
+    for times in (250, 1000):
+        Watched.looked_at = 0
+        work(Watched(unit * times))
+        looked_at.append(Watched.looked_at)
+    return looked_at[1] / max(looked_at[0], 1)
+
+
+@pytest.mark.parametrize("unit", ["bob@mail.org, ", "8.8.8.8 ", "bob@mail.org\n", "bob@mail.org\r", "x@y.org  # pii: allow\n"])
+@pytest.mark.parametrize("behind", ["", "# pii: allow"])
+def test_a_long_line_takes_time_in_proportion(tmp_path, monkeypatch, unit, behind):
+    """Four times as many findings, on one line or on many, are four times the work, not sixteen times."""
+
+    def work(text):
+        text = Watched(text + behind)
+        monkeypatch.setattr(pii_detector, "segments", lambda *_: [(text, "utf-8")])
+        list(pii_detector.scan(Detector(rules=True), [str(tmp_path / "a.txt")], Counter()))
+
+    (tmp_path / "a.txt").write_text("x")
+    assert growth(work, unit) < 6
+
+
+def test_a_password_without_end_takes_time_in_proportion():
+    """Each of many pieces of one long password is widened to all of it."""
+
+    def work(text):
+        offsets = np.array([(i, i + 1) for i in range(len(text))])
+        labels = np.where(offsets[:, 0] % 4 == 0, LABELS.index("B-PASSWORD"), 0)
+        assert len(pii_detector.entities_of(text, offsets, np.eye(len(LABELS))[labels])) == 1
+
+    assert growth(work, "1...") < 6
+
+
 @given(text=st.text(st.sampled_from("a1.@: -"), max_size=40))
 def test_addresses_are_public_and_whole(text):
     for a, b in pii_detector.addresses(text):
@@ -266,6 +332,16 @@ def test_redaction(tmp_path_factory, text, encoding, newline, planted, seed):
     assert sorted(os.listdir(directory)) == ["a.py", "once.py", "twice.py"]
 
 
+def test_what_redaction_reveals_is_found_at_once(tmp_path, monkeypatch):
+    """The second of two addresses begins where the first ends; each pass would reveal the next, and a long row take hours."""
+    find, passes = Detector.find, []
+    monkeypatch.setattr(Detector, "find", lambda *arguments: passes.append(1) or find(*arguments))
+    row = f".c@{'d' * 62}.org"
+    (tmp_path / "a").write_text("a@b.org" + row * 40)
+    counts = pii_detector.redact_file(Detector(rules=True), str(tmp_path / "a"), str(tmp_path / "b"))
+    assert counts == {"EMAIL": 41} and read(tmp_path / "b") == b"<EMAIL>" * 41 and len(passes) == 2
+
+
 def read(path):
     with open(path, "rb") as f:
         return f.read()
@@ -285,7 +361,6 @@ def test_only_entities_change(text, seed):
 @given(content=st.binary(max_size=300), size=st.sampled_from([7, 30, 1000]))
 def test_segments_are_the_file(content, size):
     import io
-    from unittest import mock
 
     with mock.patch.object(pii_detector, "SEGMENT", size):
         assert b"".join(text.encode(encoding) for text, encoding in pii_detector.segments(io.BytesIO(content))) == content
@@ -350,6 +425,37 @@ def test_detect(files):
     assert program(pii, "detect", str(files / "a.py"), "--rules-only").stderr.endswith("found: 1 EMAIL\n")  # and nothing left out
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_an_exemption_is_of_one_line(tmp_path, end):
+    path = tmp_path / "a.py"
+    path.write_bytes(end.join(["# bob@mail.org  pii: allow", "# eve@mail.org", "", "host = '8.8.8.8'"]).encode())
+    result = program(pii, "detect", str(path), "--rules-only", "--fail")
+    assert result.returncode == 1 and f"{path}:2:3  ev" in result.stdout and f"{path}:4:9  8." in result.stdout
+    assert len(result.stdout.splitlines()) == 2
+    program(pii, "redact", str(path), "--rules-only", "--in-place")
+    assert path.read_bytes() == end.join(["# bob@mail.org  pii: allow", "# <EMAIL>", "", "host = '172.16.31.10'"]).encode()
+
+
+@given(
+    before=st.text(st.sampled_from("a \n\r\v\f\x1c\x85\u2028"), max_size=150),
+    behind=st.text(st.sampled_from("a \n\r\v\f\x1c\x85\u2028"), max_size=150),
+    allowed=st.booleans(),
+    size=st.sampled_from([170, 200, 1000]),  # a line of more than two of these is cut
+)
+@example("\r" * 169 + "\r\n", "", False, 170)
+@example("a" + "\r" * 169, "\n" * 100, False, 170)
+def test_lines_are_those_of_open(tmp_path_factory, before, behind, allowed, size):
+    """Numbers, columns and exemptions, whatever the line ends and wherever a long file is cut."""
+    path = tmp_path_factory.mktemp("lines") / "a.txt"
+    path.write_bytes(f"{before} bob@mail.org {behind}{'pii: allow' if allowed else ''}".encode())
+    with open(path, encoding="utf-8") as f:
+        lines = [(n, line) for n, line in enumerate(f.read().split("\n"), 1) if "bob@mail.org" in line]
+    with mock.patch.object(pii_detector, "SEGMENT", size):
+        found = [(n, column) for _, n, column, *_ in pii_detector.scan(Detector(rules=True), [str(path)], Counter())]
+    ((n, line),) = lines
+    assert found == ([] if "pii: allow" in line else [(n, line.index("bob@mail.org") + 1)])
+
+
 def test_who_reads_the_output_may_have_enough(files):
     (files / "many.py").write_text("# bob@mail.org\n" * 100_000)
     detect = f"{sys.executable} pii.py detect --rules-only {files / 'many.py'}"
@@ -378,6 +484,229 @@ def test_redact(files, tmp_path):
     (files / "a.py").write_bytes(before["a.py"])
     assert program(pii, "redact", *[str(files / "link.py")] * 2, "--rules-only", "--in-place").returncode == 0
     assert read(files / "a.py") == read(out / "a.py") and os.path.islink(files / "link.py")
+
+
+def test_redaction_in_place_keeps_the_file(tmp_path, monkeypatch):
+    """One in which nothing is found is not touched; else only content and time change: not mode, owner, attributes, names."""
+    clean, found = tmp_path / "clean.py", tmp_path / "found.py"
+    clean.write_text("x = 1\n")
+    found.write_text("# bob@mail.org\n")
+    for path in (clean, found):
+        os.chmod(path, 0o640)
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    with contextlib.suppress(OSError):  # where the disk has none
+        os.setxattr(found, "user.origin", b"here")
+    attributes = os.listxattr(found)
+    if os.getuid() == 0:
+        os.chown(found, 1234, 4321)
+    before = {path: os.stat(path) for path in (clean, found)}
+    start = time.time()
+    assert program(pii, "redact", str(tmp_path), "--rules-only", "--in-place").returncode == 0
+    untouched = os.stat(clean)
+    assert (untouched.st_ino, untouched.st_ctime_ns) == (before[clean].st_ino, before[clean].st_ctime_ns)
+    after = os.stat(found)
+    assert read(found) == b"# <EMAIL>\n" and after.st_mtime >= start - 1  # make and backups see the change
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before[found].st_mode, before[found].st_uid, before[found].st_gid)
+    assert os.listxattr(found) == attributes
+
+
+def forbidden(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("why", ["another name", "another's"])
+def test_what_a_rename_would_lose_is_written_over(tmp_path, monkeypatch, why):
+    """Hard links all get the redacted content; and a file that cannot be given back to its owner stays his."""
+    path, other = tmp_path / "a.py", tmp_path / "other name"
+    path.write_text("# bob@mail.org at a.very.long.host\n")
+    if why == "another name":
+        os.link(path, other)
+    else:
+        monkeypatch.setattr(os, "chown", forbidden)
+    inode = os.stat(path).st_ino
+    assert program(pii, "redact", str(path), "--rules-only", "--in-place").returncode == 0
+    assert read(path) == b"# <EMAIL> at a.very.long.host\n" and os.stat(path).st_ino == inode
+    assert why != "another name" or read(other) == read(path)
+    assert not list(tmp_path.glob(".redacting*"))
+
+
+@pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), SystemExit(143), KeyboardInterrupt()])
+def test_what_is_written_over_is_written_back(tmp_path, monkeypatch, stop):
+    path, copy = tmp_path / "a.py", shutil.copyfileobj
+    path.write_text("# bob@mail.org\n" * 100)
+    os.link(path, tmp_path / "b.py")
+
+    def half(source, file, **kwargs):  # then all is well
+        monkeypatch.setattr(shutil, "copyfileobj", copy)
+        file.write(source.read()[:50])
+        raise stop
+
+    monkeypatch.setattr(shutil, "copyfileobj", half)
+    with pytest.raises(type(stop)):
+        pii_detector.redact(Detector(rules=True), [str(path)])
+    assert read(path) == read(tmp_path / "b.py") == b"# bob@mail.org\n" * 100
+    assert sorted(os.listdir(tmp_path)) == ["a.py", "b.py"]
+
+
+def test_a_file_and_a_directory_of_one_name(tmp_path):
+    """Nothing is written where two copies would need one name, whichever comes first, and where a file stands in the way."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two" / "name" / "below").mkdir(parents=True)
+    (tmp_path / "one" / "name").write_text("x = 1\n")
+    (tmp_path / "two" / "a.py").write_text("x = 1\n")
+    (tmp_path / "two" / "name" / "below" / "a.py").write_text("x = 1\n")
+    one, two, out = (str(tmp_path / name) for name in ("one", "two", "out"))
+    for paths in ([one, two], [two, one], [os.path.join(one, "name"), two]):
+        result = program(pii, "redact", *paths, "--rules-only", "--out", out)
+        assert_refused(result, os.path.join(out, "name"), "both a file and a directory")
+        assert not os.path.exists(out)
+    os.mkdir(out)
+    (tmp_path / "out" / "name").write_text("mine")
+    assert_refused(program(pii, "redact", two, "--rules-only", "--out", out), "both a file and a directory")
+    os.remove(tmp_path / "out" / "name")
+    (tmp_path / "out" / "a.py").symlink_to("nowhere")
+    assert_refused(program(pii, "redact", two, "--rules-only", "--out", out), "exists already")
+    assert os.listdir(out) == ["a.py"]
+
+
+# ---- other encodings -------------------------------------------------------------------------------------------------------------
+
+WIDE = ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("encoding", WIDE)
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+def test_wide_text_is_read(tmp_path, encoding, mark):
+    """UTF-16 and UTF-32, of both orders, with a byte order mark and without."""
+    path, text = tmp_path / "a.txt", f"{mark}Grüße 🙂 an\r\n  bob@mail.org\n" + "eve@mail.org  pii: allow\n" + "x = 1\n" * 3000
+    path.write_bytes(text.encode(encoding))
+    result = program(pii, "detect", str(path), "--rules-only", "--fail")
+    assert result.returncode == 1 and f"{path}:2:3  bo" in result.stdout and "found: 1 EMAIL\n" in result.stderr
+    assert program(pii, "redact", str(path), "--rules-only", "--in-place").returncode == 0
+    assert read(path) == text.replace("bob@mail.org", "<EMAIL>").encode(encoding)
+    path.write_bytes(f"{mark}bob@mail.org".encode(encoding))
+    assert f"{path}:1:1  bo" in program(pii, "detect", str(path), "--rules-only").stdout
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x7fELF\2\1\1\0\0\0",
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+        b"\xff\xfea\0\0\0",  # a mark and a NUL
+        b"\xff\xfe\0\0\xff\xff\xff\xff",  # of UTF-32, which this is none
+        "Κόσμε".encode("utf-16-le") + b"\1\0",
+        np.arange(500, dtype=np.int16).tobytes(),
+        b"one\0two\0three",
+    ],
+)
+def test_binaries_stay_binary(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    assert "left out: 1 binary" in program(pii, "detect", str(tmp_path), "--rules-only").stderr
+
+
+@given(
+    text=st.text(max_size=60),
+    encoding=st.sampled_from(WIDE),
+    tail=st.sampled_from([b"", b"\0", b"\x41\xd8"]),
+    half=st.sampled_from(["", "\ud83d", "\ude42"]),
+    size=st.sampled_from([16, 30, 1000]),
+    seed=st.integers(0, 5),
+)
+def test_redaction_of_wide_text(tmp_path_factory, text, encoding, tail, half, size, seed):
+    """Half pairs, half characters at the end, and characters cut by the end of a block come back as they were."""
+    directory = tmp_path_factory.mktemp("wide")
+    content = f"\ufeff{text}{half} 8.8.8.8\n{half}{text}".replace("\0", "").encode(encoding, "surrogatepass") + tail
+    source, once, twice = (str(directory / name) for name in ("a.py", "once.py", "twice.py"))
+    (directory / "a.py").write_bytes(content)
+    with mock.patch.object(pii_detector, "SEGMENT", size):
+        with open(source, "rb") as f:
+            assert pii_detector.encoding_of(f) == encoding
+            assert b"".join(t.encode(e, "surrogatepass") for t, e in pii_detector.segments(f, encoding)) == content
+        for detector in (Detector(rules=True), Random(seed)):
+            pii_detector.redact_file(detector, source, once, encoding)
+            pii_detector.redact_file(detector, once, twice, encoding)
+            assert read(once) == read(twice) and read(once).startswith("\ufeff".encode(encoding))
+            with open(once, "rb") as f:
+                assert pii_detector.encoding_of(f) == encoding
+
+
+# ---- files that change -----------------------------------------------------------------------------------------------------------
+
+
+class Meanwhile(Detector):
+    """The rules, and what another program does while they look."""
+
+    def __init__(self, act):
+        super().__init__(rules=True)
+        self.act = act
+
+    def find(self, texts):
+        self.act()
+        return super().find(texts)
+
+
+def test_files_that_vanish_or_change(tmp_path, monkeypatch):
+    """Other files are read all the same; what another program wrote is neither lost nor half redacted; all is said."""
+    monkeypatch.setattr(pii_detector, "GATHER", 1)
+    names = [f"{i}.py" for i in range(4)]
+
+    def fresh():
+        for name in names:
+            (tmp_path / name).write_text(f"# bob{name[0]}@mail.org\n")
+
+    def vanish():
+        (tmp_path / "1.py").unlink(missing_ok=True)
+
+    fresh()
+    skipped = Counter()
+    found = [e[-1] for e in pii_detector.scan(Meanwhile(vanish), [str(tmp_path)], skipped)]
+    assert found == ["bob0@mail.org", "bob2@mail.org", "bob3@mail.org"] and skipped == {"unreadable": 1}
+
+    fresh()
+    counts, skipped = pii_detector.redact(Meanwhile(vanish), [str(tmp_path)])
+    assert counts == {"EMAIL": 3} and sum(skipped.values()) == 1 and sorted(os.listdir(tmp_path)) == ["0.py", "2.py", "3.py"]
+
+    fresh()
+    counts, skipped = pii_detector.redact(Meanwhile(lambda: (tmp_path / "0.py").write_text("# new\n")), [str(tmp_path)])
+    assert counts == {"EMAIL": 3} and skipped == {"changed by another program meanwhile": 1}
+    assert (tmp_path / "0.py").read_text() == "# new\n"
+    assert sorted(os.listdir(tmp_path)) == names
+
+    def unlink():
+        (tmp_path / "0.py").unlink(missing_ok=True)
+
+    fresh()
+    counts, skipped = pii_detector.redact(Meanwhile(unlink), [str(tmp_path)])
+    assert counts == {"EMAIL": 3} and skipped == {"removed by another program meanwhile": 1}
+
+
+def test_a_file_that_cannot_be_read_on(tmp_path, monkeypatch):
+    """A disk that fails, UTF-32 that ends to be any: what was found is shown, the next file is read, and it is said."""
+    wide = "\ufeff".encode("utf-32-le") + ("x = 1  # bob@mail.org\n" * 1000).encode("utf-32-le")
+    (tmp_path / "a.py").write_bytes(wide + b"\xff" * 4)
+    (tmp_path / "b.py").write_text("# eve@mail.org\n")
+    monkeypatch.setattr(pii_detector, "SEGMENT", 1000)
+    skipped = Counter()
+    found = [e[-1] for e in pii_detector.scan(Detector(rules=True), [str(tmp_path)], skipped)]
+    assert "bob@mail.org" in found and "eve@mail.org" in found and skipped == {"unreadable": 1}
+    counts, skipped = pii_detector.redact(Detector(rules=True), [str(tmp_path)])
+    assert counts == {"EMAIL": 1} and skipped == {"unreadable": 1} and read(tmp_path / "a.py") == wide + b"\xff" * 4
+
+
+@pytest.mark.slow
+def test_a_stopped_detection_prints_what_it_found(tmp_path):
+    """SIGTERM: whole lines, and a status that says so."""
+    (tmp_path / "long.py").write_text("# bob@mail.org 8.8.8.8\n" * 300_000)
+    arguments = ["detect", str(tmp_path / "long.py"), "--rules-only", "--json"]
+    with open(tmp_path / "found.json", "wb") as out:
+        process = subprocess.Popen([sys.executable, "pii.py", *arguments], cwd=ROOT, stdout=out, stderr=subprocess.DEVNULL)
+    while not os.path.getsize(tmp_path / "found.json"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert all(json.loads(line)["line"] for line in read(tmp_path / "found.json").splitlines())
 
 
 def test_nothing_half_written_is_left(tmp_path):
@@ -438,6 +767,71 @@ def encoder(small_corpus, tmp_path_factory):
     StarEncoderForPreTraining(config).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
+
+
+@pytest.fixture(scope="module")
+def untrained(encoder):
+    """A model that has learned nothing, and is sure of it: it sees all kinds of entities everywhere."""
+    torch.manual_seed(1)
+    model = StarEncoderForTokenClassification.from_pretrained(encoder, id2label=dict(enumerate(LABELS)))
+    with torch.no_grad():
+        model.classifier.weight.normal_(std=0.5)
+    return model.eval(), Tokenizer.from_pretrained(encoder)
+
+
+PIECES = ["a@b.org", "8.8.8.8", "<NAME>", "AKIA" + "A1" * 8, "\r", "\r\n", "pii: allow", "x" * 70, "...", " = '", "\ufeff"]
+ANY_TEXT = st.lists(st.text(max_size=20) | st.sampled_from(PIECES), max_size=30).map("".join)
+ANY_CODE_POINTS = st.text(st.characters(codec=None, categories=None), max_size=60)  # halves of pairs too
+
+
+@given(
+    text=ANY_TEXT | ANY_CODE_POINTS,
+    repeats=st.sampled_from([1, 1, 1, 7]),
+    rules=st.booleans(),
+    threshold=st.sampled_from([0.0, 0.3, 0.9]),
+)
+@example("", 1, True, 0.0)
+@example("\ud83d\ude42 \ude42\ud83d", 7, True, 0.0)
+def test_any_model_finds_entities_in_any_text(untrained, text, repeats, rules, threshold):
+    """Sorted, apart, within the text, and each a category's; to replace them changes nothing else."""
+    text *= repeats
+    (found,) = Detector(*untrained, rules=rules, threshold=threshold).find([text])
+    assert all(a.end <= b.start for a, b in zip(found, found[1:]))
+    for entity in found:
+        assert 0 <= entity.start < entity.end <= len(text) and entity.category in pii_data.CATEGORIES
+        assert threshold <= entity.score < 1.001 and type(entity.start) is type(entity.end) is int
+        assert any(c.isalnum() for c in text[entity.start : entity.end])
+
+    entities = pii_detector.outside_placeholders(text, pii_detector.not_allowed(text, found))
+    rest, at = pii_detector.redacted(text, entities, {}), 0
+    private = pii_detector.PRIVATE[4] + pii_detector.PRIVATE[6]
+    for start, end, category, _ in entities:
+        assert rest.startswith(text[at:start])
+        rest, at = rest[start - at :], end
+        (replacement,) = [r for r in (private if category == "IP_ADDRESS" else [f"<{category}>"]) if rest.startswith(r)]
+        rest = rest.removeprefix(replacement)
+    assert rest == text[at:]
+
+
+@given(
+    text=ANY_TEXT,
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-be", "utf-32"]),
+    size=st.sampled_from([40, 1000]),
+    rules=st.booleans(),
+)
+def test_what_any_model_redacts_it_leaves_alone(untrained, tmp_path_factory, text, encoding, size, rules):
+    """A file redacted again is the same, in any encoding; exempted lines and line ends are."""
+    directory = tmp_path_factory.mktemp("untrained")
+    content = f"Kate {text}\r\nKate eve@mail.org 9.9.9.9 pii: allow\r\n{text}".encode(encoding, errors="ignore")
+    (directory / "a.py").write_bytes(content)
+    detector = Detector(*untrained, rules=rules)
+    with mock.patch.object(pii_detector, "SEGMENT", size):
+        pii_detector.redact(detector, [str(directory / "a.py")], str(directory / "once"))
+        pii_detector.redact(detector, [str(directory / "once")], str(directory / "twice"))
+    once = read(directory / "once" / "a.py")
+    assert once == read(directory / "twice" / "a.py")
+    exempted = "eve@mail.org 9.9.9.9 pii: allow\r\n".encode(encoding.replace("-sig", ""))
+    assert exempted.removeprefix(b"\xff\xfe\0\0").removeprefix(b"\xff\xfe") in once
 
 
 @pytest.fixture(scope="module")
