@@ -24,6 +24,7 @@ import pii
 import pii_data
 import pii_detector
 import pii_eval
+import train
 from data import Tokenizer
 from pii_detector import LABELS, Detector, Entity
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
@@ -517,6 +518,16 @@ def test_early_stopping_and_random_weights(encoder, labelled, tmp_path):
     other = shutil.copytree(labelled, tmp_path / "other")
     with pytest.raises(ValueError, match="holds a run with data"):
         pii.train(config_of(encoder, str(other), tmp_path / "pii", learning_rate=0.0, patience=2, random_weights=True))
+
+
+@pytest.mark.parametrize("begun, chosen", [(True, "bfloat16"), (False, "float32")])
+def test_a_fine_tuning_keeps_its_dtype_on_another_cpu(encoder, labelled, tmp_path, monkeypatch, begun, chosen):
+    config = config_of(encoder, labelled, tmp_path / "pii", dtype="auto", steps=2, eval_every=2)
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: begun)
+    pii.train(config)
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: not begun)
+    pii.train(config)
+    assert json.loads(read(os.path.join(config.out, "train.json")))["dtype"] == chosen
 
 
 @pytest.mark.slow
