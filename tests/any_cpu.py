@@ -1,8 +1,7 @@
-"""The tests under settings that make this CPU compute like another one: `python tests/any_cpu.py [--seeds N] [PYTEST ARGUMENT ...]`.
+"""The tests as on other CPUs: `python tests/any_cpu.py -m "not slow"`; whatever it does not know goes to pytest.
 
-PyTorch, oneDNN and OpenMP each read a variable that narrows what they use of the CPU, and so the order in which they add. A test that
-passes here and fails under one of them depends on how this CPU rounds. Prints a table; the exit status is 1 if a test failed.
-Example: `python tests/any_cpu.py -m "not slow"`. What pytest says of each setting is in any_cpu.log, in the working directory.
+PyTorch, oneDNN and OpenMP each read a variable that narrows what they use of a CPU, and so changes the order in which they add. A test
+that passes without and fails with one of them depends on how this CPU rounds. Prints a table, under each line the tests that failed.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import sys
 import time
 
 SETTINGS = [
-    "ATEN_CPU_CAPABILITY=default",  # no vector instructions in PyTorch's own loops
+    "ATEN_CPU_CAPABILITY=default",  # PyTorch's own loops without vector instructions
     "ATEN_CPU_CAPABILITY=avx2",
     "ATEN_CPU_CAPABILITY=avx512",
     "ONEDNN_MAX_CPU_ISA=AVX2",
@@ -26,25 +25,27 @@ SETTINGS = [
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Run the tests as on other CPUs; all other arguments are pytest's.")
-    parser.add_argument("--settings", nargs="+", default=SETTINGS, help="instead of all: NAME=VALUE, or several joined by commas")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="hypothesis seeds to try under each setting (default: 1)")
-    arguments, for_pytest = parser.parse_known_args()
-    row, failures = "{:60} {:>4} {:>7} {:>7} {:>8}", 0
+    parser = argparse.ArgumentParser(description="Run the tests as on other CPUs. All other arguments are pytest's.", allow_abbrev=False)
+    parser.add_argument("--setting", action="append", help="NAME=VALUE, or several joined by commas; may be repeated (default: all)")
+    parser.add_argument("--seed", type=int, action="append", help="of hypothesis; may be repeated (default: 1)")
+    ours, for_pytest = parser.parse_known_args()
+
+    row, sound = "{:80} {:>4} {:>7} {:>7} {:>8}", True
     print(row.format("setting", "seed", "passed", "failed", "seconds"))
-    for seed, setting in itertools.product(arguments.seeds, arguments.settings):
+    for seed, setting in itertools.product(ours.seed or [1], ours.setting or SETTINGS):
         environment = os.environ | dict(part.split("=") for part in setting.split(","))
         command = [sys.executable, "-m", "pytest", "-q", f"--hypothesis-seed={seed}", *for_pytest]
         begin = time.monotonic()
-        said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         seconds = time.monotonic() - begin
-        with open("any_cpu.log", "a") as log:
-            log.write(f"\n==== {setting}, seed {seed}\n{said}")
-        last = said.strip().rsplit("\n", 1)[-1]
-        passed, failed = (sum(map(int, re.findall(rf"(\d+) {words}", last))) for words in ("passed", "(?:failed|error)"))
-        failures += failed or not passed
+
+        counts = result.stdout.strip().rsplit("\n", 1)[-1]  # such as "1 failed, 350 passed in 173.17s"
+        passed, failed = (sum(map(int, re.findall(rf"(\d+) {words}", counts))) for words in ("passed", "(?:failed|error)"))
         print(row.format(setting, seed, passed, failed, f"{seconds:.0f}"), flush=True)
-    raise SystemExit(failures > 0)
+        for line in re.findall(r"^(?:FAILED|ERROR) .*", result.stdout, re.MULTILINE):
+            print(line, flush=True)
+        sound = sound and result.returncode == 0
+    raise SystemExit(not sound)
 
 
 if __name__ == "__main__":
