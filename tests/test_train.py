@@ -309,11 +309,12 @@ def test_evaluation_is_the_mean_over_its_pairs(small_corpus):
     figures = [train.evaluate(model, dataset, 21, micro, train.Ranks()) for micro in (21, 4)]
     batch = data.collate([dataset[i] for i in range(21)])
     out = model.eval()(*batch)
-    assert abs(figures[0]["mlm_loss"] - out.mlm_loss.item()) < 1e-5
+    rounding = len(batch.labels) * torch.finfo(torch.float32).eps  # of a sum of so many losses, as a part of it
+    assert abs(figures[0]["mlm_loss"] / out.mlm_loss.item() - 1) < rounding
     counts = np.bincount(batch.labels)
     assert figures[0]["majority_accuracy"] == counts.max() / counts.sum()
     for key, value in figures[0].items():
-        assert abs(value - figures[1][key]) < 1e-6
+        assert abs(value - figures[1][key]) <= rounding * value, key
 
 
 def test_published_arithmetic():
