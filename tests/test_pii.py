@@ -472,6 +472,7 @@ def test_training_learns_and_opens_in_transformers(trained, labelled):
     out, f1 = trained
     assert f1 > 0.8 and os.path.exists(os.path.join(out, "curves.png"))
     detector = Detector.from_pretrained(out, "cpu")
+    detector.dtype = "float32"  # as it was evaluated in training
     assert pii.evaluate(detector.find, pii.read_labelled(os.path.join(labelled, "validation.jsonl")))["macro"]["f1"] >= f1 - 1e-6
     theirs = transformers.BertForTokenClassification.from_pretrained(out).eval()
     assert list(theirs.config.id2label.values()) == LABELS and theirs.config.label2id["B-KEY"] == LABELS.index("B-KEY")
@@ -557,6 +558,7 @@ def _rank(rank, config, directory):
 def test_the_model_alone_is_no_slower_to_be_right_in_company(trained):
     """What is found in a text does not depend on the texts beside it."""
     detector = Detector.from_pretrained(trained[0], "cpu", threshold=0.0)
+    detector.dtype = "float32"  # of bfloat16's few values two are often equal, and the shape of a batch decides how they are rounded
     texts = [f"x = {w}\nname = {w}\n" * n for n, w in ((1, "uvwxy"), (9, "fghab"), (0, ""), (40, "zuvxy"))]
     together = detector.find(texts)
     for text, found in zip(texts, together):
