@@ -37,7 +37,7 @@ from pii_detector import LABELS, RULE_CATEGORIES, Detector, pack, redact, redact
 from ranks import Ranks
 from run_directory import Metrics, draw_curves, newest_sound_checkpoint, open_run, save_checkpoint, step_of
 from starencoder import StarEncoderConfig, StarEncoderForTokenClassification
-from train import dtype_of, make_optimizer, option, until_signal
+from train import dtype_of_run, make_optimizer, option, until_signal
 
 # Categories of the annotated set that are no category here. They neither teach nor count.
 IGNORED = set("EMAIL_EXAMPLE NAME_EXAMPLE USERNAME_EXAMPLE KEY_EXAMPLE PASSWORD_EXAMPLE IP_EXAMPLE AMBIGUOUS ID SSH_KEY".split())
@@ -196,7 +196,7 @@ class PIIConfig:
     patience: int = option(10, "evaluations without a better F1 after which the run ends")
     seed: int = option(0, "fixes the new weights, the order of the windows and dropout")
     device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
-    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it")
+    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it fast")
     keep_checkpoints: int = option(1, "the newest to keep")
     timeout: int = option(600, "seconds after which a rank that does not answer is given up")
     log_every: int = option(10, "steps between lines written to metrics.jsonl")
@@ -271,7 +271,7 @@ def _train(config, ranks):
         if config.batch_size < ranks.world_size:
             raise ValueError(f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a window")
         optimizer = make_optimizer(model, config)
-        dtype = dtype_of(config, device)
+    dtype = dtype_of_run(config, ranks)
     with ranks.together():
         if lead:
             open_run(config, asdict(config) | {"dtype": dtype}, MACHINE_FIELDS)

@@ -81,6 +81,15 @@ def warn(text):
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
+def arguments_of(out):
+    """The resolved arguments of the run in `out`, a dict, {} where there is none. Raises ValueError where its train.json is damaged."""
+    path = os.path.join(out, "train.json")
+    arguments = read_json(path) if os.path.exists(path) else {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{path}: damaged (no arguments of a run)")
+    return arguments
+
+
 def open_run(config, resolved, free):
     """Makes the run directory, or checks that the run in it has the same arguments, but for the names in `free`.
 
@@ -88,7 +97,7 @@ def open_run(config, resolved, free):
     """
     path = os.path.join(config.out, "train.json")
     if os.path.exists(path):
-        before = read_json(path)
+        before = arguments_of(config.out)
         for name, value in resolved.items():
             if name not in free and before.get(name, value) != value:
                 raise ValueError(f"{config.out} holds a run with {name} {before.get(name)}, not {value}; choose another --out")

@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -36,7 +37,17 @@ import kernels
 import plan
 from data import STOP_SIGNALS, Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_meta, run, share
 from ranks import Ranks
-from run_directory import Metrics, draw_curves, draw_pretraining, newest_sound_checkpoint, open_run, save_checkpoint, step_of, warn
+from run_directory import (
+    Metrics,
+    arguments_of,
+    draw_curves,
+    draw_pretraining,
+    newest_sound_checkpoint,
+    open_run,
+    save_checkpoint,
+    step_of,
+    warn,
+)
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, fill_mask
 
 # ---- arguments -------------------------------------------------------------------------------------------------------------------
@@ -79,7 +90,7 @@ class TrainConfig:
     seed: int = option(0, "fixes initial weights, examples, masks and dropout")
     # the machine, and what is written when
     device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
-    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it")
+    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it fast")
     compile: bool = option(False, "run the steps through torch.compile (a minute to begin with; for GPUs)")
     workers: int = option(1, "background processes that make batches, for each rank; 0: none")
     eval_every: int = option(1000, "steps between evaluations")
@@ -167,12 +178,40 @@ def model_shape(config, vocab_size):
     return shape | {"vocab_size": vocab_size, "max_position_embeddings": config.max_length}
 
 
+@functools.cache
+def multiplies_bfloat16():
+    """Whether this CPU multiplies bfloat16 in at most 3/4 of float32's time: by trial, as its flags do not say what oneDNN makes of them.
+
+    Where oneDNN may not use a CPU's bf16 instructions it multiplies all the same, up to a hundred times slower.
+    """
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}  # seconds
+    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in best}
+    begin, turns = time.perf_counter(), 0
+    while turns < 4 or time.perf_counter() - begin < 0.3:  # the first warms up
+        for dtype, matrix in matrices.items():
+            start = time.thread_time()  # not the clock's: on a busy machine that counts what others compute
+            matrix @ matrix
+            best[dtype] = min(best[dtype], time.thread_time() - start)
+        turns += 1
+    return best[torch.bfloat16] < 0.75 * best[torch.float32]
+
+
 def dtype_of(config, device):
-    """The dtype of the computation, "bfloat16" or "float32": where it was left open, the former if the device multiplies it."""
+    """The dtype of the computation, "bfloat16" or "float32": where it was left open, the former if the device multiplies it fast."""
     if config.dtype != "auto":
         return config.dtype
-    multiplies_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return "bfloat16" if device.type == "cuda" or multiplies_bf16 else "float32"
+    return "bfloat16" if device.type == "cuda" or multiplies_bfloat16() else "float32"
+
+
+def dtype_of_run(config, ranks):
+    """`dtype_of` on the first rank, for all ranks; where `config` leaves it open and continues a run, that of the run, on any CPU."""
+    chosen = None
+    with ranks.together():
+        if ranks.rank == 0:
+            begun = arguments_of(config.out).get("dtype") if config.dtype == "auto" else None
+            chosen = begun or dtype_of(config, ranks.device)
+    bfloat16 = any(ranks.sum([chosen == "bfloat16"]))
+    return "bfloat16" if bfloat16 else "float32"
 
 
 def learning_rate(config, step):
@@ -302,6 +341,7 @@ def _train(config, ranks):
         if lead and config.data == DEFAULT_DATA and not os.path.exists(os.path.join(DEFAULT_DATA, "meta.json")):
             say(f"No corpus at {DEFAULT_DATA} yet: making it from the standard library of this Python.")
             say(corpus.summary(corpus.prepare(None, DEFAULT_DATA, vocab_size=config.vocab_size or DEFAULT_VOCAB_SIZE)))
+    dtype = dtype_of_run(config, ranks)
     with ranks.together():  # data, model, optimizer
         meta = read_meta(config.data)
         if config.vocab_size not in (None, meta["vocab_size"]):
@@ -313,7 +353,6 @@ def _train(config, ranks):
         train_set = PairDataset(config.data, "train", config.max_length, config.seed)
         held_out = PairDataset(config.data, "validation", config.max_length, seed=0)
         tokenizer = Tokenizer.from_pretrained(config.data)
-        dtype = dtype_of(config, device)
         autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         torch.manual_seed(config.seed)  # for the initial weights; nothing after this draws from torch's generators
         shape = model_shape(config, meta["vocab_size"])

@@ -1,4 +1,8 @@
-"""The notebooks: their outputs are those of the code, no exercise comes solved, each solution solves it; and the five changes fit."""
+"""The notebooks: their outputs are those of the code, no exercise comes solved, each solution solves it; and the five changes fit.
+
+What a trained model says depends on how a CPU rounds, and what a clock says on the day. A cell that prints either has the tag `varies`:
+its text is not compared, and its assertions say what holds everywhere. Any other cell prints the same on all machines.
+"""
 
 import glob
 import math
@@ -77,7 +81,7 @@ def test_form(path):
     exercises = [cell for cell in code if "checker" in tags(cell)]
     assert 3 <= len(exercises) <= 5 and set(solutions(path)) == set(range(1, len(exercises) + 1))
     assert all("not solved yet" in text_of(cell) for cell in exercises)
-    assert sum("varies" in tags(cell) for cell in code) <= 3
+    assert all("assert" in cell.source for cell in code if "varies" in tags(cell))
 
 
 def test_no_cell_repeats_the_code():
@@ -93,7 +97,7 @@ def test_no_cell_repeats_the_code():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_executes_as_it_stands_here(path):
-    """Each checker fails on its stub and passes on the solution; all other cells say again what they say here."""
+    """Each checker fails on its stub and passes on the solution; all cells but those that vary say again what they say here."""
     committed, notebook = nbformat.read(path, 4), nbformat.read(path, 4)
     now, cells, solved = list(notebook.cells), [], []
     for cell in now:

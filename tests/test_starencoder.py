@@ -368,17 +368,24 @@ def test_labels_may_be_given_by_position_or_by_token():
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), share=st.floats(0, 1), seed=st.integers(0, 2**31))
 def test_the_fast_step_is_the_plain_one(lengths, share, seed):
-    compare_fast_and_plain(torch.float64, 1e-6, lengths, share, seed)
+    (fast_loss, fast), (plain_loss, plain) = fast_and_plain(torch.float64, lengths, share, seed)
+    assert abs(fast_loss - plain_loss) <= 1e-6 * plain_loss
+    assert (fast - plain).norm() <= 1e-6 * plain.norm()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_fast_step_is_the_plain_one_in_bf16(seed):
+def test_the_fast_step_is_as_good_as_the_plain_one_in_bf16(seed):
     """On batches of some size: where a gradient is next to nothing, its rounding errors are not."""
-    compare_fast_and_plain(torch.bfloat16, 1e-2, [1, 2, 40, 17, 33, 40, 5, 28], 0.3, seed)
+    batch = ([1, 2, 40, 17, 33, 40, 5, 28], 0.3, seed)
+    (fast_loss, fast), (plain_loss, plain) = fast_and_plain(torch.bfloat16, *batch)
+    _, (exact_loss, exact) = fast_and_plain(torch.float64, *batch)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert abs(fast_loss - exact_loss) <= eps * exact_loss and abs(plain_loss - exact_loss) <= eps * exact_loss
+    assert (fast - exact).norm() <= 1.25 * (plain - exact).norm() < 0.05 * exact.norm()
 
 
-def compare_fast_and_plain(dtype, tolerance, lengths, share, seed):
-    """Last layer and head on the asked positions alone, cross-entropy in place: the loss and gradient of computing everything."""
+def fast_and_plain(dtype, lengths, share, seed):
+    """(loss, gradient) with last layer and head on the asked positions alone and cross-entropy in place, and of computing everything."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = StarEncoderForPreTraining(small_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1))
@@ -401,9 +408,7 @@ def compare_fast_and_plain(dtype, tolerance, lengths, share, seed):
         results.append(
             (loss.item(), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]))
         )
-    (fast_loss, fast), (plain_loss, plain) = results
-    assert abs(fast_loss - plain_loss) <= tolerance * plain_loss
-    assert (fast - plain).norm() <= tolerance * plain.norm()
+    return results
 
 
 @given(rows=st.integers(0, 700), columns=st.integers(2, 40), seed=st.integers(0, 2**31), ignored=st.booleans())
