@@ -289,6 +289,9 @@ def _train(config, ranks):
     ddp = model
     if ranks.world_size > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        (ids, cu_seqlens), (labels, _) = [pack([array], device) for array in train_set[0]]
+        ddp(ids, cu_seqlens, labels, seed=0).loss.backward()  # DDP sorts its buckets after this one: see train.py
+        optimizer.zero_grad(set_to_none=True)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters / 1e6:.2f} M parameters; {len(labelled['train']):,} documents, {len(train_set):,} windows; {config.steps:,} steps of")
     say(f"{config.batch_size} windows of up to {model.config.max_position_embeddings} tokens on {device}, {dtype}")

@@ -349,6 +349,15 @@ def _train(config, ranks):
         ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         if config.bf16_gradients:
             ddp.register_comm_hook(None, bf16_compress_hook)
+        # After its first backward pass DDP sorts its buckets by when gradients came, and from three ranks up
+        # gloo then sums in another order. Have that pass here, on one example, and drop its gradient: no step
+        # depends on being the first after a start. (find_unused_parameters=True would keep the first buckets,
+        # at the price of a walk through the graph in every step.)
+        example = Batch(*(t.to(device) for t in collate([train_set[0]])))
+        with autocast():
+            loss, *_ = loss_on(ddp, example, 1, 1, seed=0)
+        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
     if config.compile:  # after DDP, so that its buckets stay overlapped; evaluation goes on with `model`, whose shapes vary
         ddp = torch.compile(ddp)
 

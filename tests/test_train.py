@@ -27,7 +27,7 @@ import starencoder
 import train
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, embed, fill_mask
 
-TWO_RANKS = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node"]
 MODEL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
@@ -36,6 +36,13 @@ def tiny(small_corpus, out, **overrides):
     fields = dict(max_length=48, steps=6, batch_size=8, micro_batch_size=3, learning_rate=1e-2, warmup_steps=2, device="cpu")
     fields |= dict(dtype="float32", workers=0, eval_every=4, eval_examples=16, save_every=2, log_every=3)
     return train.TrainConfig(data=small_corpus, out=str(out), **(MODEL | fields | overrides))
+
+
+def on_ranks(count, config):
+    """Runs train.py on so many ranks, as a user would."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v is not None and not isinstance(v, bool)]
+    flags += ["--compile"] * config.compile
+    return command(*TORCHRUN, str(count), "train.py", *flags, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 # ---- one gradient, however it is computed ----
@@ -240,6 +247,19 @@ def test_a_killed_process_goes_on(small_corpus, tmp_path):
     assert_same(list(a), list(b))
 
 
+@pytest.mark.slow
+def test_three_ranks_that_go_on_end_with_the_same_bits(small_corpus, tmp_path):
+    """The sum of two numbers is the same in either order; that of three is not, and DDP and gloo must keep to one."""
+    config = tiny(small_corpus, tmp_path / "run", batch_size=9)
+    result = on_ranks(3, config)
+    assert result.returncode == 0, result.stderr
+    whole = finished(config)
+    os.remove(run_directory.newest_sound_checkpoint(config))
+    result = on_ranks(3, config)
+    assert result.returncode == 0 and "after step 4." in result.stdout, result.stderr
+    assert_same(list(finished(config)), list(whole))
+
+
 # ---- figures ----
 
 
@@ -249,9 +269,7 @@ def test_a_compiled_run_is_the_plain_one(small_corpus, tmp_path):
     lines = []
     for name in ("plain", "compiled"):
         config = tiny(small_corpus, tmp_path / name, compile=name == "compiled", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v is not None and not isinstance(v, bool)]
-        flags += ["--compile"] * config.compile
-        result = command(*TWO_RANKS, "train.py", *flags)
+        result = on_ranks(2, config)
         assert result.returncode == 0, result.stderr
         with open(tmp_path / name / "metrics.jsonl") as f:
             lines.append([json.loads(line) for line in f])
@@ -552,8 +570,7 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu(small_corpus):
 
 @pytest.mark.slow
 def test_a_refusal_on_one_rank_ends_all_with_one_line(small_corpus, undisturbed):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    result = command(*launch, "train.py", "--data", small_corpus, "--out", undisturbed.out, "--device", "cpu")
+    result = command(*TORCHRUN, "2", "train.py", "--data", small_corpus, "--out", undisturbed.out, "--device", "cpu")
     assert result.returncode != 0
     assert result.stderr.count("train.py: error: ") == 1 and "holds a run with" in result.stderr
     assert "RuntimeError" not in result.stderr
