@@ -33,7 +33,19 @@ import numpy as np
 from tqdm import tqdm
 
 import sources as readers
-from data import INDEX, CommandLine, Tokenizer, part_file, read_json, read_meta, run, train_tokenizer, windows_table, write_whole
+from data import (
+    INDEX,
+    CommandLine,
+    Tokenizer,
+    lock_directory,
+    part_file,
+    read_json,
+    read_meta,
+    run,
+    train_tokenizer,
+    windows_table,
+    write_whole,
+)
 
 PART_BYTES = 128_000_000  # of text: about 35 M tokens
 CHUNK_BYTES = 1_000_000  # that a process is handed at once, so that handing them over costs little
@@ -276,6 +288,7 @@ def prepare(
         "near_dedup": near_dedup, "part_bytes": part_bytes,
     }  # fmt: skip
     begun = _open(out, arguments)
+    lock = lock_directory(out, ".lock" if shard[1] == 1 else f".{shard[0]}-of-{shard[1]}.lock")
     try:
         which = dict(commits=commits, languages=languages, limit=limit_per_language)
         if os.path.exists(os.path.join(out, "tokenizer.json")):
@@ -297,6 +310,7 @@ def prepare(
         made = trained or glob.glob(os.path.join(glob.escape(out), "[0-9]*.json"))
         if begun and shard[1] == 1 and not made:
             shutil.rmtree(out, ignore_errors=True)  # nothing worth keeping was made
+        lock.close()
 
 
 def _open(out, arguments):

@@ -36,7 +36,17 @@ import kernels
 import plan
 from data import STOP_SIGNALS, Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_meta, run, share
 from ranks import Ranks
-from run_directory import Metrics, draw_curves, draw_pretraining, newest_sound_checkpoint, open_run, save_checkpoint, step_of, warn
+from run_directory import (
+    Metrics,
+    draw_curves,
+    draw_pretraining,
+    load_checkpoint,
+    newest_sound_checkpoint,
+    open_run,
+    save_checkpoint,
+    step_of,
+    warn,
+)
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, fill_mask
 
 # ---- arguments -------------------------------------------------------------------------------------------------------------------
@@ -290,11 +300,12 @@ def train(config):
     Raises ValueError for arguments, a corpus or a run directory that do not fit together.
     """
     ranks = Ranks.start(config.device, config.timeout)
-    with ranks.watched():
-        return _train(config, ranks)
+    with ranks.watched(), contextlib.ExitStack() as held:
+        return _train(config, ranks, held)
 
 
-def _train(config, ranks):
+def _train(config, ranks, held):
+    """held: an ExitStack that keeps the lock on the run directory."""
     lead, device = ranks.rank == 0, ranks.device
     say = print if lead else lambda *_: None
 
@@ -322,7 +333,8 @@ def _train(config, ranks):
     with ranks.together():  # where were we?
         if lead:
             corpus_facts = {"tokenizer_sha256": meta["tokenizer_sha256"], "train_tokens": meta["splits"]["train"]["tokens"]}
-            open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts, MACHINE_FIELDS)
+            resolved = asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts
+            held.enter_context(open_run(config, resolved, MACHINE_FIELDS))
     with ranks.together():
         path = newest_sound_checkpoint(config) if lead else None
     first = int(ranks.sum([step_of(path) if path else 0])[0])  # the first rank's word
@@ -331,10 +343,7 @@ def _train(config, ranks):
             path = os.path.join(config.out, "checkpoints", f"{first:08d}.pt")
             if not os.path.exists(path):
                 raise ValueError(f"rank {ranks.rank} does not see {path}: all ranks must share {config.out}")
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            del checkpoint
+            load_checkpoint(path, model, optimizer, device)
         tensorboard = None
         if config.tensorboard:
             try:
