@@ -100,8 +100,9 @@ class Ranks:
         """A rank that dies or hangs in here ends the others with status 1 and one sentence that names it, by the first that noticed."""
         told = threading.Event()
         over = threading.Event()
+        answering = threading.Thread(target=self._answer, args=(told, over), daemon=True)
         if self.world_size > 1:
-            threading.Thread(target=self._answer, args=(told, over), daemon=True).start()
+            answering.start()
         try:
             yield
         except RuntimeError as error:
@@ -116,6 +117,8 @@ class Ranks:
             os._exit(1)  # at once: what NCCL waits for will never come
         finally:
             over.set()
+            if self.world_size > 1:
+                answering.join(GRACE)  # Python aborts where its end finds a thread inside of the store
 
     def _answer(self, told, over):
         """Marks this process as alive when another rank has noticed a death, and sets `told`: a thread of its own, as the main one may

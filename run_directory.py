@@ -37,8 +37,9 @@ def save_checkpoint(config, model, optimizer, tokenizer, step, publish=True):
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+        for half in (path, os.path.join(config.out, "config.json"), os.path.join(config.out, "model.safetensors")):
+            with contextlib.suppress(OSError):
+                os.remove(half + ".tmp")  # it may take the room that the metrics need
         raise OSError(f"{path} cannot be written ({first_line(error)}); make room, and the same command goes on") from None
     for old in [path for path in checkpoints(config) if step_of(path) <= step][: -config.keep_checkpoints]:
         if step_of(old) % config.keep_every:
@@ -246,6 +247,8 @@ def draw_curves(run, draw):
         figure.savefig(temporary, dpi=100)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)  # half of it may take the room that the metrics need
         warn(f"{path} cannot be drawn ({error})")
 
 

@@ -177,7 +177,7 @@ def test_a_run_is_what_it_says(undisturbed, tokenizer, capsys):
     assert "held-out code" in capsys.readouterr().out
 
 
-def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys):
+def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "f1": 0.5}\n')
 
     def draw(figure, steps, lines):
@@ -188,10 +188,13 @@ def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys):
     whole = (tmp_path / "curves.png").read_bytes()
     assert whole.startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
 
-    def full(*_):
+    def full(self, path, **_):
+        (tmp_path / os.path.basename(path)).write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    run_directory.draw_curves(tmp_path, full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    run_directory.draw_curves(tmp_path, draw)
+    assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
     assert (tmp_path / "curves.png").read_bytes() == whole
     assert "cannot be drawn ([Errno 28] No space left on device)" in capsys.readouterr().err
 
@@ -785,3 +788,19 @@ def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, monkeypatch, tmp
     with pytest.raises(OSError, match="cannot be written.*make room"):
         train.train(replace(undisturbed, out=str(run)))
     assert os.listdir(run / "checkpoints") == ["00000004.pt"]
+
+
+def test_half_a_file_does_not_keep_the_disk_full(undisturbed, monkeypatch, tmp_path):
+    """The lines of the metrics need the room."""
+    run = shutil.copytree(undisturbed.out, tmp_path / "run")
+    os.remove(run / "checkpoints" / "00000006.pt")
+
+    def full(model, directory):
+        for name in ("config.json.tmp", "model.safetensors.tmp"):
+            (run / name).write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(StarEncoderForPreTraining, "save_pretrained", full)
+    with pytest.raises(OSError, match="cannot be written.*make room"):
+        train.train(replace(undisturbed, out=str(run)))
+    assert not [path for path in run.rglob("*.tmp")]
