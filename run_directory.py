@@ -1,7 +1,8 @@
 """What a run leaves on disk, and how it is found again: train.json, metrics.jsonl, curves.png and checkpoints/.
 
 A step's lines are in metrics.jsonl before its checkpoint is written, and a checkpoint is there whole or not at all; so a run that was
-killed at any moment goes on from the newest sound checkpoint, with the lines up to it.
+killed at any moment goes on from the newest sound checkpoint, with the lines up to it. Only one process at a
+time writes there: it holds the lock .lock.
 """
 
 import contextlib

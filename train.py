@@ -297,7 +297,8 @@ def until_signal(iterable, stop):
 def train(config):
     """Runs, or continues, the training that `config` describes; returns the last held-out figures, or None where a signal stopped it.
 
-    Raises ValueError for arguments, a corpus or a run directory that do not fit together.
+    Raises ValueError for arguments, a corpus or a run directory that do not fit together, and where another process writes
+    into the run directory.
     """
     ranks = Ranks.start(config.device, config.timeout)
     with ranks.watched(), contextlib.ExitStack() as held:
