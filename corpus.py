@@ -33,7 +33,19 @@ import numpy as np
 from tqdm import tqdm
 
 import sources as readers
-from data import INDEX, CommandLine, Tokenizer, part_file, read_json, read_meta, run, train_tokenizer, windows_table, write_whole
+from data import (
+    INDEX,
+    CommandLine,
+    Tokenizer,
+    lock_directory,
+    part_file,
+    read_json,
+    read_meta,
+    run,
+    train_tokenizer,
+    windows_table,
+    write_whole,
+)
 
 PART_BYTES = 128_000_000  # of text: about 35 M tokens
 CHUNK_BYTES = 1_000_000  # that a process is handed at once, so that handing them over costs little
@@ -279,6 +291,7 @@ def prepare(
     }  # fmt: skip
     there = os.path.lexists(out)
     begun = _open(out, arguments)
+    lock = lock_directory(out, ".lock" if shard[1] == 1 else f".{shard[0]}-of-{shard[1]}.lock")
     try:
         which = dict(commits=commits, languages=languages, limit=limit_per_language)
         if os.path.exists(os.path.join(out, "tokenizer.json")):
@@ -303,6 +316,7 @@ def prepare(
             if not there:
                 with contextlib.suppress(OSError):  # somebody has put something there since
                     os.rmdir(out)
+        lock.close()
 
 
 # The names of the files that this program writes, and how they end while they are written.

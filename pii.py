@@ -35,7 +35,7 @@ from data import CommandLine, Tokenizer, permute, run, share
 from pii_data import CATEGORIES, synthesize
 from pii_detector import LABELS, RULE_CATEGORIES, Detector, pack, redact, redacted, scan, windows
 from ranks import Ranks
-from run_directory import Metrics, draw_curves, newest_sound_checkpoint, open_run, save_checkpoint, step_of
+from run_directory import Metrics, draw_curves, load_checkpoint, newest_sound_checkpoint, open_run, save_checkpoint, step_of
 from starencoder import StarEncoderConfig, StarEncoderForTokenClassification
 from train import dtype_of_run, make_optimizer, option, until_signal
 
@@ -234,16 +234,16 @@ def train(config):
     Raises ValueError for arguments, data, an encoder or a run directory that do not fit together.
     """
     ranks = Ranks.start(config.device, config.timeout)
-    with ranks.watched():
-        return _train(config, ranks)
+    with ranks.watched(), contextlib.ExitStack() as held:
+        return _train(config, ranks, held)
 
 
-def _train(config, ranks):
+def _train(config, ranks, held):
     lead, device = ranks.rank == 0, ranks.device
     say = print if lead else lambda *_: None
     if config.encoder == DEFAULT_ENCODER and not os.path.exists(os.path.join(DEFAULT_ENCODER, "model.safetensors")):
         say(f"No encoder at {DEFAULT_ENCODER} yet: pretraining it first.")
-        if pretraining._train(pretraining.TrainConfig(**pretraining.PRESETS["tiny"]), ranks) is None:
+        if pretraining._train(pretraining.TrainConfig(**pretraining.PRESETS["tiny"]), ranks, held) is None:
             return None
     with ranks.together():
         tokenizer, skipped = Tokenizer.from_pretrained(config.encoder), Counter()
@@ -274,21 +274,22 @@ def _train(config, ranks):
     dtype = dtype_of_run(config, ranks)
     with ranks.together():
         if lead:
-            open_run(config, asdict(config) | {"dtype": dtype}, MACHINE_FIELDS)
+            held.enter_context(open_run(config, asdict(config) | {"dtype": dtype}, MACHINE_FIELDS))
     with ranks.together():
         path = newest_sound_checkpoint(config) if lead else None
     first = int(ranks.sum([step_of(path) if path else 0])[0])
     with ranks.together():
         if first:
             path = os.path.join(config.out, "checkpoints", f"{first:08d}.pt")
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            load_checkpoint(path, model, optimizer, device)
     metrics = Metrics(os.path.join(config.out, "metrics.jsonl"), first, ranks, plan.peak_flops(device), terms=("loss",))
     best, since = best_so_far(metrics.path, ranks)
     ddp = model
     if ranks.world_size > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        (ids, cu_seqlens), (labels, _) = [pack([array], device) for array in train_set[0]]
+        ddp(ids, cu_seqlens, labels, seed=0).loss.backward()  # DDP sorts its buckets after this one: see train.py
+        optimizer.zero_grad(set_to_none=True)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters / 1e6:.2f} M parameters; {len(labelled['train']):,} documents, {len(train_set):,} windows; {config.steps:,} steps of")
     say(f"{config.batch_size} windows of up to {model.config.max_position_embeddings} tokens on {device}, {dtype}")

@@ -141,7 +141,7 @@ def credsweeper_samples(clone):
     The labels are what CredSweeper itself is expected to report there (tests/data/output.json): no human's, and made for one of the peers.
     """
     spans = {}
-    for entry in read_json(os.path.join(clone, "tests", "data", "output.json")):
+    for entry in read_json(os.path.join(clone, "tests", "data", "output.json"), list):
         for place in entry["line_data_list"]:
             category = "AMBIGUOUS" if entry["rule"] in NO_SECRETS else category_of(entry["rule"])
             spans.setdefault(os.path.basename(place["path"]), []).append(

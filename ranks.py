@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from data import first_line, program
 
-GRACE = 5  # seconds that the ranks which are left have to say so
+GRACE = 5  # seconds that the ranks which are left have to answer
 
 
 @dataclass
@@ -97,27 +98,57 @@ class Ranks:
     @contextlib.contextmanager
     def watched(self):
         """A rank that dies or hangs in here ends the others with status 1 and one sentence that names it, by the first that noticed."""
+        told = threading.Event()
+        over = threading.Event()
+        answering = threading.Thread(target=self._answer, args=(told, over), daemon=True)
+        if self.world_size > 1:
+            answering.start()
         try:
             yield
         except RuntimeError as error:
             if self.world_size == 1 or not re.search("gloo|nccl|peer|socket|connection|timed out", str(error), re.IGNORECASE):
                 raise
-            missing, stored = [0], False  # where the store is gone with the rank that held it
-            with contextlib.suppress(RuntimeError):
+            missing = self._missing(told)
+            if missing is not None:
+                names = ", ".join(map(str, missing))
+                who = f"rank {names} of {self.world_size} is gone" if missing else "the ranks lost each other"
+                words = f"{who} ({first_line(error)}); the same command goes on from the last checkpoint"
+                print(f"{program()}: error: {words}", file=sys.stderr, flush=True)
+            os._exit(1)  # at once: what NCCL waits for will never come
+        finally:
+            over.set()
+            if self.world_size > 1:
+                answering.join(GRACE)  # Python aborts where its end finds a thread inside of the store
+
+    def _answer(self, told, over):
+        """Marks this process as alive when another rank has noticed a death, and sets `told`: a thread of its own, as the main one may
+        wait for a rank that waits, too."""
+        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that held it
+            store = dist.distributed_c10d._get_default_store()
+            while not over.wait(GRACE / 10):
+                if store.check(["noticed"]):
+                    store.set(f"alive {self.rank}", "")
+                    told.set()
+                    return
+
+    def _missing(self, told):
+        """The ranks that do not answer, or None where another rank says so.
+
+        Such another rank is waited for: this one may hold the store, and a launcher may end all ranks when the first ends.
+        """
+        second = told.is_set()
+        try:
+            if not second:
                 store = dist.distributed_c10d._get_default_store()
                 store.set(f"alive {self.rank}", "")
-                if store.add("noticed", 1) > 1:
-                    os._exit(1)  # so that its neighbours notice at once
-                time.sleep(GRACE)
-                missing = [rank for rank in range(self.world_size) if not store.check([f"alive {rank}"])]
-                stored = True
-            who = f"rank {', '.join(map(str, missing))} of {self.world_size} is gone" if missing else "the ranks lost each other"
-            speaks = stored or os.environ.get("LOCAL_RANK", "0") in ("0", "1")  # without the store, one or two for each machine
-            if not speaks:
-                os._exit(1)
-            print(f"{program()}: error: {who} ({first_line(error)}); the same command goes on from the last checkpoint", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)  # at once: what NCCL waits for will never come
+                second = store.add("noticed", 1) > 1
+            if second:
+                time.sleep(GRACE + 1)
+                return None
+            time.sleep(GRACE)
+            return [rank for rank in range(self.world_size) if not store.check([f"alive {rank}"])]
+        except RuntimeError:  # the store is gone with the rank that held it; then one or two speak for each machine
+            return [0] if os.environ.get("LOCAL_RANK", "0") in ("0", "1") else None
 
 
 def _meet(address, port, rank, world_size, timeout):

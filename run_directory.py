@@ -1,10 +1,12 @@
 """What a run leaves on disk, and how it is found again: train.json, metrics.jsonl, curves.png and checkpoints/.
 
 A step's lines are in metrics.jsonl before its checkpoint is written, and a checkpoint is there whole or not at all; so a run that was
-killed at any moment goes on from the newest sound checkpoint, with the lines up to it.
+killed at any moment goes on from the newest sound checkpoint, with the lines up to it. Only one process at a
+time writes there: it holds the lock .lock.
 """
 
 import contextlib
+import errno
 import glob
 import json
 import math
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import first_line, read_json, write_whole
+from data import first_line, lock_directory, read_json, write_whole
 
 
 def save_checkpoint(config, model, optimizer, tokenizer, step, publish=True):
@@ -36,8 +38,9 @@ def save_checkpoint(config, model, optimizer, tokenizer, step, publish=True):
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+        for half in (path, os.path.join(config.out, "config.json"), os.path.join(config.out, "model.safetensors")):
+            with contextlib.suppress(OSError):
+                os.remove(half + ".tmp")  # it may take the room that the metrics need
         raise OSError(f"{path} cannot be written ({first_line(error)}); make room, and the same command goes on") from None
     for old in [path for path in checkpoints(config) if step_of(path) <= step][: -config.keep_checkpoints]:
         if step_of(old) % config.keep_every:
@@ -55,25 +58,49 @@ def step_of(path):
 
 
 def newest_sound_checkpoint(config):
-    """Path of the newest checkpoint that is whole, by its checksums, or None. A damaged one is named and set aside.
+    """Path of the newest checkpoint that is whole, or None. A damaged one is named and set aside.
 
     Raises ValueError where there are checkpoints and all are damaged: to begin anew is not what was asked for.
     """
     paths = checkpoints(config)
     for path in reversed(paths):
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-                if (torn := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {torn} is wrong")
+            check_checkpoint(path)
             return path
         except Exception as error:  # damage shows itself in many ways
-            if isinstance(error, OSError) and error.errno:
-                raise  # it may be whole, and cannot be read now
+            # It may be whole, and cannot be read now. (EINVAL: a damaged offset, from which nothing can be read.)
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise
             print(f"{path}: damaged ({first_line(error)}); set aside as {path}.damaged", file=sys.stderr)
             os.replace(path, path + ".damaged")
     if paths or glob.glob(os.path.join(glob.escape(config.out), "checkpoints", "*.damaged")):
         raise ValueError(f"{config.out}: all of its checkpoints are damaged; choose another --out to begin anew")
     return None
+
+
+def check_checkpoint(path):
+    """Raises an exception of any kind where a checkpoint is damaged."""
+    with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum,
+        torn = archive.testzip()
+    if torn is not None:
+        raise ValueError(f"the checksum of {torn} is wrong")
+    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # and zipfile not at what is said twice
+    if not isinstance(checkpoint, dict) or checkpoint.get("step") != step_of(path):
+        raise ValueError("it is not of this step")
+    for name in ("model", "optimizer"):
+        if not isinstance(checkpoint.get(name), dict):
+            raise ValueError(f"it holds no {name}")
+
+
+def load_checkpoint(path, model, optimizer, device):
+    """Puts a checkpoint into the model and the optimizer. Raises ValueError where it is of other ones."""
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: does not fit this model ({words}); choose another --out to begin anew") from None
 
 
 def warn(text):
@@ -84,27 +111,34 @@ def warn(text):
 def arguments_of(out):
     """The resolved arguments of the run in `out`, a dict, {} where there is none. Raises ValueError where its train.json is damaged."""
     path = os.path.join(out, "train.json")
-    arguments = read_json(path) if os.path.exists(path) else {}
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{path}: damaged (no arguments of a run)")
-    return arguments
+    return read_json(path) if os.path.exists(path) else {}
 
 
 def open_run(config, resolved, free):
     """Makes the run directory, or checks that the run in it has the same arguments, but for the names in `free`.
 
-    Raises ValueError where it has not.
+    Returns the lock on it (see `lock_directory`), to be held while the run goes on. Raises ValueError where the arguments differ, and where
+    another process holds the lock.
     """
     path = os.path.join(config.out, "train.json")
-    if os.path.exists(path):
+    if os.path.isdir(config.out) and not os.path.exists(path):
+        if any(name != ".lock" and not name.startswith("train.json.") for name in os.listdir(config.out)):
+            raise ValueError(f"{config.out} is not empty and holds no run; choose another --out")
+    os.makedirs(config.out, exist_ok=True)
+    with lock_directory(config.out) as lock:
         before = arguments_of(config.out)
         for name, value in resolved.items():
             if name not in free and before.get(name, value) != value:
                 raise ValueError(f"{config.out} holds a run with {name} {before.get(name)}, not {value}; choose another --out")
-    elif os.path.isdir(config.out) and os.listdir(config.out):
-        raise ValueError(f"{config.out} is not empty and holds no run; choose another --out")
-    os.makedirs(os.path.join(config.out, "checkpoints"), exist_ok=True)
-    write_whole(path, json.dumps(resolved, indent=1))
+        write_whole(path, json.dumps(resolved, indent=1))
+        os.makedirs(os.path.join(config.out, "checkpoints"), exist_ok=True)
+        return lock.pop_all()
+
+
+def json_line(figures):
+    """A dict as a line of strict JSON, which knows no NaN and no infinity: null stands for them."""
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 MOST_SKIPPED = 10  # steps in a row
@@ -125,12 +159,13 @@ class Metrics:
                     with open(path, "rb") as f:
                         for line in f:
                             with contextlib.suppress(ValueError, TypeError, KeyError):  # one that was cut short is of a later step
-                                kept += [line] if json.loads(line)["step"] <= first_step else []
-                write_whole(path, b"".join(kept))
+                                line = json.loads(line)
+                                kept += [line] if line["step"] <= first_step else []
+                write_whole(path, "".join(json_line(line) for line in kept))
                 if tensorboard is not None:
                     self.tensorboard = tensorboard(os.path.join(os.path.dirname(path), "tensorboard"), purge_step=first_step + 1)
         for line in kept:
-            self.count_skipped(json.loads(line))
+            self.count_skipped(line)
         self.skipped, self.in_a_row = (int(n) for n in ranks.sum([self.skipped, self.in_a_row]))  # the first rank's, known to all
         self.start_clock()
 
@@ -181,7 +216,7 @@ class Metrics:
         """Appends lines (dicts) on the first rank. Where the disk is full they wait for the next time."""
         if self.ranks.rank != 0:
             return
-        self.unwritten += [json.dumps(line) + "\n" for line in lines]
+        self.unwritten += [json_line(line) for line in lines]
         end = os.path.getsize(self.path)
         try:
             with open(self.path, "a") as f:
@@ -210,6 +245,7 @@ def draw_curves(run, draw):
     try:
         with open(os.path.join(run, "metrics.jsonl")) as f:
             lines = [json.loads(line) for line in f]
+        lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
         steps = [m for m in lines if "loss" in m]  # skipped steps have no loss
         if not steps:
             return
@@ -218,6 +254,8 @@ def draw_curves(run, draw):
         figure.savefig(temporary, dpi=100)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)  # half of it may take the room that the metrics need
         warn(f"{path} cannot be drawn ({error})")
 
 

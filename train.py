@@ -42,6 +42,7 @@ from run_directory import (
     arguments_of,
     draw_curves,
     draw_pretraining,
+    load_checkpoint,
     newest_sound_checkpoint,
     open_run,
     save_checkpoint,
@@ -326,14 +327,16 @@ def until_signal(iterable, stop):
 def train(config):
     """Runs, or continues, the training that `config` describes; returns the last held-out figures, or None where a signal stopped it.
 
-    Raises ValueError for arguments, a corpus or a run directory that do not fit together.
+    Raises ValueError for arguments, a corpus or a run directory that do not fit together, and where another process writes
+    into the run directory.
     """
     ranks = Ranks.start(config.device, config.timeout)
-    with ranks.watched():
-        return _train(config, ranks)
+    with ranks.watched(), contextlib.ExitStack() as held:
+        return _train(config, ranks, held)
 
 
-def _train(config, ranks):
+def _train(config, ranks, held):
+    """held: an ExitStack that keeps the lock on the run directory."""
     lead, device = ranks.rank == 0, ranks.device
     say = print if lead else lambda *_: None
 
@@ -361,7 +364,8 @@ def _train(config, ranks):
     with ranks.together():  # where were we?
         if lead:
             corpus_facts = {"tokenizer_sha256": meta["tokenizer_sha256"], "train_tokens": meta["splits"]["train"]["tokens"]}
-            open_run(config, asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts, MACHINE_FIELDS)
+            resolved = asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts
+            held.enter_context(open_run(config, resolved, MACHINE_FIELDS))
     with ranks.together():
         path = newest_sound_checkpoint(config) if lead else None
     first = int(ranks.sum([step_of(path) if path else 0])[0])  # the first rank's word
@@ -370,10 +374,7 @@ def _train(config, ranks):
             path = os.path.join(config.out, "checkpoints", f"{first:08d}.pt")
             if not os.path.exists(path):
                 raise ValueError(f"rank {ranks.rank} does not see {path}: all ranks must share {config.out}")
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            del checkpoint
+            load_checkpoint(path, model, optimizer, device)
         tensorboard = None
         if config.tensorboard:
             try:
@@ -388,6 +389,15 @@ def _train(config, ranks):
         ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         if config.bf16_gradients:
             ddp.register_comm_hook(None, bf16_compress_hook)
+        # After its first backward pass DDP sorts its buckets by when gradients came, and from three ranks up
+        # gloo then sums in another order. Have that pass here, on one example, and drop its gradient: no step
+        # depends on being the first after a start. (find_unused_parameters=True would keep the first buckets,
+        # at the price of a walk through the graph in every step.)
+        example = Batch(*(t.to(device) for t in collate([train_set[0]])))
+        with autocast():
+            loss, *_ = loss_on(ddp, example, 1, 1, seed=0)
+        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
     if config.compile:  # after DDP, so that its buckets stay overlapped; evaluation goes on with `model`, whose shapes vary
         ddp = torch.compile(ddp)
 

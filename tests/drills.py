@@ -1,7 +1,8 @@
 """Crash drills: `python tests/drills.py [COUNT]`, 50 by default.
 
-Each starts a run of two ranks, disturbs it at a random moment in one of the ways that a cluster knows, starts it again by the same command,
-and compares the end bit for bit with that of a run that nobody touched. Exits with status 1 where they differ.
+Each starts a run of two, three or four ranks, disturbs it at a random moment in one of the ways that a
+cluster knows, starts it again by the same command, and compares the end bit for bit with that of a run
+that nobody touched. Exits with status 1 where they differ.
 """
 
 import functools
@@ -20,12 +21,14 @@ import torch
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-WAYS = ("kill rank 0", "kill rank 1", "kill all", "SIGTERM", "disk full", "checkpoint cut")
-STEPS, SAVE_EVERY = 300, 20
+WAYS = ("kill rank 0", "kill last rank", "kill all", "SIGTERM", "SIGTERM while evaluating", "disk full", "checkpoint cut")
+WORLD_SIZES = (2, 3, 4)  # two numbers add up to the same in either order, three may not
+STEPS, SAVE_EVERY, EVAL_EVERY = 300, 20, 50
 FLAGS = (
     "--device cpu --dtype float32 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --intermediate-size 64 --max-length 48 "
-    "--batch-size 4 --micro-batch-size 1 --learning-rate 1e-2 --warmup-steps 20 --hidden-dropout-prob 0.1 --eval-every 100 "
-    f"--attention-probs-dropout-prob 0.1 --eval-examples 8 --log-every 7 --timeout 60 --workers 1 --steps {STEPS} --save-every {SAVE_EVERY}"
+    "--batch-size 4 --micro-batch-size 1 --learning-rate 1e-2 --warmup-steps 20 --hidden-dropout-prob 0.1 "
+    "--attention-probs-dropout-prob 0.1 --eval-examples 64 --log-every 7 --timeout 60 --workers 1 "
+    f"--eval-every {EVAL_EVERY} --steps {STEPS} --save-every {SAVE_EVERY}"
 )
 
 
@@ -75,10 +78,11 @@ def equal(a, b):
     return a == b
 
 
-def undisturbed(corpus, out):
+@functools.cache
+def undisturbed(corpus, out, world_size=2):
     """What a run leaves that nobody touches, and the seconds it takes."""
     begin = time.time()
-    results = finish(start(corpus, out))
+    results = finish(start(corpus, out, world_size=world_size))
     assert all(status == 0 for status, *_ in results), results
     return ends_of(out), time.time() - begin
 
@@ -92,22 +96,39 @@ def last_step(out):
         return max((json.loads(line)["step"] for line in f if line.endswith(b"}\n")), default=0)
 
 
-def drill(corpus, out, way, expected, seconds, generator):
+def wait_for_evaluation(step, out, process):
+    """Until the metrics of a step are written, and not yet those of the evaluation after it; or until the process has ended."""
+    path = os.path.join(out, "metrics.jsonl")
+    while process.poll() is None and not (os.path.exists(path) and last_step(out) >= step):
+        time.sleep(0.002)
+
+
+def drill(corpus, out, way, expected, seconds, generator, world_size=2):
     """One drill; raises AssertionError where the run does not come out as the undisturbed one."""
     full = 150_000  # below a checkpoint's size
-    processes = start(corpus, out, full if way == "disk full" else None)
-    time.sleep(generator.uniform(0.2, 1.0) * seconds)
-    if way.startswith("kill rank"):
-        victim, before = int(way[-1]), saved_steps(out)
+    processes = start(corpus, out, full if way == "disk full" else None, world_size)
+    if way == "SIGTERM while evaluating":
+        wait_for_evaluation(generator.randrange(EVAL_EVERY, STEPS, EVAL_EVERY), out, processes[0])
+    else:
+        time.sleep(generator.uniform(0.2, 1.0) * seconds)
+    if "rank" in way:
+        victim = 0 if way == "kill rank 0" else world_size - 1
+        before = saved_steps(out)
         processes[victim].kill()
-        status, _, words = finish(processes)[1 - victim]
+        others = [result for rank, result in enumerate(finish(processes)) if rank != victim]
+        words = "\n".join(words for *_, words in others)
         assert "Traceback" not in words, words
         if before and last_step(out) < STEPS - SAVE_EVERY:  # not while it began or ended
-            assert status == 1 and f"rank {victim} of 2 is gone" in words, words
-    elif way == "SIGTERM":
-        for process in processes:
+            assert all(status == 1 for status, *_ in others), others
+            assert words.count("error:") == 1 and f"rank {victim} of {world_size} is gone" in words, words
+    elif way.startswith("SIGTERM"):
+        # A scheduler may signal all ranks, or the first process alone.
+        for process in processes[:1] if way == "SIGTERM while evaluating" else processes:
             process.terminate()
-        assert all("Traceback" not in words for *_, words in finish(processes))
+        results = finish(processes)
+        assert all("Traceback" not in words for *_, words in results)
+        if way == "SIGTERM while evaluating":
+            assert all(status == 0 for status, *_ in results) and "the same command goes on" in results[0][1], results
     else:
         for process in processes:
             process.kill()
@@ -119,12 +140,13 @@ def drill(corpus, out, way, expected, seconds, generator):
         newest = os.path.join(out, "checkpoints", f"{saved[-1]:08d}.pt")
         os.truncate(newest, generator.randrange(os.path.getsize(newest)))
         if len(saved) == 1:  # all are damaged: that is said, not begun anew in silence
-            results = finish(start(corpus, out))
+            results = finish(start(corpus, out, world_size=world_size))
             assert results[0][0] == 2 and "all of its checkpoints are damaged" in results[0][2], results
             os.remove(newest + ".damaged")  # by hand: only then does it begin anew
         saved.pop()
-    (status, words, errors), _ = finish(start(corpus, out))
-    assert status == 0, errors
+    results = finish(start(corpus, out, world_size=world_size))
+    words = results[0][1]
+    assert all(status == 0 for status, *_ in results), results
     assert not saved or f"after step {saved[-1]}." in words, words  # nothing that was saved is lost
     assert equal(ends_of(out), expected)
 
@@ -137,15 +159,16 @@ def main():
         data = os.path.join(directory, "corpus")
         library = os.path.dirname(os.__file__)
         corpus.prepare([os.path.join(library, name) for name in ("asyncio", "email", "json", "unittest")], data, vocab_size=600)
-        expected, seconds = undisturbed(data, os.path.join(directory, "undisturbed"))
         generator, bar = random.Random(0), tqdm(range(count), unit="drill")
         for i in bar:
             way = WAYS[i % len(WAYS)]
-            bar.set_postfix_str(way)
+            world_size = WORLD_SIZES[i % len(WORLD_SIZES)]  # in 21 drills, each way with each
+            bar.set_postfix_str(f"{way}, {world_size} ranks")
             try:
-                drill(data, os.path.join(directory, str(i)), way, expected, seconds, generator)
+                expected, seconds = undisturbed(data, os.path.join(directory, f"undisturbed {world_size}"), world_size)
+                drill(data, os.path.join(directory, str(i)), way, expected, seconds, generator, world_size)
             except (AssertionError, subprocess.TimeoutExpired) as error:
-                failures.append(f"drill {i}, {way}: {error}")
+                failures.append(f"drill {i}, {way}, {world_size} ranks: {error}")
                 bar.write(failures[-1][-3000:])
     print(f"{count - len(failures)} of {count} drills ended with the bits of the undisturbed run")
     return bool(failures)

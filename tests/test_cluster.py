@@ -26,9 +26,21 @@ def undisturbed(small_corpus, tmp_path_factory):
     return drills.undisturbed(small_corpus, str(tmp_path_factory.mktemp("drills") / "undisturbed"))
 
 
-@pytest.mark.parametrize("way", ["kill rank 0", "SIGTERM", "disk full", "checkpoint cut"])  # drills.py has all six
+@pytest.mark.parametrize("way", ["kill rank 0", "SIGTERM while evaluating", "disk full", "checkpoint cut"])  # drills.py has all
 def test_a_drill(small_corpus, tmp_path, undisturbed, way):
     drills.drill(small_corpus, str(tmp_path / "run [1]"), way, *undisturbed, random.Random(way))
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_the_rank_that_died_is_named_once(small_corpus, tmp_path, victim):
+    """And no other, though of three ranks one waits for another that waits."""
+    processes = drills.start(small_corpus, str(tmp_path / "run"), world_size=3, flags="--steps 100000")
+    wait_for_step(1, str(tmp_path / "run"), processes)
+    processes[victim].kill()
+    results = [result for rank, result in enumerate(drills.finish(processes)) if rank != victim]
+    words = "\n".join(words for *_, words in results)
+    assert [status for status, *_ in results] == [1, 1]
+    assert words.count("error:") == 1 and f"rank {victim} of 3 is gone" in words and "Traceback" not in words, words
 
 
 def metrics_of(out):

@@ -3,6 +3,8 @@
 import errno
 import glob
 import json
+import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -11,8 +13,10 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 
+import drills
 import numpy as np
 import pytest
 import torch
@@ -20,15 +24,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 from conftest import ROOT, assert_refused, command, program
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
+import corpus
 import data
 import run_directory
 import starencoder
 import train
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, embed, fill_mask
 
-TWO_RANKS = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node"]
 MODEL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
@@ -37,6 +44,13 @@ def tiny(small_corpus, out, **overrides):
     fields = dict(max_length=48, steps=6, batch_size=8, micro_batch_size=3, learning_rate=1e-2, warmup_steps=2, device="cpu")
     fields |= dict(dtype="float32", workers=0, eval_every=4, eval_examples=16, save_every=2, log_every=3)
     return train.TrainConfig(data=small_corpus, out=str(out), **(MODEL | fields | overrides))
+
+
+def on_ranks(count, config):
+    """Runs train.py on so many ranks, as a user would."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v is not None and not isinstance(v, bool)]
+    flags += ["--compile"] * config.compile
+    return command(*TORCHRUN, str(count), "train.py", *flags, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 # ---- one gradient, however it is computed ----
@@ -204,7 +218,7 @@ def test_a_run_is_what_it_says(undisturbed, tokenizer, capsys):
     assert "held-out code" in capsys.readouterr().out
 
 
-def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys):
+def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "f1": 0.5}\n')
 
     def draw(figure, steps, lines):
@@ -215,10 +229,13 @@ def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys):
     whole = (tmp_path / "curves.png").read_bytes()
     assert whole.startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
 
-    def full(*_):
+    def full(self, path, **_):
+        (tmp_path / os.path.basename(path)).write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    run_directory.draw_curves(tmp_path, full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    run_directory.draw_curves(tmp_path, draw)
+    assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
     assert (tmp_path / "curves.png").read_bytes() == whole
     assert "cannot be drawn ([Errno 28] No space left on device)" in capsys.readouterr().err
 
@@ -281,6 +298,19 @@ def test_a_killed_process_goes_on(small_corpus, tmp_path):
     assert_same(list(a), list(b))
 
 
+@pytest.mark.slow
+def test_three_ranks_that_go_on_end_with_the_same_bits(small_corpus, tmp_path):
+    """The sum of two numbers is the same in either order; that of three is not, and DDP and gloo must keep to one."""
+    config = tiny(small_corpus, tmp_path / "run", batch_size=9)
+    result = on_ranks(3, config)
+    assert result.returncode == 0, result.stderr
+    whole = finished(config)
+    os.remove(run_directory.newest_sound_checkpoint(config))
+    result = on_ranks(3, config)
+    assert result.returncode == 0 and "after step 4." in result.stdout, result.stderr
+    assert_same(list(finished(config)), list(whole))
+
+
 # ---- figures ----
 
 
@@ -290,9 +320,7 @@ def test_a_compiled_run_is_the_plain_one(small_corpus, tmp_path):
     lines = []
     for name in ("plain", "compiled"):
         config = tiny(small_corpus, tmp_path / name, compile=name == "compiled", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v is not None and not isinstance(v, bool)]
-        flags += ["--compile"] * config.compile
-        result = command(*TWO_RANKS, "train.py", *flags)
+        result = on_ranks(2, config)
         assert result.returncode == 0, result.stderr
         with open(tmp_path / name / "metrics.jsonl") as f:
             lines.append([json.loads(line) for line in f])
@@ -421,14 +449,21 @@ def test_refuses_a_run_that_does_not_fit(small_corpus, undisturbed, tmp_path):
     assert_same(list(finished(undisturbed)), list(before))
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "a bit flipped"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "a bit flipped", "another file", "no pickle", "no model", "another step"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(undisturbed, tmp_path, capsys, damage):
     before, torn = finished(undisturbed), shutil.copytree(undisturbed.out, tmp_path / "torn")
     newest, config = torn / "checkpoints" / "00000006.pt", replace(undisturbed, out=str(torn))
     content = bytearray(newest.read_bytes())
     place = len(content) * 2 // 3
     content[place] ^= 1
-    newest.write_bytes({"cut": content[:place], "emptied": b"", "a bit flipped": content}[damage])
+    if damage in ("no model", "another step"):
+        checkpoint = torch.load(newest, weights_only=True)
+        torch.save({"step": 6, "optimizer": {}} if damage == "no model" else checkpoint | {"step": 7}, newest)
+    elif damage == "no pickle":
+        write_zip(newest, {"archive/data.pkl": b"no pickle", "archive/version": b"3\n", "archive/byteorder": b"little"})
+    else:
+        parts = {"cut": content[:place], "emptied": b"", "a bit flipped": content, "another file": b"precious" * 1000}
+        newest.write_bytes(parts[damage])
     train.train(config)
     output = capsys.readouterr()
     assert "00000006.pt: damaged" in output.err and "after step 4." in output.out and os.path.exists(f"{newest}.damaged")
@@ -438,6 +473,190 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(undisturbed, t
     for _ in range(2):  # nor does a second start begin anew
         with pytest.raises(ValueError, match="all of its checkpoints are damaged"):
             train.train(config)
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+@given(st.lists(st.integers(0, 2**32), min_size=1, max_size=2))
+def test_a_checkpoint_with_a_flipped_bit_is_set_aside_or_is_the_same(tmp_path_factory, places):
+    """Also in what the archive says of its files: it is as long as they are here."""
+    config = train.TrainConfig(out=str(tmp_path_factory.mktemp("flipped")))
+    folder = os.path.join(config.out, "checkpoints")
+    os.mkdir(folder)
+    states = {step: {"step": step, "model": {"w": torch.ones(3)}, "optimizer": {"m": torch.ones(2)}} for step in (1, 2)}
+    for step, state in states.items():
+        torch.save(state, os.path.join(folder, f"{step:08d}.pt"))
+    newest = os.path.join(folder, "00000002.pt")
+    with open(newest, "r+b") as f:
+        content = bytearray(f.read())
+        for place in places:
+            content[place // 8 % len(content)] ^= 1 << place % 8
+        f.seek(0)
+        f.write(content)
+    path = run_directory.newest_sound_checkpoint(config)
+    step = run_directory.step_of(path)
+    assert os.path.exists(f"{newest}.damaged") == (step == 1)
+    assert_same(torch.load(path, weights_only=True), states[step])
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(undisturbed, tmp_path):
+    """It is no damage: somebody has changed the model's code."""
+    torn = shutil.copytree(undisturbed.out, tmp_path / "run")
+    newest = torn / "checkpoints" / "00000006.pt"
+    checkpoint = torch.load(newest, weights_only=True)
+    checkpoint["model"]["nsp.weight"] = torch.ones(3, 32)
+    torch.save(checkpoint, newest)
+    with pytest.raises(ValueError, match="00000006.pt: does not fit this model .*nsp.weight"):
+        train.train(replace(undisturbed, out=str(torn)))
+    assert len(run_directory.checkpoints(replace(undisturbed, out=str(torn)))) == 2
+
+
+# ---- one run in a directory ----
+
+
+def _hold(directory, name, held):
+    """Holds a lock until it is killed; so does its child, if it inherits the lock."""
+    with data.lock_directory(directory, name):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+        held.send(child.pid)
+        time.sleep(600)
+
+
+@pytest.fixture
+def held_by_another():
+    """A function that has another process hold the lock of a directory; returns the process."""
+    processes, children = [], []
+
+    def hold(directory, name=".lock"):
+        here, there = multiprocessing.Pipe()
+        processes.append(multiprocessing.get_context("fork").Process(target=_hold, args=(str(directory), name, there)))
+        processes[-1].start()
+        children.append(here.recv())
+        return processes[-1]
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.join()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_dies_with_its_process(held_by_another, tmp_path):
+    """With that process alone: not only when its children are gone, too."""
+    process = held_by_another(tmp_path)
+    with pytest.raises(ValueError, match=rf"process {process.pid} on .* is writing there; wait for its end"):
+        data.lock_directory(tmp_path)
+    process.kill()
+    process.join()
+    assert os.listdir(tmp_path) == [".lock"]
+    data.lock_directory(tmp_path).close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_waited_for_a_file_that_is_gone(tmp_path, monkeypatch):
+    """Whoever opens the file before it is removed, and locks it then, holds nothing."""
+    real, opened = data.fcntl.lockf, []
+
+    def slow(f, how):
+        if not opened:
+            os.remove(tmp_path / ".lock")
+        opened.append(f)
+        return real(f, how)
+
+    monkeypatch.setattr(data.fcntl, "lockf", slow)
+    lock = data.lock_directory(tmp_path)
+    assert len(opened) == 2 and os.path.samestat(os.fstat(opened[1].fileno()), os.stat(tmp_path / ".lock"))
+    lock.close()
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
+    def none(f, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(data.fcntl, "lockf", none)
+    data.lock_directory(tmp_path).close()
+    assert "cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().err
+
+
+def test_a_second_run_in_one_directory_is_refused(undisturbed, held_by_another, tmp_path):
+    run = shutil.copytree(undisturbed.out, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    held_by_another(run)
+    with pytest.raises(ValueError, match="is writing there"):
+        train.train(replace(undisturbed, out=str(run)))
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
+def test_a_second_corpus_in_one_directory_is_refused(small_corpus, sources, held_by_another, tmp_path):
+    """Or the same shard a second time; other shards are written at the same time."""
+    out = str(tmp_path / "out")
+    shard = dict(tokenizer=small_corpus, workers=1, part_bytes=200_000)
+    assert corpus.prepare([sources], out, shard=(0, 4), **shard) is None
+    held_by_another(out, ".1-of-4.lock")
+    with pytest.raises(ValueError, match="is writing there"):
+        corpus.prepare([sources], out, shard=(1, 4), **shard)
+    assert corpus.prepare([sources], out, shard=(2, 4), **shard) is None
+    held_by_another(out)
+    with pytest.raises(ValueError, match="is writing there"):
+        corpus.prepare([sources], out, **shard)
+
+
+@pytest.mark.slow
+def test_all_ranks_of_a_second_run_end_together(small_corpus, held_by_another, tmp_path):
+    (tmp_path / "run").mkdir()
+    held_by_another(tmp_path / "run")
+    results = drills.finish(drills.start(small_corpus, str(tmp_path / "run"), world_size=3))
+    assert [status for status, *_ in results] == [2, 2, 2]
+    words = "".join(words for *_, words in results)
+    assert words.count("error:") == 1 and "is writing there" in words and "Traceback" not in words, words
+
+
+# ---- files that are damaged or full ----
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"steps"', "{", "[" * 100_000])
+def test_a_train_json_that_is_none(undisturbed, tmp_path, content):
+    run = shutil.copytree(undisturbed.out, tmp_path / "run")
+    (run / "train.json").write_text(content)
+    with pytest.raises(ValueError, match="train.json: damaged"):
+        train.train(replace(undisturbed, out=str(run)))
+    assert (run / "train.json").read_text() == content
+
+
+def test_a_line_of_metrics_without_its_end(undisturbed, tmp_path):
+    """The disk was full at the newline; the checkpoint of this line's step exists all the same."""
+    before, run = finished(undisturbed), shutil.copytree(undisturbed.out, tmp_path / "run")
+    os.remove(run / "checkpoints" / "00000006.pt")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = max(i for i, line in enumerate(lines) if json.loads(line)["step"] == 4)
+    (run / "metrics.jsonl").write_text("\n".join(lines[: last + 1]))
+    train.train(replace(undisturbed, out=str(run)))
+    assert_same(list(finished(replace(undisturbed, out=str(run)))), list(before))
+
+
+def test_metrics_are_strict_json(tmp_path):
+    """NaN and infinity, which no other reader knows, are null, also in the lines of an earlier start; curves leave them out."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN}\n')
+    metrics = run_directory.Metrics(str(path), 1, train.Ranks(), None)
+    metrics.write({"step": 2, "loss": math.inf, "mlm_loss": -math.inf, "f1": 0.5})
+    with open(path) as f:
+        lines = [json.loads(line, parse_constant=pytest.fail) for line in f]
+    assert lines == [{"step": 1, "loss": None}, {"step": 2, "loss": None, "mlm_loss": None, "f1": 0.5}]
+
+    def draw(figure, steps, lines):
+        assert [math.isnan(line["loss"]) for line in steps] == [True, True]
+        figure.subplots().plot([line["loss"] for line in steps], "o")
+
+    run_directory.draw_curves(tmp_path, draw)
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_checkpoints_that_are_kept(small_corpus, undisturbed, tmp_path):
@@ -594,8 +813,7 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu(small_corpus):
 
 @pytest.mark.slow
 def test_a_refusal_on_one_rank_ends_all_with_one_line(small_corpus, undisturbed):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    result = command(*launch, "train.py", "--data", small_corpus, "--out", undisturbed.out, "--device", "cpu")
+    result = command(*TORCHRUN, "2", "train.py", "--data", small_corpus, "--out", undisturbed.out, "--device", "cpu")
     assert result.returncode != 0
     assert result.stderr.count("train.py: error: ") == 1 and "holds a run with" in result.stderr
     assert "RuntimeError" not in result.stderr
@@ -612,3 +830,19 @@ def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, monkeypatch, tmp
     with pytest.raises(OSError, match="cannot be written.*make room"):
         train.train(replace(undisturbed, out=str(run)))
     assert os.listdir(run / "checkpoints") == ["00000004.pt"]
+
+
+def test_half_a_file_does_not_keep_the_disk_full(undisturbed, monkeypatch, tmp_path):
+    """The lines of the metrics need the room."""
+    run = shutil.copytree(undisturbed.out, tmp_path / "run")
+    os.remove(run / "checkpoints" / "00000006.pt")
+
+    def full(model, directory):
+        for name in ("config.json.tmp", "model.safetensors.tmp"):
+            (run / name).write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(StarEncoderForPreTraining, "save_pretrained", full)
+    with pytest.raises(OSError, match="cannot be written.*make room"):
+        train.train(replace(undisturbed, out=str(run)))
+    assert not [path for path in run.rglob("*.tmp")]
