@@ -322,17 +322,16 @@ TILES = {
     "fp32": {
         "forward": AttentionTile(32, 32, 4, 1),
         "forward, D > 64": AttentionTile(16, 16, 4, 1),
-        "dq": AttentionTile(32, 32, 4, 1),
-        "dq, D > 64": AttentionTile(16, 16, 4, 1),
-        "dk_dv": AttentionTile(32, 32, 4, 1),
+        "dq": AttentionTile(32, 32, 8, 1),
+        "dq, D > 64": AttentionTile(16, 16, 8, 1),
+        "dk_dv": AttentionTile(32, 32, 8, 1),
         "dk_dv, D > 64": AttentionTile(16, 16, 4, 1),
     },
     (8, 0): {
-        "forward": AttentionTile(128, 64, 4, 3),
+        "forward": AttentionTile(128, 32, 4, 3),
         "forward, D > 64": AttentionTile(128, 32, 8, 3),
-        "dq": AttentionTile(128, 32, 4, 2),
-        "dq, D > 64": AttentionTile(128, 32, 8, 2),
-        "dk_dv": AttentionTile(32, 128, 4, 2),
+        "dq": AttentionTile(128, 32, 8, 2),
+        "dk_dv": AttentionTile(32, 128, 8, 2),
         "dk_dv, D > 64": AttentionTile(64, 64, 8, 2),
     },
     (9, 0): {
@@ -341,6 +340,7 @@ TILES = {
         "dq": AttentionTile(64, 64, 4, 3, 168),
         "dq, D > 64": AttentionTile(128, 64, 8, 3),
         "dk_dv": AttentionTile(32, 64, 4, 3),
+        "dk_dv, D > 64": AttentionTile(32, 128, 8, 2),
     },
 }
 
