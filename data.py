@@ -52,10 +52,11 @@ ENCODER_TOKENS = ["<pad>", "<sep>", "<cls>", "<mask>"]
 # that blanks in front of a digit are one piece: hence `(?=\p{N})`. All that needs no look ahead stands in one atomic group, which the regex
 # library runs as an automaton: the same pieces in half the time.
 _WORDS = r"(?> ?\p{L}+|%s|'(?:[stmd]|re|ve|ll)| ?[^\s\p{L}\p{N}]+)|\s+(?:%s)|\s"
-GPT2_PATTERN, DIGITS_PATTERN = _WORDS % (r" ?\p{N}+", r"(?!\S)"), _WORDS % (r"\p{N}", r"(?=\p{N})|(?!\S)")
-# `Digits` knows a newer Unicode than both regexes do, with 13 digits more.
-# A test compares all code points.
-DIGITS_PATTERN = DIGITS_PATTERN.replace(r"\p{N}", r"[\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}]")
+GPT2_PATTERN = _WORDS % (r" ?\p{N}+", r"(?!\S)")
+# `Digits` knows a newer Unicode than the regexes do, with 13 digits more; a test compares all code points.
+# They stand here as characters, since each regex library has an escape of its own.
+_DIGIT = "\\p{N}\U00011de0-\U00011de9\U00016ff4-\U00016ff6"
+DIGITS_PATTERN = _WORDS.replace(r"\p{N}", _DIGIT) % (f"[{_DIGIT}]", rf"(?=[{_DIGIT}])|(?!\S)")
 
 # At a million blanks in a row tiktoken's regex panics: a run above this length is cut by hand.
 # Python's \s has four more characters than that of the regexes.

@@ -315,9 +315,9 @@ NORM = {"norm": NormTile(4, 4), "norm_backward": NormTile(4, 4, 528)}
 TILES = {
     "default": {
         "forward": AttentionTile(64, 32, 4, 2),
-        "dq": AttentionTile(64, 32, 4, 2),
+        "dq": AttentionTile(64, 32, 8, 2),
         "dk_dv": AttentionTile(32, 64, 4, 2),
-        "dk_dv, D > 64": AttentionTile(32, 32, 4, 2),
+        "dk_dv, D > 64": AttentionTile(32, 64, 8, 2),
     },
     "fp32": {
         "forward": AttentionTile(32, 32, 4, 1),
@@ -1326,7 +1326,7 @@ if HAS_TRITON:
         """One program: one row. loss = lse - logit[label];  lse = log sum e^logit, kept."""
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * V
-        m = tl.full([], float("-inf"), tl.float32)
+        m = tl.full([], -3.0e38, tl.float32)  # not -inf: of a block of -inf, inf - inf would be NaN
         l = tl.zeros([BLOCK_V], tl.float32)  # summed over its lanes at the end
         for first in range(0, V, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)

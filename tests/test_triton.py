@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from conftest import command
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -123,6 +123,67 @@ def test_attention_is_as_good_as_pytorch(lengths, N, D, seed, p, dtype):
 def test_attention_is_as_good_where_its_gradient_cancels(lengths, D, seed, p, dtype):
     """Of a sequence of one token, Q and K have no gradient: what a kernel says of it is rounding alone."""
     check_attention(lengths, 1, D, seed, p, dtype)
+
+
+@few
+@given(lengths=st.lists(corner, min_size=1, max_size=3), D=st.sampled_from([16, 64]), seed=seeds, p=dropouts)
+def test_a_saturated_softmax_is_as_good_in_fp32(lengths, D, seed, p):
+    """Inputs x 100: scores of 10,000, beside which the logarithm of a row's sum would be rounded away.
+
+    Q and K are whole numbers, D is a power of 4, and all products fit in 24 bits: the scores are exact,
+    in any order of summation. Keys come in threes, so that a third is a weight. What rounding costs, as in
+    `rounding_of_attention`, but with dP - delta as it is and not by its bound, since it is 0 in most rows:
+
+        P = 2^(S - max S)                off by eps (4 + 2 |max S|) of itself; 4 eps where S = max S
+        dS = P (dP - delta)              off by (error of P) |dP - delta| + e P (A + rowsum(P A))
+    """
+    qkv, cu_seqlens, longest = packed(lengths, 1, D, seed)
+    qkv *= 100
+    qkv[:, :2] = qkv[:, :2].round().clamp(-500, 500)
+    qkv[:, 1] = qkv[torch.arange(len(qkv), device=DEVICE) // 3 * 3, 1]
+    upstream = torch.randn(sum(lengths), 1, D, device=DEVICE)
+    runs = []
+    for function, dtype in (
+        (kernels.attention, torch.float32),
+        (kernels.attention_reference, torch.float32),
+        (kernels.attention_reference, torch.float64),
+    ):
+        call = lambda x, f=function: f(x, cu_seqlens, longest, dropout_p=p, seed=seed)
+        out, gradient = with_gradients(call, [qkv], upstream, dtype)
+        runs.append([out, *gradient.unbind(1)])
+
+    parts = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+        q, k, v = qkv[start:end, :, 0].double().unbind(1)  # each (L, D)
+        dout = upstream[start:end, 0].double()
+        L = end - start
+        if L == 0:
+            continue
+        eps = torch.finfo(torch.float32).eps
+        e = max(L, D) ** 0.5 * eps
+        scores = q @ k.T / D**0.5  # (L, L)
+        largest = scores.amax(1, keepdim=True)
+        weights = scores.softmax(1)
+        weights_off = eps * weights * (4 + 2 * largest.abs() * (scores < largest)) / (1 - p)
+        keep = torch.ones_like(weights)
+        if p:
+            head, row = torch.tensor([0, start], device=DEVICE)
+            keep = kernels.attention_keep(seed, p, head, row, L, torch.float64)
+        dp = keep * (dout @ v.T) / (1 - p)
+        delta = (weights * dp).sum(1, keepdim=True)
+        size = (dout.square() @ v.square().T).sqrt() / (1 - p)
+        difference_off = e * (size + (weights * size).sum(1, keepdim=True))
+        ds_off = weights_off * (dp - delta).abs() + weights * difference_off
+        ds_off = ds_off / D**0.5
+        off = [
+            weights_off @ v.abs() + e * weights @ v.abs() / (1 - p),
+            ds_off @ k.abs(),
+            ds_off.T @ q.abs(),
+            weights_off.T @ dout.abs() + e * weights.T @ dout.abs() / (1 - p),
+        ]
+        parts.append([x[:, None] for x in off])
+    rounding = [torch.cat([qkv[:0, 0].double(), *part]) for part in zip(*parts)]
+    assert_as_good_as_pytorch(*runs, torch.float32, rounding)
 
 
 @pytest.mark.slow
@@ -254,16 +315,7 @@ def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upst
     return [y_off, factor * dh_off, dw_off, db_off] + ([] if residual is None else [dh_off])
 
 
-@given(
-    rows=st.sampled_from([0, 1, 2, 5, 33]),
-    H=st.sampled_from([1, 5, 48, 64, 192, 768, 1024]),
-    seed=seeds,
-    p=dropouts,
-    dtype=dtypes,
-    plus=st.booleans(),
-    eps=st.sampled_from([1e-12, 1e-6, 0.1]),
-)
-def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus, eps):
+def check_layer_norm(rows, H, seed, p, dtype, plus, eps):
     torch.manual_seed(seed)
     x, weight, bias = torch.randn(rows, H, device=DEVICE).to(dtype), torch.randn(H, device=DEVICE), torch.randn(H, device=DEVICE)
     residual = torch.randn(rows, H, device=DEVICE).to(dtype) if plus else None
@@ -275,6 +327,19 @@ def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus, eps):
     exact = with_gradients(call, [x, weight, bias, residual], upstream, torch.float64)
     rounding = rounding_of_layer_norm(x, weight, bias, residual, p, seed, eps, upstream)
     assert_as_good_as_pytorch(runs[0], runs[1], exact, dtype, rounding)
+
+
+@given(
+    rows=st.sampled_from([0, 1, 2, 5, 33]),
+    H=st.sampled_from([1, 5, 48, 64, 192, 768, 1024]),
+    seed=seeds,
+    p=dropouts,
+    dtype=dtypes,
+    plus=st.booleans(),
+    eps=st.sampled_from([1e-12, 1e-6, 0.1]),
+)
+def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus, eps):
+    check_layer_norm(rows, H, seed, p, dtype, plus, eps)
 
 
 @few
@@ -301,6 +366,72 @@ def test_layer_norm_and_dropout_drop_by_the_same_rule(seed, p, H, dtype):
     assert torch.equal(y, kernels.dropout_reference(x.float(), p, seed).to(dtype))
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(x))
     assert torch.equal(gradient != 0, y != 0) or (x == 0).any()
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("H", [5, 100, 768])
+def test_layer_norm_of_a_constant_row_is_zero(H, plus):
+    """At the model's own eps the rounding of a mean would be divided by 1e-6."""
+    torch.manual_seed(H)
+    x = torch.randn(16, 1, device=DEVICE).expand(16, H)
+    residual = torch.randn(16, 1, device=DEVICE).expand(16, H) if plus else None
+    weight = torch.randn(H, device=DEVICE)
+    for dtype in DTYPES:
+        inputs = (x.to(dtype), weight, torch.zeros_like(weight), 1e-12)
+        y = kernels.layer_norm(*inputs, residual=residual.to(dtype) if plus else None)
+        assert (y == 0).all()
+
+
+@pytest.mark.parametrize("plus, p", [(False, 0.0), (True, 0.1)])
+def test_layer_norm_sums_over_all_blocks_of_rows(plus, p, monkeypatch):
+    """Two programs take 33 rows, so each goes through several blocks of them."""
+    monkeypatch.setitem(kernels.NORM, "norm_backward", kernels.NormTile(rows=4, warps=4, programs=2))
+    check_layer_norm(33, 48, 3, p, torch.float32, plus, 1e-6)
+
+
+@example(M=2, V=5000, seed=0, dtype=torch.float32, size=1.0, hidden="the first block")
+@given(
+    M=st.sampled_from([0, 1, 2, 7]),
+    V=st.sampled_from([1, 5, 100, 4096, 5000]),
+    seed=seeds,
+    dtype=dtypes,
+    size=st.sampled_from([1.0, 100.0]),
+    hidden=st.sampled_from(["nothing", "some columns", "the first block"]),
+)
+def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, hidden):
+    """The sum of the losses and its gradient, times an upstream factor, beside F.cross_entropy in fp64.
+
+    Let x be the largest number of a row. lse is off by some eps (1 + x), as the exponents are rounded
+    by eps x, and a weight e^(logit - lse) by that part of itself; then it is rounded to the dtype.
+    """
+    torch.manual_seed(seed)
+    logits = (size * torch.randn(M, V, device=DEVICE)).to(dtype)
+    labels = torch.randint(V, (M,), device=DEVICE)
+    if hidden == "some columns":
+        logits[torch.rand(M, V, device=DEVICE) < 0.3] = float("-inf")
+    if hidden == "the first block":
+        logits[:, : min(4096, V - 1)] = float("-inf")
+        labels[:] = V - 1
+    logits.scatter_(1, labels[:, None], 1.0)  # the label's own is finite
+    labels[torch.rand(M, device=DEVICE) < 0.3] = -100
+
+    def summed(logits, labels, function):
+        logits = logits.detach().clone().requires_grad_()
+        total = function(logits.clone(), labels)  # the clone's memory becomes the gradient
+        return total.detach(), torch.autograd.grad(3.7 * total, logits)[0]
+
+    loss, gradient = summed(logits, labels, kernels.CrossEntropy.apply)
+    in_fp64 = lambda x, y: torch.nn.functional.cross_entropy(x.double(), y, reduction="sum")
+    exact, exact_gradient = summed(logits.double(), labels, in_fp64)
+
+    numbers = torch.where(logits.isfinite(), logits, 0).double().abs()
+    rounding = 32 * torch.finfo(torch.float32).eps * (1 + numbers.amax(1, keepdim=True))  # (M, 1)
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    assert abs(loss - exact) <= rounding.sum()
+    weights = 3.7 * logits.double().softmax(1) * (labels >= 0)[:, None]
+    info = torch.finfo(dtype)
+    allowed = weights * rounding + info.eps * exact_gradient.abs() + 2 * info.smallest_normal * info.eps
+    assert ((gradient.double() - exact_gradient).abs() <= allowed).all()
 
 
 @pytest.mark.slow
