@@ -1281,39 +1281,6 @@ dropout_op.register_autograd(_dropout_gradient, setup_context=_dropout_context)
 # ---- cross-entropy of a large vocabulary ---------------------------------------------------------
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
-
-    A label of -100 does not count. Logits are read once in the forward pass; in the backward pass
-    their gradient takes their place, since of 49,156 columns they are the largest tensor of a step.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logits = logits.contiguous()
-        losses = logits.new_empty(len(logits), dtype=torch.float32)
-        lse = torch.empty_like(losses)
-        ctx.save_for_backward(logits, labels, lse)
-        if logits.numel():
-            arguments = (logits, labels.contiguous(), losses, lse)
-            launch(_cross_entropy_forward, (len(logits),), arguments, CrossEntropy.constants(logits))
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        logits, labels, lse = ctx.saved_tensors
-        if logits.numel():
-            arguments = (logits, labels.contiguous(), lse, upstream)
-            launch(_cross_entropy_backward, (len(logits),), arguments, CrossEntropy.constants(logits))
-        return logits.detach(), None
-
-    @staticmethod
-    def constants(logits):
-        """Launch settings: rows in blocks of up to 4,096 columns."""
-        V = logits.shape[1]
-        return dict(V=V, BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
-
-
 if HAS_TRITON:
 
     @triton.jit
@@ -1358,3 +1325,67 @@ if HAS_TRITON:
             x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
             gradient = (tl.exp(x - lse) - tl.where(column == label, 1.0, 0.0)) * factor
             tl.store(logits_ptr + column, gradient, mask=column < V)
+
+
+def cross_entropy_constants(logits):
+    """Launch settings: a row in blocks of up to 4,096 columns."""
+    V = logits.shape[1]
+    return dict(V=V, BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
+
+
+@torch.library.custom_op("starencoder::cross_entropy", mutates_args=())
+def cross_entropy_op(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward kernel: losses and lse, both (M,) fp32."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    lse = torch.empty_like(losses)
+    if logits.numel():
+        arguments = (logits, labels.contiguous(), losses, lse)
+        grid = (len(logits),)
+        launch(_cross_entropy_forward, grid, arguments, cross_entropy_constants(logits))
+    return losses, lse
+
+
+@cross_entropy_op.register_fake
+def _(logits, labels):
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    return losses, torch.empty_like(losses)
+
+
+@torch.library.custom_op("starencoder::cross_entropy_backward", mutates_args=("logits",))
+def cross_entropy_backward_op(
+    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, upstream: torch.Tensor
+) -> None:
+    """The backward kernel: the gradient of the logits takes their place."""
+    if logits.numel():
+        arguments = (logits, labels.contiguous(), lse, upstream)
+        grid = (len(logits),)
+        launch(_cross_entropy_backward, grid, arguments, cross_entropy_constants(logits))
+
+
+@cross_entropy_backward_op.register_fake
+def _(logits, labels, lse, upstream):
+    return None
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
+
+    A label of -100 does not count. Logits are read once in the forward pass; in the backward pass
+    their gradient takes their place, since of 49,156 columns they are the largest tensor of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logits = logits.contiguous()
+        losses, lse = cross_entropy_op(logits, labels)
+        ctx.save_for_backward(logits, labels, lse)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logits, labels, lse = ctx.saved_tensors
+        gradient = logits.detach()
+        cross_entropy_backward_op(gradient, labels, lse, upstream)
+        return gradient, None
