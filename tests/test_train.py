@@ -690,7 +690,7 @@ def test_a_full_disk_costs_a_warning(small_corpus, undisturbed, tmp_path, monkey
         return real_open(path, mode, *a, **k)
 
     monkeypatch.setattr(torch, "save", full_save)
-    monkeypatch.setattr(run_directory, "open", full_open)
+    monkeypatch.setattr(run_directory, "open", full_open, raising=False)
     train.train(config)
     warnings = capsys.readouterr().err
     assert "metrics.jsonl cannot be written" in warnings and "00000004.pt cannot be written" in warnings
