@@ -997,15 +997,16 @@ if HAS_TRITON:
 
             y = (h - mean) rstd weight + bias                   kept for the backward pass: mean, rstd
 
-        A row's first element (if kept) is subtracted before the mean is taken, so that a constant row
-        gives exactly 0: the rounding of a mean would be divided by sqrt(eps) there.
+        A row's first element is subtracted before the mean is taken, so that a constant row gives
+        exactly 0: the rounding of a mean would be divided by sqrt(eps) there.
         """
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
         place = row.to(tl.int64) * H
         pivot = tl.load(x_ptr + place, mask=row < T, other=0.0).to(tl.float32)
         if DROPOUT:
-            pivot *= keep_scale
+            kept, _, _, _ = _halves(key, row.to(tl.uint32), offset, threshold)  # of column 0
+            pivot *= tl.where(kept, keep_scale, 0.0)
         if RESIDUAL:
             pivot += tl.load(residual_ptr + place, mask=row < T, other=0.0).to(tl.float32)
 

@@ -159,6 +159,10 @@ MUTATIONS = {
         "layer_norm and not model",
         {
             "no pivot": ("# First pass: h - pivot, and its sum.", "pivot *= 0.0"),
+            "the pivot without dropout": (
+                "pivot *= tl.where(kept, keep_scale, 0.0)",
+                "pivot *= keep_scale",
+            ),
             "the pivot is missing in the mean that is kept": (
                 "tl.store(mean_ptr + row, mean + pivot",
                 "tl.store(mean_ptr + row, mean",
