@@ -476,12 +476,13 @@ def _read_files(cls, directory, overrides):
                 raise ValueError(f"{directory}: the weights lack {names[0]}")
             new.append(name)
             continue
-        if not all(part.is_floating_point() for part in parts):
-            raise ValueError(f"{directory}: {names[0]} is not made of floating-point numbers")
-        value = torch.cat(parts)
-        if value.shape != parameter.shape:
-            raise ValueError(f"{directory}: {names[0]} is {tuple(value.shape)}, its config.json asks for {tuple(parameter.shape)}")
-        parameter.data.copy_(value)
+        for n, part, place in zip(names, parts, parameter.data.chunk(len(names))):
+            if not part.is_floating_point():
+                raise ValueError(f"{directory}: {n} is not made of floating-point numbers")
+            if part.shape != place.shape:
+                words = f"{n} is {tuple(part.shape)}, its config.json asks for {tuple(place.shape)}"
+                raise ValueError(f"{directory}: {words}")
+            place.copy_(part)
     if extra := [name for name in weights if name.startswith("bert.encoder.") and name not in used]:
         raise ValueError(f"{directory}: config.json has no place for the weights {extra[0]}")
     if unread is not None and cls is StarEncoderForPreTraining:

@@ -510,11 +510,17 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             StarEncoderForPreTraining.from_pretrained(changed(**entries))
+    table = load_file(tmp_path / "run" / "model.safetensors")
+    norm = "bert.embeddings.LayerNorm.bias"
+    key = "bert.encoder.layer.0.attention.self.key.weight"
     for weights, words in [
         ([1, 2], "not a table of tensors"),
         ({"a": 1}, "not a table of tensors"),
         ({}, "the weights lack"),
-        ({n: w.int() for n, w in load_file(tmp_path / "run" / "model.safetensors").items()}, "not made of floating-point"),
+        (table | {norm: torch.tensor(1.0)}, f"{norm} is ..,"),
+        (table | {key: table[key].flatten()}, f"{key} is .*its config.json asks for"),
+        (table | {key: table[key][:, :0]}, f"{key} is .*its config.json asks for"),
+        ({n: w.int() for n, w in table.items()}, "not made of floating-point"),
     ]:
         directory = changed()
         os.remove(os.path.join(directory, "model.safetensors"))
