@@ -261,7 +261,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=logits.device)
         gradient = logits.detach()
         for rows, targets in zip(gradient.split(256), labels.split(256)):
-            counted, targets = (targets != -100).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)  # (256, 1)
+            counted = (targets != -100).unsqueeze(1)  # (256, 1)
+            targets = targets.unsqueeze(1).masked_fill(~counted, 0)  # not clamp: another negative is an error
             log_p = rows.float().log_softmax(1)
             total -= (log_p.gather(1, targets) * counted).sum()
             rows.copy_(
