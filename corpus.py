@@ -455,7 +455,12 @@ CHANGED = (
 def _check_read(out, number, digest):
     """Raises ValueError where a part is there that was made of documents with another digest."""
     path = part_file(out, number, "json")
-    if os.path.exists(path) and read_json(path).get("read") != digest:
+    if not os.path.exists(path):
+        return
+    before = read_json(path).get("read")
+    if before is None:
+        raise ValueError(f"{path}: was made by an earlier version; begin anew in another directory")
+    if before != digest:
         raise ValueError(f"{path}: {CHANGED}")
 
 
@@ -485,8 +490,12 @@ def _finish(out, count, skipped, tokenizer, dtype, sources):
         "skipped": dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0]))),
         "parts": [part["splits"] for part in facts],
     }
-    _remove_ours(out, _temporary)  # of what was killed
-    write_whole(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
+    while True:
+        _remove_ours(out, _temporary)  # of what was killed
+        # Another shard that ends at the same time takes the half-written file for such a one.
+        with contextlib.suppress(FileNotFoundError):
+            write_whole(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
+            break
     return json.loads(json.dumps(meta))
 
 

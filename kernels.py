@@ -420,6 +420,11 @@ def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
             "qkv must have 1 <= D <= 128 with stride 1, "
             f"got shape {tuple(qkv.shape)} and strides {qkv.stride()}"
         )
+    if max(max_seqlen * qkv.stride(0), 2 * qkv.stride(1)) >= 2**31:  # places in a sequence are int32
+        raise ValueError(
+            f"qkv: a sequence of {max_seqlen:,} tokens must span less than 2**31 elements for the "
+            f"Triton kernels, got strides {qkv.stride()}"
+        )
     sequences, heads = len(cu_seqlens) - 1, qkv.shape[2]
     if max(sequences, heads) > GRID_LIMIT:
         raise ValueError(
@@ -1304,8 +1309,10 @@ if HAS_TRITON:
             m = m_new
         lse = m + tl.log(tl.sum(l, 0))
         label = tl.load(labels_ptr + row)
-        counted = label >= 0
-        chosen = tl.load(logits_ptr + label, mask=counted, other=0.0).to(tl.float32)
+        counted = label != -100
+        # A label that is no column makes the loss NaN: its place belongs to another row, or to nobody.
+        is_column = (label >= 0) & (label < V)
+        chosen = tl.load(logits_ptr + label, mask=is_column, other=float("nan")).to(tl.float32)
         tl.store(losses_ptr + row, tl.where(counted, lse - chosen, 0.0))
         tl.store(lse_ptr + row, lse)
 
@@ -1373,8 +1380,9 @@ def _(logits, labels, lse, upstream):
 class CrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
 
-    A label of -100 does not count. Logits are read once in the forward pass; in the backward pass
-    their gradient takes their place, since of 49,156 columns they are the largest tensor of a step.
+    A label of -100 does not count; one that is no column makes the sum NaN. Logits are read once in
+    the forward pass; in the backward pass their gradient takes their place, since of 49,156 columns
+    they are the largest tensor of a step.
     """
 
     @staticmethod

@@ -261,7 +261,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=logits.device)
         gradient = logits.detach()
         for rows, targets in zip(gradient.split(256), labels.split(256)):
-            counted, targets = (targets != -100).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)  # (256, 1)
+            counted = (targets != -100).unsqueeze(1)  # (256, 1)
+            targets = targets.unsqueeze(1).masked_fill(~counted, 0)  # not clamp: another negative is an error
             log_p = rows.float().log_softmax(1)
             total -= (log_p.gather(1, targets) * counted).sum()
             rows.copy_(
@@ -476,12 +477,13 @@ def _read_files(cls, directory, overrides):
                 raise ValueError(f"{directory}: the weights lack {names[0]}")
             new.append(name)
             continue
-        if not all(part.is_floating_point() for part in parts):
-            raise ValueError(f"{directory}: {names[0]} is not made of floating-point numbers")
-        value = torch.cat(parts)
-        if value.shape != parameter.shape:
-            raise ValueError(f"{directory}: {names[0]} is {tuple(value.shape)}, its config.json asks for {tuple(parameter.shape)}")
-        parameter.data.copy_(value)
+        for n, part, place in zip(names, parts, parameter.data.chunk(len(names))):
+            if not part.is_floating_point():
+                raise ValueError(f"{directory}: {n} is not made of floating-point numbers")
+            if part.shape != place.shape:
+                words = f"{n} is {tuple(part.shape)}, its config.json asks for {tuple(place.shape)}"
+                raise ValueError(f"{directory}: {words}")
+            place.copy_(part)
     if extra := [name for name in weights if name.startswith("bert.encoder.") and name not in used]:
         raise ValueError(f"{directory}: config.json has no place for the weights {extra[0]}")
     if unread is not None and cls is StarEncoderForPreTraining:

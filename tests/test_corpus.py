@@ -283,6 +283,39 @@ def test_shards_of_different_sources_are_noticed(tmp_path, small_corpus):
     assert not os.path.exists(tmp_path / "out" / "meta.json")
 
 
+def test_parts_of_an_earlier_version_are_said_to_be_so(tmp_path, sources, small_corpus):
+    """They do not say what they were made of."""
+    out = tmp_path / "out"
+    options = dict(tokenizer=small_corpus, workers=1)
+    corpus.prepare([sources], str(out), **options)
+    os.remove(out / "meta.json")
+    part = json.loads((out / "00000.json").read_text())
+    del part["read"]
+    (out / "00000.json").write_text(json.dumps(part))
+    with pytest.raises(ValueError, match="00000.json: was made by an earlier version"):
+        corpus.prepare([sources], str(out), **options)
+
+
+def test_shards_that_end_together(tmp_path, sources, small_corpus, monkeypatch):
+    """One clears away temporary files while the other writes meta.json."""
+    out = tmp_path / "out"
+    write_whole, others = corpus.write_whole, []
+
+    def write_and_lose(path, content):
+        if path.endswith("meta.json") and not others:
+            others.append(path)
+            fsync = lambda _: corpus._remove_ours(out, corpus._temporary)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", fsync)
+                write_whole(path, content)
+        else:
+            write_whole(path, content)
+
+    monkeypatch.setattr(corpus, "write_whole", write_and_lose)
+    meta = corpus.prepare([sources], str(out), tokenizer=small_corpus, workers=1)
+    assert others and json.loads((out / "meta.json").read_text()) == meta
+
+
 def test_nothing_of_the_users_is_removed(tmp_path, sources, small_corpus):
     """Neither files that look like temporary ones, nor an empty directory that was there."""
     out, empty = tmp_path / "out", tmp_path / "empty"

@@ -424,6 +424,14 @@ def test_cross_entropy_in_place_is_that_of_pytorch(rows, columns, seed, ignored)
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max() if rows else 0))
 
 
+@pytest.mark.parametrize("label", [-1, -7, 9])
+def test_a_label_that_is_no_column_is_an_error(label):
+    """In half precision as in F.cross_entropy."""
+    logits = torch.randn(2, 9, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        starencoder._SummedCrossEntropy.apply(logits.clone(), torch.tensor([1, label]))
+
+
 def test_token_classification_returns_its_logits_untouched():
     config = small_config(id2label={0: "O", 1: "B", 2: "I"}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, (ids, cu_seqlens) = StarEncoderForTokenClassification(config).train(), packed([5, 9], config.vocab_size, torch.Generator())
@@ -510,11 +518,17 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             StarEncoderForPreTraining.from_pretrained(changed(**entries))
+    table = load_file(tmp_path / "run" / "model.safetensors")
+    norm = "bert.embeddings.LayerNorm.bias"
+    key = "bert.encoder.layer.0.attention.self.key.weight"
     for weights, words in [
         ([1, 2], "not a table of tensors"),
         ({"a": 1}, "not a table of tensors"),
         ({}, "the weights lack"),
-        ({n: w.int() for n, w in load_file(tmp_path / "run" / "model.safetensors").items()}, "not made of floating-point"),
+        (table | {norm: torch.tensor(1.0)}, f"{norm} is ..,"),
+        (table | {key: table[key].flatten()}, f"{key} is .*its config.json asks for"),
+        (table | {key: table[key][:, :0]}, f"{key} is .*its config.json asks for"),
+        ({n: w.int() for n, w in table.items()}, "not made of floating-point"),
     ]:
         directory = changed()
         os.remove(os.path.join(directory, "model.safetensors"))

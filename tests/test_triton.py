@@ -441,6 +441,19 @@ def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
     assert ((gradient.double() - exact_gradient).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("label", [-1, -7, 7, 10**6, 2**62])
+def test_cross_entropy_reads_no_label_that_is_no_column(label):
+    """Beside it a label that counts, and one that does not, keep their gradients."""
+    logits = torch.randn(3, 7, device=DEVICE, requires_grad=True)
+    labels = torch.tensor([1, label, -100], device=DEVICE)
+    total = kernels.CrossEntropy.apply(logits.clone(), labels)
+    assert total.isnan()
+    (gradient,) = torch.autograd.grad(total, logits)
+    expected = logits[0].softmax(0) - torch.eye(7, device=DEVICE)[1]
+    torch.testing.assert_close(gradient[0], expected)
+    assert (gradient[2] == 0).all()
+
+
 @pytest.mark.slow
 @few
 @given(lengths=lengths_strategy, seed=seeds)
@@ -467,6 +480,10 @@ def test_strided_inputs_are_read_where_they_lie():
     assert all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
 
 
+NONE = torch.zeros(0)
+EMPTY = torch.zeros(2, dtype=torch.int32)  # cu_seqlens of one sequence without tokens
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -475,6 +492,8 @@ def test_strided_inputs_are_read_where_they_lie():
         (dict(qkv=torch.zeros(5, 3, 1, 0)), "1 <= D <= 128"),
         (dict(qkv=torch.zeros(5, 3, 1, 16, dtype=torch.float64)), "qkv must be torch.float16"),
         (dict(qkv=torch.zeros(0, 3, 1, 16), cu_seqlens=torch.zeros(65537, dtype=torch.int32)), "65,535 sequences"),
+        (dict(qkv=NONE.as_strided((0, 3, 1, 16), (2**29, 16, 16, 1)), cu_seqlens=EMPTY), "2**31 elements"),
+        (dict(qkv=NONE.as_strided((0, 3, 1, 16), (16, 2**30, 16, 1)), cu_seqlens=EMPTY), "2**31 elements"),
         (dict(max_seqlen=torch.tensor(5)), "max_seqlen must be an int"),
         (dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")), "cu_seqlens must lie on the device of qkv"),
         (dict(seed=2**63), "seed must fit in 64 bits"),
