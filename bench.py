@@ -8,6 +8,7 @@
     python bench.py kernels                 each kernel beside its peers, and beside what the GPU can do at best (needs one)
     python bench.py kernels --tune          other launch settings, and a table of the best (needs a GPU)
     python bench.py kernels --resources     what each kernel takes of a chip that need not be here: registers, spills, shared memory
+    python bench.py pii                     the detector and its rules beside other detectors, over Python files of this installation
 
 Each figure is the median of several repetitions that take turns, so that a machine that slows down slows all of them; on a shared machine
 only the ratios mean anything. A table goes to the screen, the same as JSON with machine, versions and commit to results/.
@@ -694,7 +695,7 @@ def main(argv=None):
     """The command line."""
     parser = CommandLine(prog="bench.py", description="Measure the speeds that the README claims.")
     parser.add_argument("what", choices=["data", "kernels", "model", "pii"])
-    parser.add_argument("--resources", action="store_true", help="kernels: compile for sm_80, sm_90 and sm_100 and show what they take")
+    parser.add_argument("--resources", action="store_true", help="kernels: compile for sm_80, sm_89, sm_90, sm_100 and show what they take")
     parser.add_argument("--tune", action="store_true", help="kernels: try other launch settings on this GPU and print a table of the best")
     parser.add_argument("--ablate", action="store_true", help="model: what each saving of the step is worth")
     parser.add_argument("--profile", action="store_true", help="model: where the time of a step goes, beside the least that it could take")

@@ -558,10 +558,10 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", help="the corpus directory to make, or to go on with")
     parser.add_argument("--report", metavar="DIR", help="say what is in the corpus DIR, draw DIR/report.png, and end")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--vocab-size", type=int, default=49156, metavar="N", help="of the tokenizer to train (default: 49156)")
+    choice.add_argument("--vocab-size", type=int, default=49156, metavar="N", help="tokens of the tokenizer to train (default: 49156)")
     choice.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer.json, or the one in this directory")
-    parser.add_argument("--commits", action="store_true", help="of git repositories among the sources, the history too")
-    parser.add_argument("--languages", metavar="A,B,...", help="take only these")
+    parser.add_argument("--commits", action="store_true", help="take the history of git repositories among the sources, too")
+    parser.add_argument("--languages", metavar="A,B,...", help="take only these languages")
     parser.add_argument(
         "--limit-per-language", type=int, metavar="N", help="take the first N distinct documents of each language (before cleaning)"
     )

@@ -433,7 +433,8 @@ def parse_arguments(argv=None):
     parser = CommandLine(prog="pii.py", description="Find and redact personal data and secrets in code.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    fine_tune = commands.add_parser("train", help="fine-tune an encoder")
+    about = "Fine-tune an encoder. In brackets: the values of the starpii preset; tiny changes some of them."
+    fine_tune = commands.add_parser("train", help="fine-tune an encoder", description=about)
     fine_tune.add_argument("--preset", choices=PRESETS, default="tiny", help="default: tiny")
     for f in fields(PIIConfig):
         how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
@@ -442,9 +443,9 @@ def parse_arguments(argv=None):
 
     synthetic = commands.add_parser("synthesize", help="make labelled data from source files")
     synthetic.add_argument("sources", nargs="*", metavar="SOURCE", help="as for corpus.py (default: the standard library of this Python)")
-    synthetic.add_argument("--out", required=True, metavar="DIR")
+    synthetic.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
     synthetic.add_argument("--count", type=int, default=16_000, metavar="N", help="documents (default: 16000)")
-    synthetic.add_argument("--seed", type=int, default=0)
+    synthetic.add_argument("--seed", type=int, default=0, metavar="N", help="fixes what is drawn (default: 0)")
 
     for name, help in (("detect", "show what is found"), ("redact", "replace what is found"), ("eval", "measure how well it is found")):
         command = commands.add_parser(name, help=help)
@@ -453,7 +454,7 @@ def parse_arguments(argv=None):
                 "paths", metavar="DATA", help="labelled documents, JSON lines; or a clone of CredSweeper or detect-secrets"
             )
         else:
-            text = "files, and directories with what is below them but for .git, venv, node_modules and the like"
+            text = "files, and directories with all that is in them except .git, venv, node_modules and the like"
             command.add_argument("paths", nargs="+", metavar="PATH", help=text)
         command.add_argument("--model", default="runs/pii", metavar="RUN", help="the fine-tuned model (default: runs/pii)")
         if name != "eval":  # which measures both ways
@@ -463,9 +464,9 @@ def parse_arguments(argv=None):
         command.set_defaults(categories=",".join(CATEGORIES))
         if name != "eval":
             command.add_argument("--categories", metavar="A,B", help="only these (default: all six)")
-        command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where there is one")
         if name == "detect":
-            command.add_argument("--json", action="store_true", help="a line of JSON for each")
+            command.add_argument("--json", action="store_true", help="print a line of JSON for each thing found")
             command.add_argument("--show", action="store_true", help="print what was found, not only its first two characters")
             command.add_argument("--fail", action="store_true", help="exit with status 1 where something is found")
         if name == "redact":

@@ -684,10 +684,10 @@ def main(argv=None):
     fill = commands.add_parser("fill-mask", help="what the model would write at each <mask> of a text")
     fill.add_argument("run", help="a run directory, any Hugging Face Bert directory, or a name on the hub")
     fill.add_argument("text", help='such as "def add(a, b): return a <mask> b"')
-    fill.add_argument("--top-k", type=int, default=5)
+    fill.add_argument("--top-k", type=int, default=5, metavar="N", help="tokens to show for each mask (default: 5)")
     vectors = commands.add_parser("embed", help="one JSON line with a unit vector for each file")
     vectors.add_argument("run", help="as for fill-mask")
-    vectors.add_argument("files", nargs="+", metavar="FILE")
+    vectors.add_argument("files", nargs="+", metavar="FILE", help="text files")
     arguments = parser.parse_args(argv)
 
     directory = arguments.run if os.path.isdir(arguments.run) else _download(arguments.run)

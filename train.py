@@ -140,7 +140,8 @@ MACHINE_FIELDS = set(
 
 def parse_arguments(argv=None):
     """The command line as a `TrainConfig`: the preset, and over it each flag that was given."""
-    parser = CommandLine(prog="train.py", description="Pretrain a StarEncoder.")
+    about = "Pretrain a StarEncoder. In brackets: the values of the starencoder preset; tiny and small change some of them."
+    parser = CommandLine(prog="train.py", description=about)
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="default: tiny")
     plan_help = "print what the run would cost on N GPUs of this name (64xA100; without a value: those of this machine), and end"
     parser.add_argument("--plan", metavar="NxGPU", nargs="?", const="", help=plan_help)
