@@ -71,6 +71,8 @@ def newest_sound_checkpoint(config):
             # It may be whole, and cannot be read now. (EINVAL: a damaged offset, from which nothing can be read.)
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
+            if str(error).startswith(("unable to mmap", "unable to open")):  # torch's words where memory or open files run out
+                raise OSError(f"{path} cannot be read now ({first_line(error)})") from None
             print(f"{path}: damaged ({first_line(error)}); set aside as {path}.damaged", file=sys.stderr)
             os.replace(path, path + ".damaged")
     if paths or glob.glob(os.path.join(glob.escape(config.out), "checkpoints", "*.damaged")):

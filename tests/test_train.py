@@ -621,6 +621,27 @@ def test_all_ranks_of_a_second_run_end_together(small_corpus, held_by_another, t
 # ---- files that are damaged or full ----
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(tmp_path):
+    """Where memory is short, torch's RuntimeError says nothing of the file."""
+    path = tmp_path / "checkpoints" / "00000001.pt"
+    path.parent.mkdir()
+    torch.save({"step": 1, "model": {"a": torch.zeros(50_000_000)}, "optimizer": {}}, path)  # 200 MB
+    program = f"""if True:
+        import resource, types
+        import run_directory
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 10**8,) * 2)
+        try:
+            run_directory.newest_sound_checkpoint(types.SimpleNamespace(out={str(tmp_path)!r}))
+        except OSError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "00000001.pt cannot be read now" in done.stdout, done.stderr
+    assert os.listdir(path.parent) == ["00000001.pt"]
+
+
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"steps"', "{", "[" * 100_000])
 def test_a_train_json_that_is_none(undisturbed, tmp_path, content):
     run = shutil.copytree(undisturbed.out, tmp_path / "run")
