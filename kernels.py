@@ -1,39 +1,46 @@
-"""The operations of the encoder that are worth a kernel of their own: attention and LayerNorm.
+"""The operations of the encoder that are worth a kernel of their own.
 
-    attention   O = dropout(softmax(Q K^T / sqrt(D))) V         within each sequence, in both directions
-    layer_norm  y = LN(dropout(x) + residual),  LN(h) = (h - mean) / sqrt(var + eps) * weight + bias
+    attention     O = dropout(softmax(Q K^T / sqrt(D))) V          in each sequence, both directions
+    layer_norm    y = LN(dropout(x) + residual),  LN(h) = (h - mean) / sqrt(var + eps) weight + bias
+    dropout       y = dropout(x)                                 where no LayerNorm follows
+    CrossEntropy  the sum of log(sum e^logits) - logit[label]    over the rows of a large vocabulary
 
 Sequences are packed: the tokens of a micro-batch are laid end to end in one axis of length T, and
 `cu_seqlens` (B+1,) int32 says where each sequence starts. No padding token is ever computed.
-Letters: B sequences, T tokens, N heads, D head size, L length of a sequence, H = N*D hidden.
+Letters: B sequences, T tokens, N heads, D head size, L length of a sequence, H = N*D hidden, M rows
+of logits, V columns of them.
 
-Each operation has a naive twin (`..._reference`) that computes the formula as it is written and the
-same dropout mask; the tests hold the kernels to it. On CUDA devices the Triton kernels run; elsewhere
-PyTorch does. `STARENCODER_KERNELS=torch|triton` overrides (triton on a CPU is its interpreter).
+The first three have a naive twin (`..._reference`) that computes the formula as it is written and
+the same dropout mask; the tests hold the kernels to it. On CUDA devices the Triton kernels run;
+elsewhere PyTorch does. `STARENCODER_KERNELS=torch|triton` overrides (triton on a CPU is its
+interpreter). CrossEntropy is for Triton alone: the model asks `backend`.
 
 **Dropout by counter.** A mask is never stored and never drawn from a global generator. Whether an
 element is kept is a pure function of (seed, coordinates of the element), by the counter-based
-generator Philox 2x32-7. The backward pass makes the same bits again from the seed alone, and a run
-needs no generator state to resume exactly.
+generator Philox 2x32-7: philox(key, (c0, c1)) mixes a key and a counter, all 32-bit words, into two
+random words. The backward pass makes the same bits again from the seed alone, and a run needs no
+generator state to resume exactly.
 
-    key, offset = philox(head, seed)              once for each head; a seed is two 32-bit words
-    word_0, word_1 = philox(key, (c0, c1 + offset))
+    key, offset = philox(head, (lower, upper word of the seed))        once for each head
+    word_0, word_1 = philox(key, (c0, c1 + offset))                    once for every four elements
 
-Two words are four 16-bit halves, low half first, and serve four elements:
+Two words are four 16-bit halves, the lower half first, numbered 0 to 3, and serve four elements:
 
-    layer_norm, dropout    x[row, column]: c0 = row, c1 = column // 4, half number column % 4; head 0
-    attention              P[query, key] of the sequence that starts at row `start` of the batch:
-                           c0 = start, c1 = pair(query) * 2^16 + pair(key), where
-                           pair(i) = i // 16 * 8 + i % 8, half number 2 * (query // 8 % 2) + key // 8 % 2
-    kept if half >= p * 2^16 - 2^15, as signed 16-bit numbers, and then scaled by 1 / (1 - p)
+    layer_norm, dropout   x[row, column]: head = 0, c0 = row, c1 = column // 4, half column % 4
+    attention             P[query, key], positions in the sequence that starts at row `start`:
+                          c0 = start, c1 = pair(query) * 2^16 + pair(key),
+                          half 2 * (query // 8 % 2) + key // 8 % 2; pair(i) = i // 16 * 8 + i % 8
 
-Why {q, q + 8} x {k, k + 8} in attention: on a tensor core one thread holds just these four elements of
-a tile of scores, and of its transpose, so the mask never travels between threads.
+An element is kept if its half, read as a signed number, is at least p * 2^16 - 2^15, and is then
+scaled by 1 / (1 - p).
+
+Why attention groups {q, q + 8} x {k, k + 8}: on a tensor core one thread holds just these four
+elements of a tile of scores, and of its transpose, so the mask never travels between threads.
 
 References: Vaswani et al., Attention Is All You Need, 2017, section 3.2; Ba et al., Layer
 Normalization, 2016; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao,
-FlashAttention-2, 2023; Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox: 7
-rounds are the fewest that pass all of TestU01's BigCrush, table 2 there).
+FlashAttention-2, 2023; Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox:
+7 rounds are the fewest that pass all of TestU01's BigCrush, table 2 there).
 
 Left out: causal masks, cross attention, grouped-query attention, second derivatives, D above 128.
 """
@@ -70,10 +77,8 @@ def backend(tensor):
     if asked not in ("torch", "triton"):
         raise ValueError(f"STARENCODER_KERNELS={asked}: it must be torch or triton")
     if asked == "triton" and not (HAS_TRITON and (tensor.is_cuda or INTERPRETED)):
-        raise ValueError(
-            "STARENCODER_KERNELS=triton: needs Triton, and a CUDA device or, set from the start, "
-            "TRITON_INTERPRET=1"
-        )
+        needed = "Triton, and a CUDA device or, set from the start, TRITON_INTERPRET=1"
+        raise ValueError(f"STARENCODER_KERNELS=triton: needs {needed}")
     return asked
 
 
@@ -82,40 +87,35 @@ def lengths_visible(cu_seqlens):
     return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-# ---- checks of arguments -------------------------------------------------------------------------
+# ---- checks of arguments: each raises ValueError -------------------------------------------------
 
 LENGTH_LIMIT = 2**17  # of a sequence: a pair of positions has 16 bits in the counter of its mask
 GRID_LIMIT = 65535  # CUDA's, in the second and third dimension of a grid
+WIDTH_LIMIT = 65536  # of a row: LayerNorm's kernels hold it in registers, in four chunks
+
+
+def shown(tensor):
+    """Shape and dtype, for a message."""
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def check_dropout(dropout_p, seed):
-    """Raises ValueError if the probability or the seed is out of range."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, torch.Tensor):
         if seed.shape != () or seed.dtype != torch.int64:
-            shape = tuple(seed.shape)
-            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {shape} {seed.dtype}")
+            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {shown(seed)}")
     elif not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
 
 
 def check_device(name, tensor, other_name, other):
-    """Raises ValueError if the two tensors lie on different devices."""
     if tensor.device != other.device:
-        raise ValueError(
-            f"{name} must lie on the device of {other_name}, {other.device}, got {tensor.device}"
-        )
-
-
-def check_matrix(x):
-    """Raises ValueError unless x is (T, H) floating point."""
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be (T, H) floating point, got {tuple(x.shape)} {x.dtype}")
+        devices = f"{other.device}, got {tensor.device}"
+        raise ValueError(f"{name} must lie on the device of {other_name}, {devices}")
 
 
 def check_triton_dtype(name, x):
-    """Raises ValueError if the Triton kernels cannot compute in the dtype of x."""
     allowed = [torch.float16, torch.bfloat16, torch.float32]
     if INTERPRETED:
         allowed.remove(torch.bfloat16)  # the interpreter's tl.dot of bf16 gives garbage
@@ -125,28 +125,55 @@ def check_triton_dtype(name, x):
 
 
 def check_attention(qkv, cu_seqlens, max_seqlen):
-    """Raises ValueError for shapes, dtypes or lengths that do not fit together.
-
-    Lengths are read only if that does not make a GPU wait.
-    """
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv must be (T, 3, N, D), got {tuple(qkv.shape)}")
-    if not qkv.is_floating_point():
-        raise ValueError(f"qkv must be floating point, got {qkv.dtype}")
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+        raise ValueError(f"qkv must be (T, 3, N, D) floating point, got {shown(qkv)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
-        shape = tuple(cu_seqlens.shape)
-        raise ValueError(f"cu_seqlens must be (B+1,) int32, got {shape} {cu_seqlens.dtype}")
+        raise ValueError(f"cu_seqlens must be (B+1,) int32, got {shown(cu_seqlens)}")
     check_device("cu_seqlens", cu_seqlens, "qkv", qkv)
     if isinstance(max_seqlen, torch.Tensor) or not 0 <= max_seqlen <= LENGTH_LIMIT:
-        raise ValueError(f"max_seqlen must be an int from 0 to {LENGTH_LIMIT:,}, got {max_seqlen!r}")
+        raise ValueError(f"max_seqlen must be an int from 0 to {LENGTH_LIMIT}, got {max_seqlen!r}")
     if lengths_visible(cu_seqlens):
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(qkv) or (lengths < 0).any():
-            shown = f"{cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}"
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {shown}")
+            found = f"{cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}"
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {found}")
         if len(lengths) and lengths.max() > max_seqlen:
             longest = int(lengths.max())
             raise ValueError(f"max_seqlen = {max_seqlen} is below the longest sequence, {longest}")
+
+
+def check_triton_attention(qkv, cu_seqlens):
+    check_triton_dtype("qkv", qkv)
+    if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
+        found = f"shape {tuple(qkv.shape)} and strides {qkv.stride()}"
+        raise ValueError(f"qkv must have 1 <= D <= 128 with stride 1, got {found}")
+    sequences = len(cu_seqlens) - 1
+    heads = qkv.shape[2]
+    if max(sequences, heads) > GRID_LIMIT:
+        found = f"{sequences:,} and {heads:,}"
+        raise ValueError(f"there may be {GRID_LIMIT:,} sequences and heads at most, got {found}")
+
+
+def check_matrix(x):
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be (T, H) floating point, got {shown(x)}")
+
+
+def check_layer_norm(x, weight, bias, residual):
+    check_matrix(x)
+    shapes = {"weight": (weight, x.shape[1:]), "bias": (bias, x.shape[1:])}
+    if residual is not None:
+        shapes["residual"] = (residual, x.shape)
+    for name, (tensor, shape) in shapes.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+        check_device(name, tensor, "x", x)
+
+
+def check_triton_rows(x):
+    check_triton_dtype("x", x)
+    if x.shape[1] > WIDTH_LIMIT:
+        raise ValueError(f"x must be at most {WIDTH_LIMIT:,} wide, got {x.shape[1]:,}")
 
 
 # ---- dropout by counter --------------------------------------------------------------------------
