@@ -188,8 +188,8 @@ def philox(key, c0, c1, rounds=PHILOX_ROUNDS):
     """Philox 2x32 (Salmon et al., section 3.3): two random 32-bit words for the counter (c0, c1).
 
     key, c0, c1: ints or int64 tensors that broadcast, with values below 2**32. Returns two of the
-    same kind. PyTorch has no uint32 arithmetic, so words live in int64, where a product wraps modulo
-    2**64 just as the hardware's does, and `& LOW` keeps 32 bits.
+    same kind. PyTorch has no uint32 arithmetic, so words live in int64, where a product wraps
+    modulo 2**64 just as the hardware's does, and `& LOW` keeps 32 bits.
 
     >>> [hex(word) for word in philox(0, 0, 0)]  # the known answer of Random123
     ['0x257a3673', '0xcd26be2a']
@@ -203,7 +203,7 @@ def philox(key, c0, c1, rounds=PHILOX_ROUNDS):
 
 
 def dropout_threshold(dropout_p):
-    """The least signed 16-bit half that is kept."""
+    """The least half that is kept; at most the largest that there is, 2^15 - 1."""
     return min(round(dropout_p * 2**16), 2**16 - 1) - 2**15
 
 
@@ -212,7 +212,7 @@ def dropout_halves(seed, head, c0, c1, threshold):
     key, offset = philox(head, seed & LOW, (seed >> 32) & LOW)
     words = philox(key, c0, (c1 + offset) & LOW)
     words = torch.stack([word.to(torch.int32) for word in words], dim=-1)  # (..., 2)
-    return words.view(torch.int16) >= threshold  # little-endian: the low half comes first
+    return words.view(torch.int16) >= threshold  # little-endian: the lower half comes first
 
 
 @torch.compiler.disable  # its loop depends on the number of rows
@@ -220,12 +220,11 @@ def dropout_keep(seed, dropout_p, rows, columns, device=None, dtype=torch.bool):
     """Which elements of a (rows, columns) matrix dropout keeps: 1 or 0 of `dtype`."""
     groups = (columns + 3) // 4  # one counter serves four neighbouring columns
     keep = torch.empty(rows, columns, dtype=dtype, device=device)
-    column_group = torch.arange(groups, device=device)[None, :]
-    head = torch.zeros((), dtype=torch.int64, device=device)
+    group = torch.arange(groups, device=device)[None, :]
     at_once = max(1, 2**16 // max(1, groups))  # rows whose words stay in a CPU's cache
     for first in range(0, rows, at_once):
         row = torch.arange(first, min(first + at_once, rows), device=device)[:, None]
-        halves = dropout_halves(seed, head, row, column_group, dropout_threshold(dropout_p))
+        halves = dropout_halves(seed, 0, row, group, dropout_threshold(dropout_p))
         keep[first : first + at_once] = halves.flatten(1)[:, :columns]
     return keep
 
@@ -248,7 +247,7 @@ def attention_keep(seed, dropout_p, head, start, length, dtype=torch.bool):
     for first in range(0, len(head), at_once):
         part = slice(first, first + at_once)
         halves = dropout_halves(seed, head[part], start[part], c1, dropout_threshold(dropout_p))
-        # The halves of a counter are {q, q + 8} x {k, k + 8}: bring both 2-axes before the 8-axes.
+        # From (query block, query % 8, key block, key % 8, query // 8 % 2, key // 8 % 2).
         n = len(halves)
         halves = halves.view(n, blocks, 8, blocks, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
         halves = halves.reshape(n, 16 * blocks, 16 * blocks)
@@ -305,7 +304,9 @@ if HAS_TRITON:
         near, key_8, query_8, both_8 = _halves(
             key, start.to(tl.uint32), c1.to(tl.uint32) + offset, threshold
         )
-        halves = tl.join(tl.join(near, key_8), tl.join(query_8, both_8))  # last axes: key, query
+        # The two axes of c1, then key // 8 % 2, then query // 8 % 2: each of the last two goes
+        # between the block of 16 and the position within 8 of its own.
+        halves = tl.join(tl.join(near, key_8), tl.join(query_8, both_8))
         if TRANSPOSED:
             halves = tl.reshape(halves, [KEYS // 16, 8, QUERIES // 16, 8, 2, 2])
             return tl.reshape(tl.permute(halves, (0, 4, 1, 2, 5, 3)), [KEYS, QUERIES])
