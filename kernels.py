@@ -333,12 +333,13 @@ class NormTile(NamedTuple):
 
     rows: int  # BLOCK_R
     warps: int
-    programs: int = 0  # of the backward pass, each of which has partial sums of its own
+    programs: int = 0  # at most, each with partial sums of its own; 0: one for every block of rows
 
 
-# By compute capability; "fp32" on every GPU, since no tensor core computes it. Fixed, so that results
-# do not depend on what a tuner saw, and such that nothing spills. `bench.py kernels --tune` measures
-# others and prints an entry.
+# By compute capability, and where there is no entry "default"; fp32 inputs have one on every GPU,
+# since no tensor core computes them. Fixed, so that results do not depend on what a tuner saw, and
+# such that nothing spills. `bench.py kernels --tune` measures others and prints an entry, which
+# then has its own "norm" and "norm_backward".
 NORM = {"norm": NormTile(4, 4), "norm_backward": NormTile(4, 4, 528)}
 TILES = {
     "default": {
@@ -402,22 +403,18 @@ Launcher.current = Launcher()
 
 
 def launch(kernel, grid, arguments, constants):
-    """Hands a kernel to the current launcher."""
-    Launcher.current.launch(kernel, grid, arguments, constants)
+    """Hands a kernel to the current launcher, unless its first argument has no element."""
+    if arguments[0].numel():
+        Launcher.current.launch(kernel, grid, arguments, constants)
 
 
 def tile_of(kernel, x, D=0):
     """The entry of TILES for a kernel on the device of x, with head size D."""
     capability = Launcher.current.capability(x)
-    table = TILES["default"]
-    if capability and x.dtype == torch.float32:
-        table = TILES["fp32"]
-    elif capability in TILES:
-        table = TILES[capability]
-    table = NORM | table
-    if D > 64 and f"{kernel}, D > 64" in table:
-        return table[f"{kernel}, D > 64"]
-    return table[kernel]
+    chip = "fp32" if capability and x.dtype == torch.float32 else capability
+    table = NORM | TILES.get(chip, TILES["default"])
+    wide = f"{kernel}, D > 64"
+    return table[wide] if D > 64 and wide in table else table[kernel]
 
 
 def seed_tensor(seed, device):
@@ -425,6 +422,11 @@ def seed_tensor(seed, device):
     if isinstance(seed, torch.Tensor):
         return seed.to(device)
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def dropout_scalars(dropout_p):
+    """The last two scalars of most kernels: threshold, and keep_scale = 1 / (1 - p)."""
+    return dropout_threshold(dropout_p), 1 / (1 - dropout_p)
 
 
 # ---- attention -----------------------------------------------------------------------------------
