@@ -444,18 +444,7 @@ def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
     check_dropout(dropout_p, seed)
     if backend(qkv) == "torch":
         return attention_torch(qkv, cu_seqlens, dropout_p, seed)
-    check_triton_dtype("qkv", qkv)
-    if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
-        raise ValueError(
-            "qkv must have 1 <= D <= 128 with stride 1, "
-            f"got shape {tuple(qkv.shape)} and strides {qkv.stride()}"
-        )
-    sequences, heads = len(cu_seqlens) - 1, qkv.shape[2]
-    if max(sequences, heads) > GRID_LIMIT:
-        raise ValueError(
-            f"cu_seqlens and qkv: at most {GRID_LIMIT:,} sequences and heads, "
-            f"got {sequences:,} and {heads:,}"
-        )
+    check_triton_attention(qkv, cu_seqlens)
     seed = seed_tensor(seed, qkv.device)
     return attention_op(qkv, cu_seqlens, max_seqlen, dropout_p, seed)[0]
 
@@ -479,7 +468,7 @@ def attention_reference(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
 
 
 def attention_torch(qkv, cu_seqlens, dropout_p, seed):
-    """`attention` in PyTorch: neighbouring sequences of equal length L are computed as one batch."""
+    """`attention` in PyTorch: neighbouring sequences of equal length L make one batch."""
     T, _, N, D = qkv.shape
     outputs = [qkv[:0, 0]]
     start = 0
@@ -495,7 +484,7 @@ def attention_torch(qkv, cu_seqlens, dropout_p, seed):
                 starts = start + L * torch.arange(B, device=qkv.device)[:, None]
                 head = torch.arange(N, device=qkv.device)[None, :]
                 weights = weights * attention_keep(seed, dropout_p, head, starts, L, qkv.dtype)
-                v = v * (1 / (1 - dropout_p))
+                v = v * (1 / (1 - dropout_p))  # of v, since it is smaller than weights
             outputs.append((weights @ v).transpose(1, 2).reshape(B * L, N, D))
             start += B * L
     return torch.cat(outputs)
@@ -503,7 +492,8 @@ def attention_torch(qkv, cu_seqlens, dropout_p, seed):
 
 if HAS_TRITON:
     LOG2_E = tl.constexpr(1.4426950408889634)
-    # A change of these values compiles no new variant.
+    # Triton compiles a variant of a kernel for arguments that are 1 or divisible by 16, but these
+    # change from batch to batch and must not compile anew.
     generic = dict(
         do_not_specialize=["T", "threshold"], do_not_specialize_on_alignment=["seed_ptr"]
     )
@@ -533,20 +523,21 @@ if HAS_TRITON:
             return tl.load(base_ptr + place, mask=(d < D)[None, :], other=0.0)
         return tl.load(base_ptr + place)
 
+    # The loops of the three kernels. Each goes through all whole blocks without a comparison, and
+    # then through the block that is left, if there is one, with masks. What does not change from
+    # block to block goes as `*rest`; `stream` is what `_attention_keep` takes first.
+
     @triton.jit
     def _forward_block(
-        q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
-        key, offset, threshold,
+        q, m, l, o, first_key, first, base_ptr, stride_t, stride_3, length, scale, stream,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
         """One block of keys: m, l and o brought up to date (online softmax)."""
-        k = _load_rows(
-            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
-        )
-        v = _load_rows(
-            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
-        )
+        k_ptr = base_ptr + stride_3
+        k = _load_rows(k_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
+        v_ptr = base_ptr + 2 * stride_3
+        v = _load_rows(v_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if not WHOLE:  # keys outside: weight 2^-inf = 0
             s = tl.where((first_key + tl.arange(0, BLOCK_N) < length)[None, :], s, float("-inf"))
@@ -556,10 +547,9 @@ if HAS_TRITON:
         shrink = tl.exp2(m - m_new)
         l = l * shrink + tl.sum(p, 1)  # before dropout: the softmax is normalized, then dropped
         if DROPOUT:
-            keep = _attention_keep(
-                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, False
-            )
-            # Not a constant 0: the compiler would select after the rounding to bf16, at thrice the cost.
+            keep = _attention_keep(*stream, first, first_key, BLOCK_M, BLOCK_N, False)
+            # scale * 0.0 and not 0.0: with a constant the compiler would select after the rounding
+            # to bf16, at thrice the cost.
             p = tl.where(keep, p, scale * 0.0)
         o = o * shrink[:, None]
         o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
@@ -581,13 +571,14 @@ if HAS_TRITON:
         """One program: BLOCK_M queries of one head of one sequence, all keys in blocks of BLOCK_N.
 
             S = scale Q K^T;  m = max S;  P = 2^(S - m);  l = sum P;  O = keep P V / (l (1 - p))
-            scale = log2(e) / sqrt(D)
+            scale = log2(e) / sqrt(D), since the hardware has 2^x and not e^x
 
         grid = (ceil(max_seqlen / BLOCK_M), N, B). With each block of keys m and l are brought up to
         date, and what was summed before shrinks by 2^(m_old - m_new).
 
-        Kept for the backward pass, so that P / l = norm 2^(S - shift): shift = m + log2(l), norm = 1.
-        Beside a large m, log2(l) would be rounded away; in fp32 that is seen: shift = m, norm = 1 / l.
+        Kept for the backward pass, so that P / l = norm 2^(S - shift): shift = m + log2(l) and
+        norm = 1, which is not stored. Beside a large m, log2(l) would be rounded away, and with
+        fp32 inputs that shows: for these, shift = m and norm = 1 / l.
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
@@ -599,6 +590,8 @@ if HAS_TRITON:
         # Queries outside: zeros, whose softmax is uniform and finite; they are not stored.
         base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
         q = _load_rows(base_ptr, stride_t, first, length, BLOCK_M, D, BLOCK_D, False)
+        stream = (key, offset, start, threshold)
+        rest = (first, base_ptr, stride_t, stride_3, length, scale, stream)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -606,14 +599,12 @@ if HAS_TRITON:
         whole = length // BLOCK_N * BLOCK_N
         for first_key in range(0, whole, BLOCK_N):
             m, l, o = _forward_block(
-                q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
-                key, offset, threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
-            )  # fmt: skip
+                q, m, l, o, first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True
+            )
         for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):  # once, or not at all
             m, l, o = _forward_block(
-                q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
-                key, offset, threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
-            )  # fmt: skip
+                q, m, l, o, first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False
+            )
 
         query = first + tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
@@ -630,27 +621,23 @@ if HAS_TRITON:
 
     @triton.jit
     def _dq_block(
-        q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length, start,
-        scale, key, offset, threshold,
+        dq, first_key, first, base_ptr, stride_t, stride_3, length, scale, stream, queries,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
         """What one block of keys adds to dQ, without its factors."""
-        k = _load_rows(
-            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
-        )
-        v = _load_rows(
-            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
-        )
+        q, do, shift, delta = queries
+        k_ptr = base_ptr + stride_3
+        k = _load_rows(k_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
+        v_ptr = base_ptr + 2 * stride_3
+        v = _load_rows(v_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         p = tl.exp2(s * scale - shift[:, None])
         if not WHOLE:  # of a key outside, 2^(0 - shift) may be inf, and inf * 0 would be NaN
             p = tl.where((first_key + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
         if DROPOUT:
-            keep = _attention_keep(
-                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, False
-            )
+            keep = _attention_keep(*stream, first, first_key, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
         return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -671,9 +658,9 @@ if HAS_TRITON:
 
             dP = keep (dO V^T) / (1 - p);  dS = P (dP - rowsum(O dO));  dQ = dS K / sqrt(D)
 
-        The factor 1 / (1 - p) is left to the end, so delta = rowsum(O dO) (1 - p), which is kept
-        for `_attention_backward_dk_dv`. O dO = P dP summed over the keys: the part that softmax
-        subtracts.
+        Here P is the normalized softmax. rowsum(O dO) = rowsum(P dP) is what softmax subtracts.
+        The loop leaves the factors norm and 1 / (1 - p) to the end, and so subtracts
+        delta = rowsum(O dO) (1 - p), which is kept for `_attention_backward_dk_dv`.
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
@@ -695,22 +682,17 @@ if HAS_TRITON:
         delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
         tl.store(delta_ptr + place, delta, mask=query < length)
 
+        stream = (key, offset, start, threshold)
+        queries = (q, do, shift, delta)
+        rest = (first, base_ptr, stride_t, stride_3, length, scale, stream, queries)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         whole = length // BLOCK_N * BLOCK_N
         for first_key in range(0, whole, BLOCK_N):
-            dq = _dq_block(
-                q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length,
-                start, scale, key, offset, threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
-            )  # fmt: skip
+            dq = _dq_block(dq, first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True)
         for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):
-            dq = _dq_block(
-                q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length,
-                start, scale, key, offset, threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
-            )  # fmt: skip
+            dq = _dq_block(dq, first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False)
 
-        dq *= scale / LOG2_E * keep_scale
+        dq *= scale / LOG2_E * keep_scale  # scale / LOG2_E = 1 / sqrt(D)
         if q.dtype == tl.float32:
             dq *= tl.load(norm_ptr + place, mask=query < length, other=0.0)[:, None]
         d = tl.arange(0, BLOCK_D)
@@ -719,8 +701,8 @@ if HAS_TRITON:
 
     @triton.jit
     def _dk_dv_block(
-        k, v, dk, dv, base_ptr, stride_t, dout_ptr, stride_do, shift_ptr, norm_ptr, delta_ptr,
-        first, first_key, length, start, scale, key, offset, threshold,
+        k, v, dk, dv, first, first_key, base_ptr, stride_t, dout_ptr, statistics, length, scale,
+        stream, stride_do,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
@@ -733,6 +715,7 @@ if HAS_TRITON:
         do = _load_rows(dout_ptr, stride_do, first, length, BLOCK_M, D, BLOCK_D, WHOLE)
         # Queries outside: q = dO = delta = shift = 0, so P is 1, finite, and adds nothing.
         query = first + tl.arange(0, BLOCK_M)
+        shift_ptr, norm_ptr, delta_ptr = statistics
         if WHOLE:
             shift = tl.load(shift_ptr + query)
             delta = tl.load(delta_ptr + query)
@@ -747,9 +730,7 @@ if HAS_TRITON:
             p *= tl.load(norm_ptr + query, mask=query < length, other=0.0)[None, :]
         dropped = p
         if DROPOUT:
-            keep = _attention_keep(
-                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, True
-            )
+            keep = _attention_keep(*stream, first, first_key, BLOCK_M, BLOCK_N, True)
             dropped = tl.where(keep, p, scale * 0.0)  # as in the forward pass
             dp = tl.where(keep, dp, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
@@ -769,7 +750,8 @@ if HAS_TRITON:
 
             dV = (keep P / (1 - p))^T dO;  dK = dS^T Q / sqrt(D)          P, dS, arguments: as above
 
-        No two programs write to one place: no atomics, and the same bits in every run.
+        Launched after `_attention_backward_dq`, which writes delta. No two programs write to one
+        place: no atomics, and the same bits in every run.
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
@@ -779,33 +761,28 @@ if HAS_TRITON:
         key, offset = _dropout_stream(seed_ptr, head)
 
         base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k = _load_rows(  # keys outside: rows of dK and dV that are not stored
-            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False
-        )
-        v = _load_rows(
-            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False
-        )
+        # Keys outside: zeros; their rows of dK and dV are not stored.
+        k_ptr = base_ptr + stride_3
+        k = _load_rows(k_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False)
+        v_ptr = base_ptr + 2 * stride_3
+        v = _load_rows(v_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False)
         dout_ptr += (start.to(tl.int64) * N + head) * D
         before = head.to(tl.int64) * T + start
-        shift_ptr += before
-        norm_ptr += before
-        delta_ptr += before
+        statistics = (shift_ptr + before, norm_ptr + before, delta_ptr + before)
+        stream = (key, offset, start, threshold)
+        rest = (first_key, base_ptr, stride_t, dout_ptr, statistics, length, scale, stream)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
         whole = length // BLOCK_M * BLOCK_M
         for first in range(0, whole, BLOCK_M):
             dk, dv = _dk_dv_block(
-                k, v, dk, dv, base_ptr, stride_t, dout_ptr, N * D, shift_ptr, norm_ptr, delta_ptr,
-                first, first_key, length, start, scale, key, offset, threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
-            )  # fmt: skip
+                k, v, dk, dv, first, *rest, N * D, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True
+            )
         for first in tl.range(whole, length, BLOCK_M, num_stages=1):
             dk, dv = _dk_dv_block(
-                k, v, dk, dv, base_ptr, stride_t, dout_ptr, N * D, shift_ptr, norm_ptr, delta_ptr,
-                first, first_key, length, start, scale, key, offset, threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
-            )  # fmt: skip
+                k, v, dk, dv, first, *rest, N * D, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False
+            )
 
         dk *= scale / LOG2_E * keep_scale
         dv *= keep_scale
@@ -825,7 +802,7 @@ def attention_launch(name, kernel, pointers, qkv, cu_seqlens, max_seqlen, dropou
     rows = tile.keys if name == "dk_dv" else tile.queries
     grid = (-(-max_seqlen // rows), N, len(cu_seqlens) - 1)
     scale = D**-0.5 * 1.4426950408889634
-    scalars = (T, N, scale, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
+    scalars = (T, N, scale, *dropout_scalars(dropout_p))
     constants = dict(
         D=D,
         BLOCK_D=max(16, 1 << (D - 1).bit_length()),  # tl.dot wants 16 columns, tiles powers of two
@@ -838,12 +815,11 @@ def attention_launch(name, kernel, pointers, qkv, cu_seqlens, max_seqlen, dropou
     if tile.registers and dropout_p > 0:
         constants["maxnreg"] = tile.registers
     arguments = (*pointers, cu_seqlens.contiguous(), seed, *qkv.stride()[:3], *scalars)
-    if T:
-        launch(kernel, grid, arguments, constants)
+    launch(kernel, grid, arguments, constants)
 
 
-# torch.library makes a launch an operator that autograd and torch.compile know: a function, the shapes
-# of what it returns, and its backward pass, which is an operator as well.
+# torch.library makes a launch an operator that autograd and torch.compile know: a function, empty
+# tensors of the shapes that it returns (`register_fake`), and its backward pass, an operator too.
 
 
 def attention_outputs(qkv):
@@ -851,25 +827,23 @@ def attention_outputs(qkv):
     T, _, N, D = qkv.shape
     out = qkv.new_empty(T, N, D)
     shift = qkv.new_empty(N, T, dtype=torch.float32)
-    norm = qkv.new_empty(*(shift.shape if qkv.dtype == torch.float32 else (0, 0)), dtype=shift.dtype)
+    norm = torch.empty_like(shift if qkv.dtype == torch.float32 else shift[:0, :0])
     return out, shift, norm
 
 
 @torch.library.custom_op("starencoder::attention", mutates_args=())
 def attention_op(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float, seed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+    dropout_p: float, seed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The forward kernel: out (T, N, D), and shift and norm (N, T) for the backward pass."""
     outputs = attention_outputs(qkv)
-    attention_launch(
-        "forward", _attention_forward, (qkv, *outputs), qkv, cu_seqlens, max_seqlen, dropout_p, seed
-    )
+    rest = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
+    attention_launch("forward", _attention_forward, (qkv, *outputs), *rest)
     return outputs
 
 
-@attention_op.register_fake
-def _(qkv, cu_seqlens, max_seqlen, dropout_p, seed):
-    return attention_outputs(qkv)
+attention_op.register_fake(lambda qkv, *rest: attention_outputs(qkv))
 
 
 @torch.library.custom_op("starencoder::attention_backward", mutates_args=())
@@ -883,18 +857,14 @@ def attention_backward_op(
     dqkv = qkv.new_empty(qkv.shape)
     delta = torch.empty_like(shift)
     rest = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
-    attention_launch(  # first, as it writes delta
-        "dq", _attention_backward_dq, (qkv, out, dout, shift, norm, delta, dqkv), *rest
-    )
-    attention_launch(
-        "dk_dv", _attention_backward_dk_dv, (qkv, dout, shift, norm, delta, dqkv), *rest
-    )
+    pointers = (qkv, out, dout, shift, norm, delta, dqkv)
+    attention_launch("dq", _attention_backward_dq, pointers, *rest)  # first, as it writes delta
+    pointers = (qkv, dout, shift, norm, delta, dqkv)
+    attention_launch("dk_dv", _attention_backward_dk_dv, pointers, *rest)
     return dqkv
 
 
-@attention_backward_op.register_fake
-def _(dout, qkv, out, shift, norm, cu_seqlens, max_seqlen, dropout_p, seed):
-    return qkv.new_empty(qkv.shape)
+attention_backward_op.register_fake(lambda dout, qkv, *rest: qkv.new_empty(qkv.shape))
 
 
 def _attention_context(ctx, inputs, output):
