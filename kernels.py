@@ -891,28 +891,19 @@ def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
     like x, or None. dropout_p, seed: as in `attention`. Returns (T, H) in the dtype of x; the
     statistics are fp32 at least. Raises ValueError for shapes that do not fit together.
     """
-    check_matrix(x)
+    check_layer_norm(x, weight, bias, residual)
     check_dropout(dropout_p, seed)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != x.shape[1:]:
-            raise ValueError(f"{name} must be ({x.shape[1]},), got {tuple(vector.shape)}")
-        check_device(name, vector, "x", x)
-    if residual is not None:
-        if residual.shape != x.shape:
-            shapes = f"{tuple(x.shape)}, got {tuple(residual.shape)}"
-            raise ValueError(f"residual must be like x, {shapes}")
-        check_device("residual", residual, "x", x)
     if backend(x) == "torch":
         return layer_norm_reference(
             x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed
         )
-    check_triton_dtype("x", x)
+    check_triton_rows(x)
     seed = seed_tensor(seed, x.device)
     return layer_norm_op(x, residual, weight, bias, eps, dropout_p, seed)[0]
 
 
 def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
-    """The naive twin of `layer_norm`, any float dtype; below fp32 it computes in fp32, rounds once."""
+    """The naive twin of `layer_norm`, any float dtype; in fp32 at least, and rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     h = x.to(wide)
     if dropout_p > 0.0:
@@ -933,7 +924,7 @@ def dropout(x, dropout_p, seed):
         return x
     if backend(x) == "torch":
         return dropout_reference(x, dropout_p, seed)
-    check_triton_dtype("x", x)
+    check_triton_rows(x)
     return dropout_op(x, dropout_p, seed_tensor(seed, x.device))
 
 
@@ -946,27 +937,15 @@ def dropout_reference(x, dropout_p, seed):
 if HAS_TRITON:
 
     @triton.jit
-    def _keep_factor(
-        key, offset, threshold, keep_scale, row, first,
-        BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-    ):  # fmt: skip
-        """1 / (1 - p) where `dropout_keep` keeps an element, else 0: fp32 (BLOCK_R, BLOCK_H)."""
-        group = first // 4 + tl.arange(0, BLOCK_H // 4)
-        c0 = row.to(tl.uint32)[:, None]
-        c1 = group.to(tl.uint32)[None, :] + offset
-        half_0, half_1, half_2, half_3 = _halves(key, c0, c1, threshold)
-        keep = tl.join(tl.join(half_0, half_2), tl.join(half_1, half_3))  # half number 2 i + j: [i, j]
-        return tl.where(tl.reshape(keep, [BLOCK_R, BLOCK_H]), keep_scale, 0.0)
-
-    @triton.jit
     def _load_sum(
-        x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, first,
+        x_ptr, residual_ptr, stream, row, T, first,
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
         RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
         """h = dropout(x) + residual in columns first .. first + BLOCK_H, fp32, zeros outside.
 
-        Returns h, the factor of dropout (1 without it), where the columns are, and which are inside.
+        stream: key, offset, threshold, keep_scale. Returns h, the factor of dropout, where the
+        columns are, and which are inside.
         """
         column = first + tl.arange(0, BLOCK_H)
         place = row.to(tl.int64)[:, None] * H + column[None, :]
@@ -974,9 +953,13 @@ if HAS_TRITON:
         h = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
         factor = tl.full([BLOCK_R, BLOCK_H], 1.0, tl.float32)
         if DROPOUT:
-            factor = _keep_factor(
-                key, offset, threshold, keep_scale, row, first, BLOCK_R, BLOCK_H
-            )
+            key, offset, threshold, keep_scale = stream
+            group = first // 4 + tl.arange(0, BLOCK_H // 4)
+            c1 = group.to(tl.uint32)[None, :] + offset
+            half_0, half_1, half_2, half_3 = _halves(key, row.to(tl.uint32)[:, None], c1, threshold)
+            # The two axes that this adds are 2 and 2: half number 2 i + j is at [i, j].
+            keep = tl.join(tl.join(half_0, half_2), tl.join(half_1, half_3))
+            factor = tl.where(tl.reshape(keep, [BLOCK_R, BLOCK_H]), keep_scale, 0.0)
             h = h * factor
         if RESIDUAL:
             h += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -995,13 +978,15 @@ if HAS_TRITON:
     ):  # fmt: skip
         """One program: BLOCK_R whole rows, in chunks of BLOCK_H columns that stay in registers.
 
-            y = (h - mean) rstd weight + bias                   kept for the backward pass: mean, rstd
+            y = (h - mean) rstd weight + bias;  rstd = 1 / sqrt(var + eps)
 
-        A row's first element is subtracted before the mean is taken, so that a constant row gives
-        exactly 0: the rounding of a mean would be divided by sqrt(eps) there.
+        Kept for the backward pass: mean, rstd. A row's first element, the pivot, is subtracted
+        before the mean is taken, so that a constant row gives exactly 0: the rounding of a mean
+        would be divided by sqrt(eps) there.
         """
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         place = row.to(tl.int64) * H
         pivot = tl.load(x_ptr + place, mask=row < T, other=0.0).to(tl.float32)
         if DROPOUT:
@@ -1015,9 +1000,8 @@ if HAS_TRITON:
         total = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
         for first in tl.static_range(0, H, BLOCK_H):
             h, _, _, inside = _load_sum(
-                x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, first,
-                H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
-            )  # fmt: skip
+                x_ptr, residual_ptr, stream, row, T, first, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT
+            )
             h = tl.where(inside, h - pivot[:, None], 0.0)
             chunks = chunks + (h,)
             total += h
@@ -1054,14 +1038,17 @@ if HAS_TRITON:
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
         RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: every programs-th block of BLOCK_R rows.
+        """One program: every programs-th block of BLOCK_R rows, chunks as above.
 
             n = (h - mean) rstd;  g = dy weight;  dh = (g - mean(g) - n mean(g n)) rstd
             dresidual = dh;  dx = keep dh / (1 - p);  dweight = sum dy n;  dbias = sum dy
 
-        The last two sums stay apart by row of the block until the end, where no thread has to wait.
+        The last two are summed over the rows of a block only at the end: until then, no thread has
+        to wait for another. Tuples have an entry for each chunk. Triton cannot assign to an entry,
+        so the new sums make new tuples.
         """
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
         weights = ()
         dweights = ()
@@ -1088,7 +1075,7 @@ if HAS_TRITON:
             new_dbiases = ()
             for i in tl.static_range(CHUNKS):
                 h, factor, place, inside = _load_sum(
-                    x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, i * BLOCK_H,
+                    x_ptr, residual_ptr, stream, row, T, i * BLOCK_H,
                     H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
                 )  # fmt: skip
                 dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -1112,7 +1099,7 @@ if HAS_TRITON:
                 place = row.to(tl.int64)[:, None] * H + column[None, :]
                 inside = (row < T)[:, None] & (column < H)[None, :]
                 dh = (gs[i] - mean_g[:, None] - ns[i] * mean_gn[:, None]) * rstd[:, None]
-                if RESIDUAL and DROPOUT:  # without dropout the two gradients are the same
+                if RESIDUAL and DROPOUT:  # without dropout dresidual is dx
                     tl.store(dresidual_ptr + place, dh, mask=inside)
                 tl.store(dx_ptr + place, dh * factors[i], mask=inside)
 
@@ -1132,37 +1119,38 @@ if HAS_TRITON:
         """One program: BLOCK_R rows. y = keep x / (1 - p); its own backward pass."""
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         for first in range(0, H, BLOCK_H):
             y, _, place, inside = _load_sum(
-                x_ptr, x_ptr, key, offset, threshold, keep_scale, row, T, first,
-                H, BLOCK_R, BLOCK_H, False, True,
-            )  # fmt: skip
+                x_ptr, x_ptr, stream, row, T, first, H, BLOCK_R, BLOCK_H, False, True
+            )
             tl.store(y_ptr + place, y, mask=inside)
 
 
-WIDTH_LIMIT = 65536  # of a row: four chunks of it are held in registers
-
-
 def norm_tile(name, x):
-    """The constants of a LayerNorm kernel for rows of H columns, and its greatest number of programs.
+    """The constants of a LayerNorm kernel for x, and its number of programs.
 
-    Rows are whole; up to 1,024 columns come in chunks of 256, one of which a warp reads at once.
+    A chunk is a power of two: a whole row of up to 256 columns; 256 columns, which a warp reads at
+    once, of a row up to 1,024; a quarter of a wider one, of which registers hold no second.
     """
-    H = x.shape[1]
-    if H > WIDTH_LIMIT:
-        raise ValueError(
-            f"x must be at most {WIDTH_LIMIT:,} wide for the Triton kernels, got {H:,}"
-        )
+    T, H = x.shape
     tile = tile_of(name, x)
-    block_h = max(8, triton.next_power_of_2(H if H <= 256 else max(256, -(-H // 4))))
-    wide = H > 1024
+    rows = 1 if H > 1024 else tile.rows
+    columns = H if H <= 256 else max(256, -(-H // 4))
     constants = dict(
         H=H,
-        BLOCK_R=1 if wide else tile.rows,
-        BLOCK_H=block_h,
-        num_warps=8 if wide else tile.warps,
+        BLOCK_R=rows,
+        BLOCK_H=max(8, triton.next_power_of_2(columns)),
+        num_warps=8 if H > 1024 else tile.warps,
     )
-    return constants, tile.programs
+    blocks = -(-T // rows)
+    return constants, min(blocks, tile.programs or blocks)
+
+
+def row_statistics(x):
+    """Two empty fp32 vectors with a number for each row of x: (T,)."""
+    first = x.new_empty(len(x), dtype=torch.float32)
+    return first, torch.empty_like(first)
 
 
 @torch.library.custom_op("starencoder::layer_norm", mutates_args=())
@@ -1171,26 +1159,19 @@ def layer_norm_op(
     eps: float, dropout_p: float, seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The forward kernel: y (T, H), and mean and rstd (T,) for the backward pass."""
-    T = len(x)
     x = x.contiguous()
     y = torch.empty_like(x)
-    mean = x.new_empty(T, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    constants, _ = norm_tile("norm", x)
+    mean, rstd = row_statistics(x)
+    constants, programs = norm_tile("norm", x)
     flags = dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
     residual = x if residual is None else residual.contiguous()
-    arguments = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
-    scalars = (T, eps, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
-    grid = (-(-T // constants["BLOCK_R"]),)
-    if T:
-        launch(_layer_norm_forward, grid, (*arguments, *scalars), constants | flags)
+    pointers = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
+    arguments = (*pointers, len(x), eps, *dropout_scalars(dropout_p))
+    launch(_layer_norm_forward, (programs,), arguments, constants | flags)
     return y, mean, rstd
 
 
-@layer_norm_op.register_fake
-def _(x, residual, weight, bias, eps, dropout_p, seed):
-    mean = x.new_empty(len(x), dtype=torch.float32)
-    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+layer_norm_op.register_fake(lambda x, *rest: (x.new_empty(x.shape), *row_statistics(x)))
 
 
 @torch.library.custom_op("starencoder::layer_norm_backward", mutates_args=())
@@ -1199,22 +1180,19 @@ def layer_norm_backward_op(
     mean: torch.Tensor, rstd: torch.Tensor, dropout_p: float, seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The backward kernel: dx, dresidual (empty if it is dx), dweight and dbias (H,) fp32."""
-    T, H = x.shape
     x = x.contiguous()
-    dy = dy.contiguous()
     constants, programs = norm_tile("norm_backward", x)
     flags = dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
     residual = x if residual is None else residual.contiguous()
     dx = torch.empty_like(x)
-    dresidual = torch.empty_like(residual) if all(flags.values()) else residual.new_empty(0)
-    programs = min(-(-T // constants["BLOCK_R"]), programs)
-    dweight = x.new_empty(programs, H, dtype=torch.float32)
+    own_gradient = all(flags.values())  # or else it is dx
+    dresidual = torch.empty_like(residual) if own_gradient else residual.new_empty(0)
+    dweight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     dbias = torch.empty_like(dweight)
-    pointers = (dy, x, residual, weight.contiguous(), mean, rstd, dx, dresidual, dweight, dbias)
-    scalars = (T, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
-    if T:
-        arguments = (*pointers, seed, *scalars)
-        launch(_layer_norm_backward, (programs,), arguments, constants | flags)
+    inputs = (dy.contiguous(), x, residual, weight.contiguous(), mean, rstd)
+    outputs = (dx, dresidual, dweight, dbias)
+    arguments = (*inputs, *outputs, seed, len(x), *dropout_scalars(dropout_p))
+    launch(_layer_norm_backward, (programs,), arguments, constants | flags)
     return dx, dresidual, dweight.sum(0), dbias.sum(0)
 
 
@@ -1249,22 +1227,16 @@ layer_norm_op.register_autograd(_layer_norm_gradient, setup_context=_layer_norm_
 
 @torch.library.custom_op("starencoder::dropout", mutates_args=())
 def dropout_op(x: torch.Tensor, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
-    """The kernel of dropout alone."""
-    T = len(x)
+    """The kernel of dropout alone, which is its backward pass too."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    constants, _ = norm_tile("norm", x)
-    scalars = (T, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
-    if T:
-        launch(
-            _dropout_kernel, (-(-T // constants["BLOCK_R"]),), (x, y, seed, *scalars), constants
-        )
+    constants, programs = norm_tile("norm", x)
+    arguments = (x, y, seed, len(x), *dropout_scalars(dropout_p))
+    launch(_dropout_kernel, (programs,), arguments, constants)
     return y
 
 
-@dropout_op.register_fake
-def _(x, dropout_p, seed):
-    return x.new_empty(x.shape)
+dropout_op.register_fake(lambda x, *rest: x.new_empty(x.shape))
 
 
 def _dropout_context(ctx, inputs, output):
