@@ -1254,6 +1254,29 @@ dropout_op.register_autograd(_dropout_gradient, setup_context=_dropout_context)
 # ---- cross-entropy of a large vocabulary ---------------------------------------------------------
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
+
+    A label of -100 does not count. Logits are read once in the forward pass; in the backward pass
+    their gradient takes their place, since of 49,156 columns they are the largest tensor of a step.
+    So there is one backward pass, and nobody may read the logits after it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logits = logits.contiguous()
+        losses, lse = cross_entropy_op(logits, labels)
+        ctx.save_for_backward(logits, labels, lse)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logits, labels, lse = ctx.saved_tensors
+        gradient = logits.detach()
+        cross_entropy_backward_op(gradient, labels, lse, upstream)
+        return gradient, None
+
+
 if HAS_TRITON:
 
     @triton.jit
@@ -1266,7 +1289,8 @@ if HAS_TRITON:
         """One program: one row. loss = lse - logit[label];  lse = log sum e^logit, kept."""
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * V
-        m = tl.full([], -3.0e38, tl.float32)  # not -inf: of a block of -inf, inf - inf would be NaN
+        # Not -inf: after a block of logits that are all -inf, m - m_new would be inf - inf, NaN.
+        m = tl.full([], -3.0e38, tl.float32)
         l = tl.zeros([BLOCK_V], tl.float32)  # summed over its lanes at the end
         for first in range(0, V, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
@@ -1300,10 +1324,11 @@ if HAS_TRITON:
             tl.store(logits_ptr + column, gradient, mask=column < V)
 
 
-def cross_entropy_constants(logits):
-    """Launch settings: a row in blocks of up to 4,096 columns."""
-    V = logits.shape[1]
-    return dict(V=V, BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
+def cross_entropy_launch(kernel, logits, *rest):
+    """Launches a kernel with one program a row, in blocks of up to 4,096 columns."""
+    M, V = logits.shape
+    block_v = min(4096, triton.next_power_of_2(V))
+    launch(kernel, (M,), (logits, *rest), dict(V=V, BLOCK_V=block_v, num_warps=8))
 
 
 @torch.library.custom_op("starencoder::cross_entropy", mutates_args=())
@@ -1311,19 +1336,12 @@ def cross_entropy_op(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The forward kernel: losses and lse, both (M,) fp32."""
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    lse = torch.empty_like(losses)
-    if logits.numel():
-        arguments = (logits, labels.contiguous(), losses, lse)
-        grid = (len(logits),)
-        launch(_cross_entropy_forward, grid, arguments, cross_entropy_constants(logits))
+    losses, lse = row_statistics(logits)
+    cross_entropy_launch(_cross_entropy_forward, logits, labels.contiguous(), losses, lse)
     return losses, lse
 
 
-@cross_entropy_op.register_fake
-def _(logits, labels):
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    return losses, torch.empty_like(losses)
+cross_entropy_op.register_fake(lambda logits, labels: row_statistics(logits))
 
 
 @torch.library.custom_op("starencoder::cross_entropy_backward", mutates_args=("logits",))
@@ -1331,34 +1349,7 @@ def cross_entropy_backward_op(
     logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, upstream: torch.Tensor
 ) -> None:
     """The backward kernel: the gradient of the logits takes their place."""
-    if logits.numel():
-        arguments = (logits, labels.contiguous(), lse, upstream)
-        grid = (len(logits),)
-        launch(_cross_entropy_backward, grid, arguments, cross_entropy_constants(logits))
+    cross_entropy_launch(_cross_entropy_backward, logits, labels.contiguous(), lse, upstream)
 
 
-@cross_entropy_backward_op.register_fake
-def _(logits, labels, lse, upstream):
-    return None
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
-
-    A label of -100 does not count. Logits are read once in the forward pass; in the backward pass
-    their gradient takes their place, since of 49,156 columns they are the largest tensor of a step.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logits = logits.contiguous()
-        losses, lse = cross_entropy_op(logits, labels)
-        ctx.save_for_backward(logits, labels, lse)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        logits, labels, lse = ctx.saved_tensors
-        gradient = logits.detach()
-        cross_entropy_backward_op(gradient, labels, lse, upstream)
-        return gradient, None
+cross_entropy_backward_op.register_fake(lambda *_: None)
