@@ -1,39 +1,46 @@
-"""The operations of the encoder that are worth a kernel of their own: attention and LayerNorm.
+"""The operations of the encoder that are worth a kernel of their own.
 
-    attention   O = dropout(softmax(Q K^T / sqrt(D))) V         within each sequence, in both directions
-    layer_norm  y = LN(dropout(x) + residual),  LN(h) = (h - mean) / sqrt(var + eps) * weight + bias
+    attention     O = dropout(softmax(Q K^T / sqrt(D))) V          in each sequence, both directions
+    layer_norm    y = LN(dropout(x) + residual),  LN(h) = (h - mean) / sqrt(var + eps) weight + bias
+    dropout       y = dropout(x)                                 where no LayerNorm follows
+    CrossEntropy  the sum of log(sum e^logits) - logit[label]    over the rows of a large vocabulary
 
 Sequences are packed: the tokens of a micro-batch are laid end to end in one axis of length T, and
 `cu_seqlens` (B+1,) int32 says where each sequence starts. No padding token is ever computed.
-Letters: B sequences, T tokens, N heads, D head size, L length of a sequence, H = N*D hidden.
+Letters: B sequences, T tokens, N heads, D head size, L length of a sequence, H = N*D hidden, M rows
+of logits, V columns of them.
 
-Each operation has a naive twin (`..._reference`) that computes the formula as it is written and the
-same dropout mask; the tests hold the kernels to it. On CUDA devices the Triton kernels run; elsewhere
-PyTorch does. `STARENCODER_KERNELS=torch|triton` overrides (triton on a CPU is its interpreter).
+The first three have a naive twin (`..._reference`) that computes the formula as it is written and
+the same dropout mask; the tests hold the kernels to it. On CUDA devices the Triton kernels run;
+elsewhere PyTorch does. `STARENCODER_KERNELS=torch|triton` overrides (triton on a CPU is its
+interpreter). CrossEntropy is for Triton alone: the model asks `backend`.
 
 **Dropout by counter.** A mask is never stored and never drawn from a global generator. Whether an
 element is kept is a pure function of (seed, coordinates of the element), by the counter-based
-generator Philox 2x32-7. The backward pass makes the same bits again from the seed alone, and a run
-needs no generator state to resume exactly.
+generator Philox 2x32-7: philox(key, (c0, c1)) mixes a key and a counter, all 32-bit words, into two
+random words. The backward pass makes the same bits again from the seed alone, and a run needs no
+generator state to resume exactly.
 
-    key, offset = philox(head, seed)              once for each head; a seed is two 32-bit words
-    word_0, word_1 = philox(key, (c0, c1 + offset))
+    key, offset = philox(head, (lower, upper word of the seed))        once for each head
+    word_0, word_1 = philox(key, (c0, c1 + offset))                    once for every four elements
 
-Two words are four 16-bit halves, low half first, and serve four elements:
+Two words are four 16-bit halves, the lower half first, numbered 0 to 3, and serve four elements:
 
-    layer_norm, dropout    x[row, column]: c0 = row, c1 = column // 4, half number column % 4; head 0
-    attention              P[query, key] of the sequence that starts at row `start` of the batch:
-                           c0 = start, c1 = pair(query) * 2^16 + pair(key), where
-                           pair(i) = i // 16 * 8 + i % 8, half number 2 * (query // 8 % 2) + key // 8 % 2
-    kept if half >= p * 2^16 - 2^15, as signed 16-bit numbers, and then scaled by 1 / (1 - p)
+    layer_norm, dropout   x[row, column]: head = 0, c0 = row, c1 = column // 4, half column % 4
+    attention             P[query, key], positions in the sequence that starts at row `start`:
+                          c0 = start, c1 = pair(query) * 2^16 + pair(key),
+                          half 2 * (query // 8 % 2) + key // 8 % 2; pair(i) = i // 16 * 8 + i % 8
 
-Why {q, q + 8} x {k, k + 8} in attention: on a tensor core one thread holds just these four elements of
-a tile of scores, and of its transpose, so the mask never travels between threads.
+An element is kept if its half, read as a signed number, is at least p * 2^16 - 2^15, and is then
+scaled by 1 / (1 - p).
+
+Why attention groups {q, q + 8} x {k, k + 8}: on a tensor core one thread holds just these four
+elements of a tile of scores, and of its transpose, so the mask never travels between threads.
 
 References: Vaswani et al., Attention Is All You Need, 2017, section 3.2; Ba et al., Layer
 Normalization, 2016; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao,
-FlashAttention-2, 2023; Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox: 7
-rounds are the fewest that pass all of TestU01's BigCrush, table 2 there).
+FlashAttention-2, 2023; Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox:
+7 rounds are the fewest that pass all of TestU01's BigCrush, table 2 there).
 
 Left out: causal masks, cross attention, grouped-query attention, second derivatives, D above 128.
 """
@@ -70,10 +77,8 @@ def backend(tensor):
     if asked not in ("torch", "triton"):
         raise ValueError(f"STARENCODER_KERNELS={asked}: it must be torch or triton")
     if asked == "triton" and not (HAS_TRITON and (tensor.is_cuda or INTERPRETED)):
-        raise ValueError(
-            "STARENCODER_KERNELS=triton: needs Triton, and a CUDA device or, set from the start, "
-            "TRITON_INTERPRET=1"
-        )
+        needed = "Triton, and a CUDA device or, set from the start, TRITON_INTERPRET=1"
+        raise ValueError(f"STARENCODER_KERNELS=triton: needs {needed}")
     return asked
 
 
@@ -82,40 +87,35 @@ def lengths_visible(cu_seqlens):
     return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-# ---- checks of arguments -------------------------------------------------------------------------
+# ---- checks of arguments: each raises ValueError -------------------------------------------------
 
 LENGTH_LIMIT = 2**17  # of a sequence: a pair of positions has 16 bits in the counter of its mask
 GRID_LIMIT = 65535  # CUDA's, in the second and third dimension of a grid
+WIDTH_LIMIT = 65536  # of a row: LayerNorm's kernels hold it in registers, in four chunks
+
+
+def shown(tensor):
+    """Shape and dtype, for a message."""
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def check_dropout(dropout_p, seed):
-    """Raises ValueError if the probability or the seed is out of range."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, torch.Tensor):
         if seed.shape != () or seed.dtype != torch.int64:
-            shape = tuple(seed.shape)
-            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {shape} {seed.dtype}")
+            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {shown(seed)}")
     elif not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
 
 
 def check_device(name, tensor, other_name, other):
-    """Raises ValueError if the two tensors lie on different devices."""
     if tensor.device != other.device:
-        raise ValueError(
-            f"{name} must lie on the device of {other_name}, {other.device}, got {tensor.device}"
-        )
-
-
-def check_matrix(x):
-    """Raises ValueError unless x is (T, H) floating point."""
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be (T, H) floating point, got {tuple(x.shape)} {x.dtype}")
+        devices = f"{other.device}, got {tensor.device}"
+        raise ValueError(f"{name} must lie on the device of {other_name}, {devices}")
 
 
 def check_triton_dtype(name, x):
-    """Raises ValueError if the Triton kernels cannot compute in the dtype of x."""
     allowed = [torch.float16, torch.bfloat16, torch.float32]
     if INTERPRETED:
         allowed.remove(torch.bfloat16)  # the interpreter's tl.dot of bf16 gives garbage
@@ -125,28 +125,60 @@ def check_triton_dtype(name, x):
 
 
 def check_attention(qkv, cu_seqlens, max_seqlen):
-    """Raises ValueError for shapes, dtypes or lengths that do not fit together.
-
-    Lengths are read only if that does not make a GPU wait.
-    """
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv must be (T, 3, N, D), got {tuple(qkv.shape)}")
-    if not qkv.is_floating_point():
-        raise ValueError(f"qkv must be floating point, got {qkv.dtype}")
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+        raise ValueError(f"qkv must be (T, 3, N, D) floating point, got {shown(qkv)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
-        shape = tuple(cu_seqlens.shape)
-        raise ValueError(f"cu_seqlens must be (B+1,) int32, got {shape} {cu_seqlens.dtype}")
+        raise ValueError(f"cu_seqlens must be (B+1,) int32, got {shown(cu_seqlens)}")
     check_device("cu_seqlens", cu_seqlens, "qkv", qkv)
     if isinstance(max_seqlen, torch.Tensor) or not 0 <= max_seqlen <= LENGTH_LIMIT:
-        raise ValueError(f"max_seqlen must be an int from 0 to {LENGTH_LIMIT:,}, got {max_seqlen!r}")
+        raise ValueError(f"max_seqlen must be an int from 0 to {LENGTH_LIMIT}, got {max_seqlen!r}")
     if lengths_visible(cu_seqlens):
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(qkv) or (lengths < 0).any():
-            shown = f"{cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}"
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {shown}")
+            found = f"{cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}"
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {found}")
         if len(lengths) and lengths.max() > max_seqlen:
             longest = int(lengths.max())
             raise ValueError(f"max_seqlen = {max_seqlen} is below the longest sequence, {longest}")
+
+
+def check_triton_attention(qkv, cu_seqlens, max_seqlen):
+    check_triton_dtype("qkv", qkv)
+    if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
+        found = f"shape {tuple(qkv.shape)} and strides {qkv.stride()}"
+        raise ValueError(f"qkv must have 1 <= D <= 128 with stride 1, got {found}")
+    if max(max_seqlen * qkv.stride(0), 2 * qkv.stride(1)) >= 2**31:  # places in a sequence are int32
+        raise ValueError(
+            f"qkv: a sequence of {max_seqlen:,} tokens must span less than 2**31 elements for the "
+            f"Triton kernels, got strides {qkv.stride()}"
+        )
+    sequences = len(cu_seqlens) - 1
+    heads = qkv.shape[2]
+    if max(sequences, heads) > GRID_LIMIT:
+        found = f"{sequences:,} and {heads:,}"
+        raise ValueError(f"there may be {GRID_LIMIT:,} sequences and heads at most, got {found}")
+
+
+def check_matrix(x):
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be (T, H) floating point, got {shown(x)}")
+
+
+def check_layer_norm(x, weight, bias, residual):
+    check_matrix(x)
+    shapes = {"weight": (weight, x.shape[1:]), "bias": (bias, x.shape[1:])}
+    if residual is not None:
+        shapes["residual"] = (residual, x.shape)
+    for name, (tensor, shape) in shapes.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+        check_device(name, tensor, "x", x)
+
+
+def check_triton_rows(x):
+    check_triton_dtype("x", x)
+    if x.shape[1] > WIDTH_LIMIT:
+        raise ValueError(f"x must be at most {WIDTH_LIMIT:,} wide, got {x.shape[1]:,}")
 
 
 # ---- dropout by counter --------------------------------------------------------------------------
@@ -161,8 +193,8 @@ def philox(key, c0, c1, rounds=PHILOX_ROUNDS):
     """Philox 2x32 (Salmon et al., section 3.3): two random 32-bit words for the counter (c0, c1).
 
     key, c0, c1: ints or int64 tensors that broadcast, with values below 2**32. Returns two of the
-    same kind. PyTorch has no uint32 arithmetic, so words live in int64, where a product wraps modulo
-    2**64 just as the hardware's does, and `& LOW` keeps 32 bits.
+    same kind. PyTorch has no uint32 arithmetic, so words live in int64, where a product wraps
+    modulo 2**64 just as the hardware's does, and `& LOW` keeps 32 bits.
 
     >>> [hex(word) for word in philox(0, 0, 0)]  # the known answer of Random123
     ['0x257a3673', '0xcd26be2a']
@@ -176,7 +208,7 @@ def philox(key, c0, c1, rounds=PHILOX_ROUNDS):
 
 
 def dropout_threshold(dropout_p):
-    """The least signed 16-bit half that is kept."""
+    """The least half that is kept; at most the largest that there is, 2^15 - 1."""
     return min(round(dropout_p * 2**16), 2**16 - 1) - 2**15
 
 
@@ -185,7 +217,7 @@ def dropout_halves(seed, head, c0, c1, threshold):
     key, offset = philox(head, seed & LOW, (seed >> 32) & LOW)
     words = philox(key, c0, (c1 + offset) & LOW)
     words = torch.stack([word.to(torch.int32) for word in words], dim=-1)  # (..., 2)
-    return words.view(torch.int16) >= threshold  # little-endian: the low half comes first
+    return words.view(torch.int16) >= threshold  # little-endian: the lower half comes first
 
 
 @torch.compiler.disable  # its loop depends on the number of rows
@@ -193,12 +225,11 @@ def dropout_keep(seed, dropout_p, rows, columns, device=None, dtype=torch.bool):
     """Which elements of a (rows, columns) matrix dropout keeps: 1 or 0 of `dtype`."""
     groups = (columns + 3) // 4  # one counter serves four neighbouring columns
     keep = torch.empty(rows, columns, dtype=dtype, device=device)
-    column_group = torch.arange(groups, device=device)[None, :]
-    head = torch.zeros((), dtype=torch.int64, device=device)
+    group = torch.arange(groups, device=device)[None, :]
     at_once = max(1, 2**16 // max(1, groups))  # rows whose words stay in a CPU's cache
     for first in range(0, rows, at_once):
         row = torch.arange(first, min(first + at_once, rows), device=device)[:, None]
-        halves = dropout_halves(seed, head, row, column_group, dropout_threshold(dropout_p))
+        halves = dropout_halves(seed, 0, row, group, dropout_threshold(dropout_p))
         keep[first : first + at_once] = halves.flatten(1)[:, :columns]
     return keep
 
@@ -221,7 +252,7 @@ def attention_keep(seed, dropout_p, head, start, length, dtype=torch.bool):
     for first in range(0, len(head), at_once):
         part = slice(first, first + at_once)
         halves = dropout_halves(seed, head[part], start[part], c1, dropout_threshold(dropout_p))
-        # The halves of a counter are {q, q + 8} x {k, k + 8}: bring both 2-axes before the 8-axes.
+        # From (query block, query % 8, key block, key % 8, query // 8 % 2, key // 8 % 2).
         n = len(halves)
         halves = halves.view(n, blocks, 8, blocks, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
         halves = halves.reshape(n, 16 * blocks, 16 * blocks)
@@ -278,7 +309,9 @@ if HAS_TRITON:
         near, key_8, query_8, both_8 = _halves(
             key, start.to(tl.uint32), c1.to(tl.uint32) + offset, threshold
         )
-        halves = tl.join(tl.join(near, key_8), tl.join(query_8, both_8))  # last axes: key, query
+        # The two axes of c1, then key // 8 % 2, then query // 8 % 2: each of the last two goes
+        # between the block of 16 and the position within 8 of its own.
+        halves = tl.join(tl.join(near, key_8), tl.join(query_8, both_8))
         if TRANSPOSED:
             halves = tl.reshape(halves, [KEYS // 16, 8, QUERIES // 16, 8, 2, 2])
             return tl.reshape(tl.permute(halves, (0, 4, 1, 2, 5, 3)), [KEYS, QUERIES])
@@ -305,12 +338,13 @@ class NormTile(NamedTuple):
 
     rows: int  # BLOCK_R
     warps: int
-    programs: int = 0  # of the backward pass, each of which has partial sums of its own
+    programs: int = 0  # at most, each with partial sums of its own; 0: one for every block of rows
 
 
-# By compute capability; "fp32" on every GPU, since no tensor core computes it. Fixed, so that results
-# do not depend on what a tuner saw, and such that nothing spills. `bench.py kernels --tune` measures
-# others and prints an entry.
+# By compute capability, and where there is no entry "default"; fp32 inputs have one on every GPU,
+# since no tensor core computes them. Fixed, so that results do not depend on what a tuner saw, and
+# such that nothing spills. `bench.py kernels --tune` measures others and prints an entry, which
+# then has its own "norm" and "norm_backward".
 NORM = {"norm": NormTile(4, 4), "norm_backward": NormTile(4, 4, 528)}
 TILES = {
     "default": {
@@ -374,22 +408,18 @@ Launcher.current = Launcher()
 
 
 def launch(kernel, grid, arguments, constants):
-    """Hands a kernel to the current launcher."""
-    Launcher.current.launch(kernel, grid, arguments, constants)
+    """Hands a kernel to the current launcher, unless its first argument has no element."""
+    if arguments[0].numel():
+        Launcher.current.launch(kernel, grid, arguments, constants)
 
 
 def tile_of(kernel, x, D=0):
     """The entry of TILES for a kernel on the device of x, with head size D."""
     capability = Launcher.current.capability(x)
-    table = TILES["default"]
-    if capability and x.dtype == torch.float32:
-        table = TILES["fp32"]
-    elif capability in TILES:
-        table = TILES[capability]
-    table = NORM | table
-    if D > 64 and f"{kernel}, D > 64" in table:
-        return table[f"{kernel}, D > 64"]
-    return table[kernel]
+    chip = "fp32" if capability and x.dtype == torch.float32 else capability
+    table = NORM | TILES.get(chip, TILES["default"])
+    wide = f"{kernel}, D > 64"
+    return table[wide] if D > 64 and wide in table else table[kernel]
 
 
 def seed_tensor(seed, device):
@@ -397,6 +427,11 @@ def seed_tensor(seed, device):
     if isinstance(seed, torch.Tensor):
         return seed.to(device)
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def dropout_scalars(dropout_p):
+    """The last two scalars of most kernels: threshold, and keep_scale = 1 / (1 - p)."""
+    return dropout_threshold(dropout_p), 1 / (1 - dropout_p)
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -414,23 +449,7 @@ def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
     check_dropout(dropout_p, seed)
     if backend(qkv) == "torch":
         return attention_torch(qkv, cu_seqlens, dropout_p, seed)
-    check_triton_dtype("qkv", qkv)
-    if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
-        raise ValueError(
-            "qkv must have 1 <= D <= 128 with stride 1, "
-            f"got shape {tuple(qkv.shape)} and strides {qkv.stride()}"
-        )
-    if max(max_seqlen * qkv.stride(0), 2 * qkv.stride(1)) >= 2**31:  # places in a sequence are int32
-        raise ValueError(
-            f"qkv: a sequence of {max_seqlen:,} tokens must span less than 2**31 elements for the "
-            f"Triton kernels, got strides {qkv.stride()}"
-        )
-    sequences, heads = len(cu_seqlens) - 1, qkv.shape[2]
-    if max(sequences, heads) > GRID_LIMIT:
-        raise ValueError(
-            f"cu_seqlens and qkv: at most {GRID_LIMIT:,} sequences and heads, "
-            f"got {sequences:,} and {heads:,}"
-        )
+    check_triton_attention(qkv, cu_seqlens, max_seqlen)
     seed = seed_tensor(seed, qkv.device)
     return attention_op(qkv, cu_seqlens, max_seqlen, dropout_p, seed)[0]
 
@@ -454,7 +473,7 @@ def attention_reference(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
 
 
 def attention_torch(qkv, cu_seqlens, dropout_p, seed):
-    """`attention` in PyTorch: neighbouring sequences of equal length L are computed as one batch."""
+    """`attention` in PyTorch: neighbouring sequences of equal length L make one batch."""
     T, _, N, D = qkv.shape
     outputs = [qkv[:0, 0]]
     start = 0
@@ -470,7 +489,7 @@ def attention_torch(qkv, cu_seqlens, dropout_p, seed):
                 starts = start + L * torch.arange(B, device=qkv.device)[:, None]
                 head = torch.arange(N, device=qkv.device)[None, :]
                 weights = weights * attention_keep(seed, dropout_p, head, starts, L, qkv.dtype)
-                v = v * (1 / (1 - dropout_p))
+                v = v * (1 / (1 - dropout_p))  # of v, since it is smaller than weights
             outputs.append((weights @ v).transpose(1, 2).reshape(B * L, N, D))
             start += B * L
     return torch.cat(outputs)
@@ -478,7 +497,8 @@ def attention_torch(qkv, cu_seqlens, dropout_p, seed):
 
 if HAS_TRITON:
     LOG2_E = tl.constexpr(1.4426950408889634)
-    # A change of these values compiles no new variant.
+    # Triton compiles a variant of a kernel for arguments that are 1 or divisible by 16, but these
+    # change from batch to batch and must not compile anew.
     generic = dict(
         do_not_specialize=["T", "threshold"], do_not_specialize_on_alignment=["seed_ptr"]
     )
@@ -508,20 +528,21 @@ if HAS_TRITON:
             return tl.load(base_ptr + place, mask=(d < D)[None, :], other=0.0)
         return tl.load(base_ptr + place)
 
+    # The loops of the three kernels. Each goes through all whole blocks without a comparison, and
+    # then through the block that is left, if there is one, with masks. What does not change from
+    # block to block goes as `*rest`; `stream` is what `_attention_keep` takes first.
+
     @triton.jit
     def _forward_block(
-        q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
-        key, offset, threshold,
+        q, m, l, o, first_key, first, base_ptr, stride_t, stride_3, length, scale, stream,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
         """One block of keys: m, l and o brought up to date (online softmax)."""
-        k = _load_rows(
-            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
-        )
-        v = _load_rows(
-            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
-        )
+        k_ptr = base_ptr + stride_3
+        k = _load_rows(k_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
+        v_ptr = base_ptr + 2 * stride_3
+        v = _load_rows(v_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if not WHOLE:  # keys outside: weight 2^-inf = 0
             s = tl.where((first_key + tl.arange(0, BLOCK_N) < length)[None, :], s, float("-inf"))
@@ -531,10 +552,9 @@ if HAS_TRITON:
         shrink = tl.exp2(m - m_new)
         l = l * shrink + tl.sum(p, 1)  # before dropout: the softmax is normalized, then dropped
         if DROPOUT:
-            keep = _attention_keep(
-                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, False
-            )
-            # Not a constant 0: the compiler would select after the rounding to bf16, at thrice the cost.
+            keep = _attention_keep(*stream, first, first_key, BLOCK_M, BLOCK_N, False)
+            # scale * 0.0 and not 0.0: with a constant the compiler would select after the rounding
+            # to bf16, at thrice the cost.
             p = tl.where(keep, p, scale * 0.0)
         o = o * shrink[:, None]
         o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
@@ -556,13 +576,14 @@ if HAS_TRITON:
         """One program: BLOCK_M queries of one head of one sequence, all keys in blocks of BLOCK_N.
 
             S = scale Q K^T;  m = max S;  P = 2^(S - m);  l = sum P;  O = keep P V / (l (1 - p))
-            scale = log2(e) / sqrt(D)
+            scale = log2(e) / sqrt(D), since the hardware has 2^x and not e^x
 
         grid = (ceil(max_seqlen / BLOCK_M), N, B). With each block of keys m and l are brought up to
         date, and what was summed before shrinks by 2^(m_old - m_new).
 
-        Kept for the backward pass, so that P / l = norm 2^(S - shift): shift = m + log2(l), norm = 1.
-        Beside a large m, log2(l) would be rounded away; in fp32 that is seen: shift = m, norm = 1 / l.
+        Kept for the backward pass, so that P / l = norm 2^(S - shift): shift = m + log2(l) and
+        norm = 1, which is not stored. Beside a large m, log2(l) would be rounded away, and with
+        fp32 inputs that shows: for these, shift = m and norm = 1 / l.
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
@@ -574,6 +595,8 @@ if HAS_TRITON:
         # Queries outside: zeros, whose softmax is uniform and finite; they are not stored.
         base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
         q = _load_rows(base_ptr, stride_t, first, length, BLOCK_M, D, BLOCK_D, False)
+        stream = (key, offset, start, threshold)
+        rest = (first, base_ptr, stride_t, stride_3, length, scale, stream)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -581,14 +604,12 @@ if HAS_TRITON:
         whole = length // BLOCK_N * BLOCK_N
         for first_key in range(0, whole, BLOCK_N):
             m, l, o = _forward_block(
-                q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
-                key, offset, threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
-            )  # fmt: skip
+                q, m, l, o, first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True
+            )
         for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):  # once, or not at all
             m, l, o = _forward_block(
-                q, m, l, o, base_ptr, stride_t, stride_3, first, first_key, length, start, scale,
-                key, offset, threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
-            )  # fmt: skip
+                q, m, l, o, first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False
+            )
 
         query = first + tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
@@ -604,29 +625,37 @@ if HAS_TRITON:
             tl.store(shift_ptr + place, m + tl.log2(l), mask=query < length)
 
     @triton.jit
-    def _dq_block(
-        q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length, start,
-        scale, key, offset, threshold,
+    def _weights_block(
+        first_key, first, base_ptr, stride_t, stride_3, length, scale, stream, queries,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
-        """What one block of keys adds to dQ, without its factors."""
-        k = _load_rows(
-            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
-        )
-        v = _load_rows(
-            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE
-        )
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        """A block of keys, and P and dP (BLOCK_M, BLOCK_N) of it, without their factors."""
+        q, do, shift = queries
+        k_ptr = base_ptr + stride_3
+        k = _load_rows(k_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
+        v_ptr = base_ptr + 2 * stride_3
+        v = _load_rows(v_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         p = tl.exp2(s * scale - shift[:, None])
         if not WHOLE:  # of a key outside, 2^(0 - shift) may be inf, and inf * 0 would be NaN
             p = tl.where((first_key + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
         if DROPOUT:
-            keep = _attention_keep(
-                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, False
-            )
+            keep = _attention_keep(*stream, first, first_key, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp, 0.0)
+        return k, p, dp
+
+    @triton.jit
+    def _dq_block(
+        dq, delta, first_key, rest,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+    ):  # fmt: skip
+        """What one block of keys adds to dQ, without its factors."""
+        k, p, dp = _weights_block(
+            first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, WHOLE
+        )  # fmt: skip
         ds = p * (dp - delta[:, None])
         return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -646,9 +675,9 @@ if HAS_TRITON:
 
             dP = keep (dO V^T) / (1 - p);  dS = P (dP - rowsum(O dO));  dQ = dS K / sqrt(D)
 
-        The factor 1 / (1 - p) is left to the end, so delta = rowsum(O dO) (1 - p), which is kept
-        for `_attention_backward_dk_dv`. O dO = P dP summed over the keys: the part that softmax
-        subtracts.
+        Here P is the normalized softmax. rowsum(O dO) = rowsum(P dP) is what softmax subtracts.
+        The loop leaves the factors norm and 1 / (1 - p) to the end, and so subtracts
+        delta = rowsum(O dO) (1 - p), which is kept for `_attention_backward_dk_dv`.
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
@@ -668,34 +697,40 @@ if HAS_TRITON:
         place = head.to(tl.int64) * T + row
         shift = tl.load(shift_ptr + place, mask=query < length, other=0.0)
         delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
+
+        stream = (key, offset, start, threshold)
+        queries = (q, do, shift)
+        rest = (first, base_ptr, stride_t, stride_3, length, scale, stream, queries)
+        if q.dtype == tl.float32:
+            # Of a saturated row, dP - delta is 0 but for rounding, which in fp32 is seen: delta is
+            # summed up from the very numbers that it is subtracted from, as PyTorch does.
+            norm = tl.load(norm_ptr + place, mask=query < length, other=0.0)
+            delta = tl.zeros([BLOCK_M], tl.float32)
+            for first_key in range(0, length, BLOCK_N):
+                _, p, dp = _weights_block(
+                    first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False
+                )  # fmt: skip
+                delta += tl.sum(p * norm[:, None] * dp, 1)
         tl.store(delta_ptr + place, delta, mask=query < length)
 
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         whole = length // BLOCK_N * BLOCK_N
         for first_key in range(0, whole, BLOCK_N):
-            dq = _dq_block(
-                q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length,
-                start, scale, key, offset, threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
-            )  # fmt: skip
+            dq = _dq_block(dq, delta, first_key, rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True)
         for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):
-            dq = _dq_block(
-                q, do, shift, delta, dq, base_ptr, stride_t, stride_3, first, first_key, length,
-                start, scale, key, offset, threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
-            )  # fmt: skip
+            dq = _dq_block(dq, delta, first_key, rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False)
 
-        dq *= scale / LOG2_E * keep_scale
+        dq *= scale / LOG2_E * keep_scale  # scale / LOG2_E = 1 / sqrt(D)
         if q.dtype == tl.float32:
-            dq *= tl.load(norm_ptr + place, mask=query < length, other=0.0)[:, None]
+            dq *= norm[:, None]
         d = tl.arange(0, BLOCK_D)
         inside = (query < length)[:, None] & (d < D)[None, :]
         tl.store(dqkv_ptr + (row[:, None] * 3 * N + head) * D + d[None, :], dq, mask=inside)
 
     @triton.jit
     def _dk_dv_block(
-        k, v, dk, dv, base_ptr, stride_t, dout_ptr, stride_do, shift_ptr, norm_ptr, delta_ptr,
-        first, first_key, length, start, scale, key, offset, threshold,
+        k, v, dk, dv, first, first_key, base_ptr, stride_t, dout_ptr, statistics, length, scale,
+        stream, stride_do,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
@@ -708,6 +743,7 @@ if HAS_TRITON:
         do = _load_rows(dout_ptr, stride_do, first, length, BLOCK_M, D, BLOCK_D, WHOLE)
         # Queries outside: q = dO = delta = shift = 0, so P is 1, finite, and adds nothing.
         query = first + tl.arange(0, BLOCK_M)
+        shift_ptr, norm_ptr, delta_ptr = statistics
         if WHOLE:
             shift = tl.load(shift_ptr + query)
             delta = tl.load(delta_ptr + query)
@@ -722,9 +758,7 @@ if HAS_TRITON:
             p *= tl.load(norm_ptr + query, mask=query < length, other=0.0)[None, :]
         dropped = p
         if DROPOUT:
-            keep = _attention_keep(
-                key, offset, start, threshold, first, first_key, BLOCK_M, BLOCK_N, True
-            )
+            keep = _attention_keep(*stream, first, first_key, BLOCK_M, BLOCK_N, True)
             dropped = tl.where(keep, p, scale * 0.0)  # as in the forward pass
             dp = tl.where(keep, dp, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
@@ -744,7 +778,8 @@ if HAS_TRITON:
 
             dV = (keep P / (1 - p))^T dO;  dK = dS^T Q / sqrt(D)          P, dS, arguments: as above
 
-        No two programs write to one place: no atomics, and the same bits in every run.
+        Launched after `_attention_backward_dq`, which writes delta. No two programs write to one
+        place: no atomics, and the same bits in every run.
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
@@ -754,33 +789,28 @@ if HAS_TRITON:
         key, offset = _dropout_stream(seed_ptr, head)
 
         base_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k = _load_rows(  # keys outside: rows of dK and dV that are not stored
-            base_ptr + stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False
-        )
-        v = _load_rows(
-            base_ptr + 2 * stride_3, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False
-        )
+        # Keys outside: zeros; their rows of dK and dV are not stored.
+        k_ptr = base_ptr + stride_3
+        k = _load_rows(k_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False)
+        v_ptr = base_ptr + 2 * stride_3
+        v = _load_rows(v_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, False)
         dout_ptr += (start.to(tl.int64) * N + head) * D
         before = head.to(tl.int64) * T + start
-        shift_ptr += before
-        norm_ptr += before
-        delta_ptr += before
+        statistics = (shift_ptr + before, norm_ptr + before, delta_ptr + before)
+        stream = (key, offset, start, threshold)
+        rest = (first_key, base_ptr, stride_t, dout_ptr, statistics, length, scale, stream)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
         whole = length // BLOCK_M * BLOCK_M
         for first in range(0, whole, BLOCK_M):
             dk, dv = _dk_dv_block(
-                k, v, dk, dv, base_ptr, stride_t, dout_ptr, N * D, shift_ptr, norm_ptr, delta_ptr,
-                first, first_key, length, start, scale, key, offset, threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True,
-            )  # fmt: skip
+                k, v, dk, dv, first, *rest, N * D, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True
+            )
         for first in tl.range(whole, length, BLOCK_M, num_stages=1):
             dk, dv = _dk_dv_block(
-                k, v, dk, dv, base_ptr, stride_t, dout_ptr, N * D, shift_ptr, norm_ptr, delta_ptr,
-                first, first_key, length, start, scale, key, offset, threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False,
-            )  # fmt: skip
+                k, v, dk, dv, first, *rest, N * D, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False
+            )
 
         dk *= scale / LOG2_E * keep_scale
         dv *= keep_scale
@@ -800,7 +830,7 @@ def attention_launch(name, kernel, pointers, qkv, cu_seqlens, max_seqlen, dropou
     rows = tile.keys if name == "dk_dv" else tile.queries
     grid = (-(-max_seqlen // rows), N, len(cu_seqlens) - 1)
     scale = D**-0.5 * 1.4426950408889634
-    scalars = (T, N, scale, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
+    scalars = (T, N, scale, *dropout_scalars(dropout_p))
     constants = dict(
         D=D,
         BLOCK_D=max(16, 1 << (D - 1).bit_length()),  # tl.dot wants 16 columns, tiles powers of two
@@ -813,12 +843,11 @@ def attention_launch(name, kernel, pointers, qkv, cu_seqlens, max_seqlen, dropou
     if tile.registers and dropout_p > 0:
         constants["maxnreg"] = tile.registers
     arguments = (*pointers, cu_seqlens.contiguous(), seed, *qkv.stride()[:3], *scalars)
-    if T:
-        launch(kernel, grid, arguments, constants)
+    launch(kernel, grid, arguments, constants)
 
 
-# torch.library makes a launch an operator that autograd and torch.compile know: a function, the shapes
-# of what it returns, and its backward pass, which is an operator as well.
+# torch.library makes a launch an operator that autograd and torch.compile know: a function, empty
+# tensors of the shapes that it returns (`register_fake`), and its backward pass, an operator too.
 
 
 def attention_outputs(qkv):
@@ -826,25 +855,23 @@ def attention_outputs(qkv):
     T, _, N, D = qkv.shape
     out = qkv.new_empty(T, N, D)
     shift = qkv.new_empty(N, T, dtype=torch.float32)
-    norm = qkv.new_empty(*(shift.shape if qkv.dtype == torch.float32 else (0, 0)), dtype=shift.dtype)
+    norm = torch.empty_like(shift if qkv.dtype == torch.float32 else shift[:0, :0])
     return out, shift, norm
 
 
 @torch.library.custom_op("starencoder::attention", mutates_args=())
 def attention_op(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float, seed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+    dropout_p: float, seed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The forward kernel: out (T, N, D), and shift and norm (N, T) for the backward pass."""
     outputs = attention_outputs(qkv)
-    attention_launch(
-        "forward", _attention_forward, (qkv, *outputs), qkv, cu_seqlens, max_seqlen, dropout_p, seed
-    )
+    rest = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
+    attention_launch("forward", _attention_forward, (qkv, *outputs), *rest)
     return outputs
 
 
-@attention_op.register_fake
-def _(qkv, cu_seqlens, max_seqlen, dropout_p, seed):
-    return attention_outputs(qkv)
+attention_op.register_fake(lambda qkv, *rest: attention_outputs(qkv))
 
 
 @torch.library.custom_op("starencoder::attention_backward", mutates_args=())
@@ -858,18 +885,14 @@ def attention_backward_op(
     dqkv = qkv.new_empty(qkv.shape)
     delta = torch.empty_like(shift)
     rest = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
-    attention_launch(  # first, as it writes delta
-        "dq", _attention_backward_dq, (qkv, out, dout, shift, norm, delta, dqkv), *rest
-    )
-    attention_launch(
-        "dk_dv", _attention_backward_dk_dv, (qkv, dout, shift, norm, delta, dqkv), *rest
-    )
+    pointers = (qkv, out, dout, shift, norm, delta, dqkv)
+    attention_launch("dq", _attention_backward_dq, pointers, *rest)  # first, as it writes delta
+    pointers = (qkv, dout, shift, norm, delta, dqkv)
+    attention_launch("dk_dv", _attention_backward_dk_dv, pointers, *rest)
     return dqkv
 
 
-@attention_backward_op.register_fake
-def _(dout, qkv, out, shift, norm, cu_seqlens, max_seqlen, dropout_p, seed):
-    return qkv.new_empty(qkv.shape)
+attention_backward_op.register_fake(lambda dout, qkv, *rest: qkv.new_empty(qkv.shape))
 
 
 def _attention_context(ctx, inputs, output):
@@ -896,28 +919,19 @@ def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
     like x, or None. dropout_p, seed: as in `attention`. Returns (T, H) in the dtype of x; the
     statistics are fp32 at least. Raises ValueError for shapes that do not fit together.
     """
-    check_matrix(x)
+    check_layer_norm(x, weight, bias, residual)
     check_dropout(dropout_p, seed)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != x.shape[1:]:
-            raise ValueError(f"{name} must be ({x.shape[1]},), got {tuple(vector.shape)}")
-        check_device(name, vector, "x", x)
-    if residual is not None:
-        if residual.shape != x.shape:
-            shapes = f"{tuple(x.shape)}, got {tuple(residual.shape)}"
-            raise ValueError(f"residual must be like x, {shapes}")
-        check_device("residual", residual, "x", x)
     if backend(x) == "torch":
         return layer_norm_reference(
             x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed
         )
-    check_triton_dtype("x", x)
+    check_triton_rows(x)
     seed = seed_tensor(seed, x.device)
     return layer_norm_op(x, residual, weight, bias, eps, dropout_p, seed)[0]
 
 
 def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
-    """The naive twin of `layer_norm`, any float dtype; below fp32 it computes in fp32, rounds once."""
+    """The naive twin of `layer_norm`, any float dtype; in fp32 at least, and rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     h = x.to(wide)
     if dropout_p > 0.0:
@@ -938,7 +952,7 @@ def dropout(x, dropout_p, seed):
         return x
     if backend(x) == "torch":
         return dropout_reference(x, dropout_p, seed)
-    check_triton_dtype("x", x)
+    check_triton_rows(x)
     return dropout_op(x, dropout_p, seed_tensor(seed, x.device))
 
 
@@ -951,27 +965,15 @@ def dropout_reference(x, dropout_p, seed):
 if HAS_TRITON:
 
     @triton.jit
-    def _keep_factor(
-        key, offset, threshold, keep_scale, row, first,
-        BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-    ):  # fmt: skip
-        """1 / (1 - p) where `dropout_keep` keeps an element, else 0: fp32 (BLOCK_R, BLOCK_H)."""
-        group = first // 4 + tl.arange(0, BLOCK_H // 4)
-        c0 = row.to(tl.uint32)[:, None]
-        c1 = group.to(tl.uint32)[None, :] + offset
-        half_0, half_1, half_2, half_3 = _halves(key, c0, c1, threshold)
-        keep = tl.join(tl.join(half_0, half_2), tl.join(half_1, half_3))  # half number 2 i + j: [i, j]
-        return tl.where(tl.reshape(keep, [BLOCK_R, BLOCK_H]), keep_scale, 0.0)
-
-    @triton.jit
     def _load_sum(
-        x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, first,
+        x_ptr, residual_ptr, stream, row, T, first,
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
         RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
         """h = dropout(x) + residual in columns first .. first + BLOCK_H, fp32, zeros outside.
 
-        Returns h, the factor of dropout (1 without it), where the columns are, and which are inside.
+        stream: key, offset, threshold, keep_scale. Returns h, the factor of dropout, where the
+        columns are, and which are inside.
         """
         column = first + tl.arange(0, BLOCK_H)
         place = row.to(tl.int64)[:, None] * H + column[None, :]
@@ -979,9 +981,13 @@ if HAS_TRITON:
         h = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
         factor = tl.full([BLOCK_R, BLOCK_H], 1.0, tl.float32)
         if DROPOUT:
-            factor = _keep_factor(
-                key, offset, threshold, keep_scale, row, first, BLOCK_R, BLOCK_H
-            )
+            key, offset, threshold, keep_scale = stream
+            group = first // 4 + tl.arange(0, BLOCK_H // 4)
+            c1 = group.to(tl.uint32)[None, :] + offset
+            half_0, half_1, half_2, half_3 = _halves(key, row.to(tl.uint32)[:, None], c1, threshold)
+            # The two axes that this adds are 2 and 2: half number 2 i + j is at [i, j].
+            keep = tl.join(tl.join(half_0, half_2), tl.join(half_1, half_3))
+            factor = tl.where(tl.reshape(keep, [BLOCK_R, BLOCK_H]), keep_scale, 0.0)
             h = h * factor
         if RESIDUAL:
             h += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -1000,13 +1006,15 @@ if HAS_TRITON:
     ):  # fmt: skip
         """One program: BLOCK_R whole rows, in chunks of BLOCK_H columns that stay in registers.
 
-            y = (h - mean) rstd weight + bias                   kept for the backward pass: mean, rstd
+            y = (h - mean) rstd weight + bias;  rstd = 1 / sqrt(var + eps)
 
-        A row's first element is subtracted before the mean is taken, so that a constant row gives
-        exactly 0: the rounding of a mean would be divided by sqrt(eps) there.
+        Kept for the backward pass: mean, rstd. A row's first element, the pivot, is subtracted
+        before the mean is taken, so that a constant row gives exactly 0: the rounding of a mean
+        would be divided by sqrt(eps) there.
         """
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         place = row.to(tl.int64) * H
         pivot = tl.load(x_ptr + place, mask=row < T, other=0.0).to(tl.float32)
         if DROPOUT:
@@ -1020,9 +1028,8 @@ if HAS_TRITON:
         total = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
         for first in tl.static_range(0, H, BLOCK_H):
             h, _, _, inside = _load_sum(
-                x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, first,
-                H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
-            )  # fmt: skip
+                x_ptr, residual_ptr, stream, row, T, first, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT
+            )
             h = tl.where(inside, h - pivot[:, None], 0.0)
             chunks = chunks + (h,)
             total += h
@@ -1059,14 +1066,17 @@ if HAS_TRITON:
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
         RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: every programs-th block of BLOCK_R rows.
+        """One program: every programs-th block of BLOCK_R rows, chunks as above.
 
             n = (h - mean) rstd;  g = dy weight;  dh = (g - mean(g) - n mean(g n)) rstd
             dresidual = dh;  dx = keep dh / (1 - p);  dweight = sum dy n;  dbias = sum dy
 
-        The last two sums stay apart by row of the block until the end, where no thread has to wait.
+        The last two are summed over the rows of a block only at the end: until then, no thread has
+        to wait for another. Tuples have an entry for each chunk. Triton cannot assign to an entry,
+        so the new sums make new tuples.
         """
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
         weights = ()
         dweights = ()
@@ -1093,7 +1103,7 @@ if HAS_TRITON:
             new_dbiases = ()
             for i in tl.static_range(CHUNKS):
                 h, factor, place, inside = _load_sum(
-                    x_ptr, residual_ptr, key, offset, threshold, keep_scale, row, T, i * BLOCK_H,
+                    x_ptr, residual_ptr, stream, row, T, i * BLOCK_H,
                     H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
                 )  # fmt: skip
                 dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -1117,7 +1127,7 @@ if HAS_TRITON:
                 place = row.to(tl.int64)[:, None] * H + column[None, :]
                 inside = (row < T)[:, None] & (column < H)[None, :]
                 dh = (gs[i] - mean_g[:, None] - ns[i] * mean_gn[:, None]) * rstd[:, None]
-                if RESIDUAL and DROPOUT:  # without dropout the two gradients are the same
+                if RESIDUAL and DROPOUT:  # without dropout dresidual is dx
                     tl.store(dresidual_ptr + place, dh, mask=inside)
                 tl.store(dx_ptr + place, dh * factors[i], mask=inside)
 
@@ -1137,37 +1147,38 @@ if HAS_TRITON:
         """One program: BLOCK_R rows. y = keep x / (1 - p); its own backward pass."""
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         for first in range(0, H, BLOCK_H):
             y, _, place, inside = _load_sum(
-                x_ptr, x_ptr, key, offset, threshold, keep_scale, row, T, first,
-                H, BLOCK_R, BLOCK_H, False, True,
-            )  # fmt: skip
+                x_ptr, x_ptr, stream, row, T, first, H, BLOCK_R, BLOCK_H, False, True
+            )
             tl.store(y_ptr + place, y, mask=inside)
 
 
-WIDTH_LIMIT = 65536  # of a row: four chunks of it are held in registers
-
-
 def norm_tile(name, x):
-    """The constants of a LayerNorm kernel for rows of H columns, and its greatest number of programs.
+    """The constants of a LayerNorm kernel for x, and its number of programs.
 
-    Rows are whole; up to 1,024 columns come in chunks of 256, one of which a warp reads at once.
+    A chunk is a power of two: a whole row of up to 256 columns; 256 columns, which a warp reads at
+    once, of a row up to 1,024; a quarter of a wider one, of which registers hold no second.
     """
-    H = x.shape[1]
-    if H > WIDTH_LIMIT:
-        raise ValueError(
-            f"x must be at most {WIDTH_LIMIT:,} wide for the Triton kernels, got {H:,}"
-        )
+    T, H = x.shape
     tile = tile_of(name, x)
-    block_h = max(8, triton.next_power_of_2(H if H <= 256 else max(256, -(-H // 4))))
-    wide = H > 1024
+    rows = 1 if H > 1024 else tile.rows
+    columns = H if H <= 256 else max(256, -(-H // 4))
     constants = dict(
         H=H,
-        BLOCK_R=1 if wide else tile.rows,
-        BLOCK_H=block_h,
-        num_warps=8 if wide else tile.warps,
+        BLOCK_R=rows,
+        BLOCK_H=max(8, triton.next_power_of_2(columns)),
+        num_warps=8 if H > 1024 else tile.warps,
     )
-    return constants, tile.programs
+    blocks = -(-T // rows)
+    return constants, min(blocks, tile.programs or blocks)
+
+
+def row_statistics(x):
+    """Two empty fp32 vectors with a number for each row of x: (T,)."""
+    first = x.new_empty(len(x), dtype=torch.float32)
+    return first, torch.empty_like(first)
 
 
 @torch.library.custom_op("starencoder::layer_norm", mutates_args=())
@@ -1176,26 +1187,19 @@ def layer_norm_op(
     eps: float, dropout_p: float, seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The forward kernel: y (T, H), and mean and rstd (T,) for the backward pass."""
-    T = len(x)
     x = x.contiguous()
     y = torch.empty_like(x)
-    mean = x.new_empty(T, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    constants, _ = norm_tile("norm", x)
+    mean, rstd = row_statistics(x)
+    constants, programs = norm_tile("norm", x)
     flags = dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
     residual = x if residual is None else residual.contiguous()
-    arguments = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
-    scalars = (T, eps, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
-    grid = (-(-T // constants["BLOCK_R"]),)
-    if T:
-        launch(_layer_norm_forward, grid, (*arguments, *scalars), constants | flags)
+    pointers = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
+    arguments = (*pointers, len(x), eps, *dropout_scalars(dropout_p))
+    launch(_layer_norm_forward, (programs,), arguments, constants | flags)
     return y, mean, rstd
 
 
-@layer_norm_op.register_fake
-def _(x, residual, weight, bias, eps, dropout_p, seed):
-    mean = x.new_empty(len(x), dtype=torch.float32)
-    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+layer_norm_op.register_fake(lambda x, *rest: (x.new_empty(x.shape), *row_statistics(x)))
 
 
 @torch.library.custom_op("starencoder::layer_norm_backward", mutates_args=())
@@ -1204,22 +1208,19 @@ def layer_norm_backward_op(
     mean: torch.Tensor, rstd: torch.Tensor, dropout_p: float, seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The backward kernel: dx, dresidual (empty if it is dx), dweight and dbias (H,) fp32."""
-    T, H = x.shape
     x = x.contiguous()
-    dy = dy.contiguous()
     constants, programs = norm_tile("norm_backward", x)
     flags = dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
     residual = x if residual is None else residual.contiguous()
     dx = torch.empty_like(x)
-    dresidual = torch.empty_like(residual) if all(flags.values()) else residual.new_empty(0)
-    programs = min(-(-T // constants["BLOCK_R"]), programs)
-    dweight = x.new_empty(programs, H, dtype=torch.float32)
+    own_gradient = all(flags.values())  # or else it is dx
+    dresidual = torch.empty_like(residual) if own_gradient else residual.new_empty(0)
+    dweight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     dbias = torch.empty_like(dweight)
-    pointers = (dy, x, residual, weight.contiguous(), mean, rstd, dx, dresidual, dweight, dbias)
-    scalars = (T, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
-    if T:
-        arguments = (*pointers, seed, *scalars)
-        launch(_layer_norm_backward, (programs,), arguments, constants | flags)
+    inputs = (dy.contiguous(), x, residual, weight.contiguous(), mean, rstd)
+    outputs = (dx, dresidual, dweight, dbias)
+    arguments = (*inputs, *outputs, seed, len(x), *dropout_scalars(dropout_p))
+    launch(_layer_norm_backward, (programs,), arguments, constants | flags)
     return dx, dresidual, dweight.sum(0), dbias.sum(0)
 
 
@@ -1254,22 +1255,16 @@ layer_norm_op.register_autograd(_layer_norm_gradient, setup_context=_layer_norm_
 
 @torch.library.custom_op("starencoder::dropout", mutates_args=())
 def dropout_op(x: torch.Tensor, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
-    """The kernel of dropout alone."""
-    T = len(x)
+    """The kernel of dropout alone, which is its backward pass too."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    constants, _ = norm_tile("norm", x)
-    scalars = (T, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
-    if T:
-        launch(
-            _dropout_kernel, (-(-T // constants["BLOCK_R"]),), (x, y, seed, *scalars), constants
-        )
+    constants, programs = norm_tile("norm", x)
+    arguments = (x, y, seed, len(x), *dropout_scalars(dropout_p))
+    launch(_dropout_kernel, (programs,), arguments, constants)
     return y
 
 
-@dropout_op.register_fake
-def _(x, dropout_p, seed):
-    return x.new_empty(x.shape)
+dropout_op.register_fake(lambda x, *rest: x.new_empty(x.shape))
 
 
 def _dropout_context(ctx, inputs, output):
@@ -1287,6 +1282,30 @@ dropout_op.register_autograd(_dropout_gradient, setup_context=_dropout_context)
 # ---- cross-entropy of a large vocabulary ---------------------------------------------------------
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
+
+    A label of -100 does not count; one that is no column makes the sum NaN. Logits are read once in
+    the forward pass; in the backward pass their gradient takes their place, since of 49,156 columns
+    they are the largest tensor of a step.
+    So there is one backward pass, and nobody may read the logits after it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logits = logits.contiguous()
+        losses, lse = cross_entropy_op(logits, labels)
+        ctx.save_for_backward(logits, labels, lse)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logits, labels, lse = ctx.saved_tensors
+        gradient = logits.detach()
+        cross_entropy_backward_op(gradient, labels, lse, upstream)
+        return gradient, None
+
+
 if HAS_TRITON:
 
     @triton.jit
@@ -1299,7 +1318,8 @@ if HAS_TRITON:
         """One program: one row. loss = lse - logit[label];  lse = log sum e^logit, kept."""
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * V
-        m = tl.full([], -3.0e38, tl.float32)  # not -inf: of a block of -inf, inf - inf would be NaN
+        # Not -inf: after a block of logits that are all -inf, m - m_new would be inf - inf, NaN.
+        m = tl.full([], -3.0e38, tl.float32)
         l = tl.zeros([BLOCK_V], tl.float32)  # summed over its lanes at the end
         for first in range(0, V, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
@@ -1335,10 +1355,11 @@ if HAS_TRITON:
             tl.store(logits_ptr + column, gradient, mask=column < V)
 
 
-def cross_entropy_constants(logits):
-    """Launch settings: a row in blocks of up to 4,096 columns."""
-    V = logits.shape[1]
-    return dict(V=V, BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
+def cross_entropy_launch(kernel, logits, *rest):
+    """Launches a kernel with one program a row, in blocks of up to 4,096 columns."""
+    M, V = logits.shape
+    block_v = min(4096, triton.next_power_of_2(V))
+    launch(kernel, (M,), (logits, *rest), dict(V=V, BLOCK_V=block_v, num_warps=8))
 
 
 @torch.library.custom_op("starencoder::cross_entropy", mutates_args=())
@@ -1346,19 +1367,12 @@ def cross_entropy_op(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The forward kernel: losses and lse, both (M,) fp32."""
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    lse = torch.empty_like(losses)
-    if logits.numel():
-        arguments = (logits, labels.contiguous(), losses, lse)
-        grid = (len(logits),)
-        launch(_cross_entropy_forward, grid, arguments, cross_entropy_constants(logits))
+    losses, lse = row_statistics(logits)
+    cross_entropy_launch(_cross_entropy_forward, logits, labels.contiguous(), losses, lse)
     return losses, lse
 
 
-@cross_entropy_op.register_fake
-def _(logits, labels):
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    return losses, torch.empty_like(losses)
+cross_entropy_op.register_fake(lambda logits, labels: row_statistics(logits))
 
 
 @torch.library.custom_op("starencoder::cross_entropy_backward", mutates_args=("logits",))
@@ -1366,35 +1380,7 @@ def cross_entropy_backward_op(
     logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, upstream: torch.Tensor
 ) -> None:
     """The backward kernel: the gradient of the logits takes their place."""
-    if logits.numel():
-        arguments = (logits, labels.contiguous(), lse, upstream)
-        grid = (len(logits),)
-        launch(_cross_entropy_backward, grid, arguments, cross_entropy_constants(logits))
+    cross_entropy_launch(_cross_entropy_backward, logits, labels.contiguous(), lse, upstream)
 
 
-@cross_entropy_backward_op.register_fake
-def _(logits, labels, lse, upstream):
-    return None
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
-
-    A label of -100 does not count; one that is no column makes the sum NaN. Logits are read once in
-    the forward pass; in the backward pass their gradient takes their place, since of 49,156 columns
-    they are the largest tensor of a step.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logits = logits.contiguous()
-        losses, lse = cross_entropy_op(logits, labels)
-        ctx.save_for_backward(logits, labels, lse)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        logits, labels, lse = ctx.saved_tensors
-        gradient = logits.detach()
-        cross_entropy_backward_op(gradient, labels, lse, upstream)
-        return gradient, None
+cross_entropy_backward_op.register_fake(lambda *_: None)
