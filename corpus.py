@@ -291,7 +291,7 @@ def prepare(
     }  # fmt: skip
     there = os.path.lexists(out)
     begun = _open(out, arguments)
-    lock = lock_directory(out, ".lock" if shard[1] == 1 else f".{shard[0]}-of-{shard[1]}.lock")
+    lock = _lock(out, shard)
     try:
         which = dict(commits=commits, languages=languages, limit=limit_per_language)
         if os.path.exists(os.path.join(out, "tokenizer.json")):
@@ -362,6 +362,20 @@ def _open(out, arguments):
     os.makedirs(out, exist_ok=True)
     write_whole(path, json.dumps(arguments, indent=1))
     return begun
+
+
+def _lock(out, shard):
+    """Locks `out` for a shard (see `lock_directory`). Beside it only others of the same number of shards may write.
+
+    Raises ValueError where another process holds that lock, or one of another number.
+    """
+    alone = shard[1] == 1
+    beside = r"\.lock" if alone else rf"\.\d+-of-{shard[1]}\.lock"
+    with lock_directory(out, ".lock" if alone else f".{shard[0]}-of-{shard[1]}.lock") as lock:
+        for name in os.listdir(out):  # after it is held: of two that start together none overlooks the other
+            if re.fullmatch(r"\.(\d+-of-\d+\.)?lock", name) and not re.fullmatch(beside, name):
+                lock_directory(out, name).close()
+        return lock.pop_all()
 
 
 def _training_texts(sources, validation, clean, which):

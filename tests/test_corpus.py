@@ -296,6 +296,30 @@ def test_parts_of_an_earlier_version_are_said_to_be_so(tmp_path, sources, small_
         corpus.prepare([sources], str(out), **options)
 
 
+@pytest.mark.parametrize(
+    "held, starts, refused",
+    [((0, 1), (0, 2), True), ((0, 2), (0, 1), True), ((1, 2), (1, 3), True), ((0, 2), (1, 2), False)],
+)
+def test_another_number_of_shards_does_not_write_beside(held, starts, refused, tmp_path, sources, small_corpus):
+    """It would clear away what the first has open."""
+    out = str(tmp_path / "out")
+    options = dict(tokenizer=small_corpus, workers=1, part_bytes=100_000)
+    assert corpus.prepare([sources], out, shard=(2, 4), **options) is None
+    program = f"import corpus; lock = corpus._lock({out!r}, {held}); print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    before = files_of(out)
+    if refused:
+        with pytest.raises(ValueError, match="is writing there"):
+            corpus.prepare([sources], out, shard=starts, **options)
+        assert files_of(out) == before
+    else:
+        corpus.prepare([sources], out, shard=starts, **options)
+    process.communicate(b"\n")
+    corpus.prepare([sources], out, **options)
+    assert not glob.glob(os.path.join(out, ".*lock"))
+
+
 def test_shards_that_end_together(tmp_path, sources, small_corpus, monkeypatch):
     """One clears away temporary files while the other writes meta.json."""
     out = tmp_path / "out"
