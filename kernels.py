@@ -636,7 +636,7 @@ if HAS_TRITON:
         k = _load_rows(k_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
         v_ptr = base_ptr + 2 * stride_3
         v = _load_rows(v_ptr, stride_t, first_key, length, BLOCK_N, D, BLOCK_D, WHOLE)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         p = tl.exp2(s * scale - shift[:, None])
         if not WHOLE:  # of a key outside, 2^(0 - shift) may be inf, and inf * 0 would be NaN
@@ -653,9 +653,7 @@ if HAS_TRITON:
         DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     ):  # fmt: skip
         """What one block of keys adds to dQ, without its factors."""
-        k, p, dp = _weights_block(
-            first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, WHOLE
-        )  # fmt: skip
+        k, p, dp = _weights_block(first_key, *rest, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, WHOLE)
         ds = p * (dp - delta[:, None])
         return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 

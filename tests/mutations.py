@@ -125,7 +125,10 @@ MUTATIONS = {
                 "dropped = p",
             ),
             "no dropout in dk": ("dp = tl.where(keep, dp, 0.0)\n        dv", "\n        dv"),
-            "no dropout in dq": ("dp = tl.where(keep, dp, 0.0)\n        ds", "\n        ds"),
+            "no dropout in dq": (
+                "dp = tl.where(keep, dp, 0.0)\n        return k",
+                "dp = dp * 1.0\n        return k",
+            ),
             "no factor 1 / (1 - p) on dq": (
                 "dq *= scale / LOG2_E * keep_scale",
                 "dq *= scale / LOG2_E",
@@ -136,8 +139,12 @@ MUTATIONS = {
             ),
             "no factor 1 / (1 - p) on dv": ("dv *= keep_scale", "dv *= 1.0"),
             "norm is forgotten in dq": (
-                "dq *= tl.load(norm_ptr + place, mask=query < length, other=0.0)[:, None]",
+                "dq *= norm[:, None]",
                 "dq *= 1.0",
+            ),
+            "norm is forgotten in delta": (
+                "delta += tl.sum(p * norm[:, None] * dp, 1)",
+                "delta += tl.sum(p * dp, 1)",
             ),
             "norm is forgotten in dk_dv": (
                 "p *= tl.load(norm_ptr + query, mask=query < length, other=0.0)[None, :]",
