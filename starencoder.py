@@ -286,7 +286,8 @@ def _cross_entropy(logits, labels, overwrite=True):
     """
     half = logits.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and logits.requires_grad and not logits.is_leaf
     if overwrite and half and not torch.compiler.is_compiling():  # torch.compile fuses the formula itself, and makes no copy either
-        total = (kernels.CrossEntropy if kernels.backend(logits) == "triton" else _SummedCrossEntropy).apply(logits, labels)
+        summed = kernels.CrossEntropy if kernels.backend(logits) == "triton" else _SummedCrossEntropy
+        total = summed.apply(logits, labels)
     else:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(logits, labels, reduction="sum")
@@ -325,10 +326,6 @@ class StarEncoderForPreTraining(_Bert):
             self.mlm_decoder.weight = self.bert.word_embeddings.weight
 
     def mlm_head(self, h):
-        """(M, H) -> logits (M, V)."""
-        return self._padded_logits(h)[:, : self.config.vocab_size]
-
-    def _padded_logits(self, h):
         """(M, H) -> logits (M, V), on a GPU with columns of -inf behind them, up to a multiple of 64.
 
         The fastest matrix products need rows of a multiple of 16 bytes, which 49,156 columns are not.
@@ -359,7 +356,7 @@ class StarEncoderForPreTraining(_Bert):
         h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed, rows=rows)  # (T, H) or (B + M, H)
         pooled = torch.tanh(self.bert.pooler(h[cls] if rows is None else h[: len(cls)]))  # (B, H)
         nsp_logits = self.nsp(pooled)  # (B, 2)
-        mlm_logits = self._padded_logits(h if rows is None else h[len(cls) :])
+        mlm_logits = self.mlm_head(h if rows is None else h[len(cls) :])
         if labels is None and next_sentence_label is None:
             return PreTrainingOutput(mlm_logits=mlm_logits[:, : self.config.vocab_size], nsp_logits=nsp_logits)
         mlm_loss = nsp_loss = None
