@@ -147,7 +147,9 @@ def check_triton_attention(qkv, cu_seqlens, max_seqlen):
     if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
         found = f"shape {tuple(qkv.shape)} and strides {qkv.stride()}"
         raise ValueError(f"qkv must have 1 <= D <= 128 with stride 1, got {found}")
-    if max(max_seqlen * qkv.stride(0), 2 * qkv.stride(1)) >= 2**31:  # places in a sequence are int32
+    if (
+        max(max_seqlen * qkv.stride(0), 2 * qkv.stride(1)) >= 2**31
+    ):  # places in a sequence are int32
         raise ValueError(
             f"qkv: a sequence of {max_seqlen:,} tokens must span less than 2**31 elements for the "
             f"Triton kernels, got strides {qkv.stride()}"

@@ -15,11 +15,9 @@ References: Devlin et al., BERT, 2018; Li et al., StarCoder: may the source be w
 of bigcode/starencoder. Left out: decoding, cross attention, relative positions, second segment embeddings (the original never uses them).
 """
 
-import glob
 import json
 import math
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
@@ -29,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+from common.weights import download, read_weights
 
 
 def _check_classes(id2label):
@@ -58,7 +57,9 @@ class StarEncoderConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 49152
     tie_word_embeddings: bool = True
-    id2label: dict | None = None  # the classes of a token-classification head; None: two of them, as in transformers
+    id2label: dict | None = (
+        None  # the classes of a token-classification head; None: two of them, as in transformers
+    )
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -70,7 +71,9 @@ class StarEncoderConfig:
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number from 0 up, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
         if self.hidden_act != "gelu":
             raise ValueError(f'hidden_act must be "gelu", got "{self.hidden_act}"')
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
@@ -83,7 +86,9 @@ class StarEncoderConfig:
             value = self.tie_word_embeddings
             raise ValueError(f"tie_word_embeddings must be true or false, got {value!r}")
         if type(self.pad_token_id) not in (int, type(None)):
-            raise ValueError(f"pad_token_id must be the number of a token, got {self.pad_token_id!r}")
+            raise ValueError(
+                f"pad_token_id must be the number of a token, got {self.pad_token_id!r}"
+            )
         if self.id2label is not None:
             _check_classes(self.id2label)
 
@@ -94,7 +99,9 @@ class StarEncoderConfig:
 
     def save(self, directory, architecture):
         """Writes config.json as transformers reads it; `architecture` is the name of the Bert* class to load it with."""
-        entries = {"model_type": "bert", "architectures": [architecture]} | {k: v for k, v in asdict(self).items() if v is not None}
+        entries = {"model_type": "bert", "architectures": [architecture]} | {
+            k: v for k, v in asdict(self).items() if v is not None
+        }
         if self.id2label is not None:
             entries["label2id"] = {label: int(i) for i, label in self.id2label.items()}
         path = os.path.join(directory, "config.json")
@@ -116,8 +123,14 @@ class StarEncoderConfig:
         if entries.get("model_type", "bert") != "bert" or entries.get("is_decoder"):
             raise ValueError(f"{path}: not a Bert encoder (model_type {entries.get('model_type')})")
         if entries.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(f"{path}: position_embedding_type must be absolute, got {entries['position_embedding_type']}")
-        defaults = {"max_position_embeddings": 512, "vocab_size": 30522, "pad_token_id": 0}  # where BertConfig's are not StarEncoder's
+            raise ValueError(
+                f"{path}: position_embedding_type must be absolute, got {entries['position_embedding_type']}"
+            )
+        defaults = {
+            "max_position_embeddings": 512,
+            "vocab_size": 30522,
+            "pad_token_id": 0,
+        }  # where BertConfig's are not StarEncoder's
         known = {f.name for f in fields(cls)}
         arguments = {name: value for name, value in (defaults | entries).items() if name in known}
         if isinstance(arguments.get("id2label"), dict):  # JSON has no numbers for keys
@@ -153,21 +166,35 @@ class Layer(nn.Module):
         N = self.config.num_attention_heads
         qkv = self.qkv(h).unflatten(-1, (3, N, -1))  # (T, 3, N, D)
         p = self.config.attention_probs_dropout_prob * dropout
-        a = kernels.attention(qkv, cu_seqlens, max_seqlen, dropout_p=p, seed=seeds[0]).flatten(1)  # (T, H)
+        a = kernels.attention(qkv, cu_seqlens, max_seqlen, dropout_p=p, seed=seeds[0]).flatten(
+            1
+        )  # (T, H)
         if rows is not None:
             a, h = a[rows], h[rows]  # (R, H)
-        h = _norm(self.attention_norm, self.attention_output(a), h, self.config.hidden_dropout_prob * dropout, seeds[1])
+        h = _norm(
+            self.attention_norm,
+            self.attention_output(a),
+            h,
+            self.config.hidden_dropout_prob * dropout,
+            seeds[1],
+        )
         f = self.feed_forward_down(F.gelu(self.feed_forward_up(h)))  # (T, 4H) -> (T, H)
-        return _norm(self.feed_forward_norm, f, h, self.config.hidden_dropout_prob * dropout, seeds[2])
+        return _norm(
+            self.feed_forward_norm, f, h, self.config.hidden_dropout_prob * dropout, seeds[2]
+        )
 
 
 def _norm(norm, x, residual=None, dropout_p=0.0, seed=0):
-    return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=dropout_p, seed=seed)
+    return kernels.layer_norm(
+        x, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=dropout_p, seed=seed
+    )
 
 
 def _check_length(tokens, config):
     if tokens > config.max_position_embeddings:
-        raise ValueError(f"a sequence of {tokens} tokens is longer than the model's {config.max_position_embeddings} positions")
+        raise ValueError(
+            f"a sequence of {tokens} tokens is longer than the model's {config.max_position_embeddings} positions"
+        )
 
 
 class _Bert(nn.Module):
@@ -215,7 +242,9 @@ class StarEncoder(_Bert):
         self.embeddings_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         # Not used in `forward`; it stands here because BertModel's files hold it.
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.pooler = (
+            nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        )
         self._initialize(*self.modules())
 
     def forward(self, input_ids, cu_seqlens, *, max_seqlen=None, seed=None, rows=None):
@@ -228,7 +257,9 @@ class StarEncoder(_Bert):
         GPU wait: on a CPU).
         """
         if input_ids.dim() != 1:
-            raise ValueError(f"input_ids must be (T,), sequences end to end without padding, got {tuple(input_ids.shape)}")
+            raise ValueError(
+                f"input_ids must be (T,), sequences end to end without padding, got {tuple(input_ids.shape)}"
+            )
         config, T = self.config, len(input_ids)
         if kernels.lengths_visible(cu_seqlens) and len(cu_seqlens) > 1:
             _check_length(int(cu_seqlens.diff().max()), config)
@@ -236,17 +267,32 @@ class StarEncoder(_Bert):
         dropout = float(self.training)  # 0 or 1, times each probability
         if seed is None:
             seed = torch.randint(2**62, (), device=input_ids.device) if self.training else 0
-        seeds = seed + torch.arange(3 * len(self.layers) + 1, device=input_ids.device)  # each mask of the step has a Philox key of its own
+        seeds = seed + torch.arange(
+            3 * len(self.layers) + 1, device=input_ids.device
+        )  # each mask of the step has a Philox key of its own
         token = torch.arange(T, device=input_ids.device, dtype=torch.int32)
         # Which sequence each token is in, without a GPU sync: (T,). Not by the slice cu_seqlens[1:], of which torch.compile forgets on a
         # GPU where it starts (PyTorch issue 160964).
         sequence = torch.bucketize(token, cu_seqlens, right=True) - 1
         position = token - cu_seqlens[sequence]  # (T,)
-        h = self.word_embeddings(input_ids) + self.position_embeddings(position) + self.token_type_embeddings.weight[0]  # (T, H)
-        h = kernels.dropout(_norm(self.embeddings_norm, h), config.hidden_dropout_prob * dropout, seeds[0])
+        h = (
+            self.word_embeddings(input_ids)
+            + self.position_embeddings(position)
+            + self.token_type_embeddings.weight[0]
+        )  # (T, H)
+        h = kernels.dropout(
+            _norm(self.embeddings_norm, h), config.hidden_dropout_prob * dropout, seeds[0]
+        )
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
-            h = layer(h, cu_seqlens, max_seqlen, dropout, seeds[3 * i + 1 : 3 * i + 4], rows if last else None)
+            h = layer(
+                h,
+                cu_seqlens,
+                max_seqlen,
+                dropout,
+                seeds[3 * i + 1 : 3 * i + 4],
+                rows if last else None,
+            )
         return h
 
 
@@ -262,11 +308,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         gradient = logits.detach()
         for rows, targets in zip(gradient.split(256), labels.split(256)):
             counted = (targets != -100).unsqueeze(1)  # (256, 1)
-            targets = targets.unsqueeze(1).masked_fill(~counted, 0)  # not clamp: another negative is an error
+            targets = targets.unsqueeze(1).masked_fill(
+                ~counted, 0
+            )  # not clamp: another negative is an error
             log_p = rows.float().log_softmax(1)
             total -= (log_p.gather(1, targets) * counted).sum()
             rows.copy_(
-                log_p.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=log_p.dtype)).mul_(counted)
+                log_p.exp_()
+                .scatter_add_(1, targets, torch.full_like(targets, -1, dtype=log_p.dtype))
+                .mul_(counted)
             )  # softmax - one-hot
         ctx.save_for_backward(logits)
         return total
@@ -275,18 +325,29 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         for rows in gradient.split(256):
-            rows.copy_(rows.float() * upstream)  # upstream in bf16 would scale the whole gradient by its rounding error
+            rows.copy_(
+                rows.float() * upstream
+            )  # upstream in bf16 would scale the whole gradient by its rounding error
         return gradient, None
 
 
-def _cross_entropy(logits, labels, overwrite=True):
+def cross_entropy(logits, labels, overwrite=True):
     """Mean over the labels that are not -100, in fp32 at least; 0 where there is none (a batch may have no mask), not 0 / 0.
 
     overwrite: nobody needs logits of half precision any more.
     """
-    half = logits.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and logits.requires_grad and not logits.is_leaf
-    if overwrite and half and not torch.compiler.is_compiling():  # torch.compile fuses the formula itself, and makes no copy either
-        summed = kernels.CrossEntropy if kernels.backend(logits) == "triton" else _SummedCrossEntropy
+    half = (
+        logits.dtype in (torch.bfloat16, torch.float16)
+        and torch.is_grad_enabled()
+        and logits.requires_grad
+        and not logits.is_leaf
+    )
+    if (
+        overwrite and half and not torch.compiler.is_compiling()
+    ):  # torch.compile fuses the formula itself, and makes no copy either
+        summed = (
+            kernels.CrossEntropy if kernels.backend(logits) == "triton" else _SummedCrossEntropy
+        )
         total = summed.apply(logits, labels)
     else:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -298,7 +359,9 @@ class PreTrainingOutput(NamedTuple):
     """What `StarEncoderForPreTraining` returns; None where it was not asked for."""
 
     loss: torch.Tensor | None = None  # mlm_loss + nsp_loss
-    mlm_loss: torch.Tensor | None = None  # mean cross-entropy over the masked tokens, in nats; 0 where there is none
+    mlm_loss: torch.Tensor | None = (
+        None  # mean cross-entropy over the masked tokens, in nats; 0 where there is none
+    )
     nsp_loss: torch.Tensor | None = None  # mean cross-entropy over the pairs
     mlm_logits: torch.Tensor | None = None  # (T, V), or (M, V) at masked_positions
     nsp_logits: torch.Tensor | None = None  # (B, 2)
@@ -338,7 +401,17 @@ class StarEncoderForPreTraining(_Bert):
             bias = F.pad(bias, (0, missing), value=float("-inf"))
         return F.linear(h, weight, bias)
 
-    def forward(self, input_ids, cu_seqlens, labels=None, next_sentence_label=None, masked_positions=None, *, max_seqlen=None, seed=None):
+    def forward(
+        self,
+        input_ids,
+        cu_seqlens,
+        labels=None,
+        next_sentence_label=None,
+        masked_positions=None,
+        *,
+        max_seqlen=None,
+        seed=None,
+    ):
         """Logits, or losses where there are labels.
 
         input_ids, cu_seqlens, max_seqlen, seed: as in `StarEncoder`. masked_positions: (M,) int64, the rows to predict at.
@@ -346,24 +419,36 @@ class StarEncoderForPreTraining(_Bert):
         1 where B follows A. Returns a `PreTrainingOutput`.
         """
         if kernels.lengths_visible(cu_seqlens) and (cu_seqlens.diff() < 1).any():
-            raise ValueError("every sequence needs a token, its <cls>: cu_seqlens must rise at each step")
-        if labels is not None and masked_positions is None:  # convenient; on a GPU this waits, so the training loop names the positions
+            raise ValueError(
+                "every sequence needs a token, its <cls>: cu_seqlens must rise at each step"
+            )
+        if (
+            labels is not None and masked_positions is None
+        ):  # convenient; on a GPU this waits, so the training loop names the positions
             masked_positions = (labels != -100).nonzero().squeeze(1)
             labels = labels[masked_positions]
         cls, rows = cu_seqlens[:-1].long(), None  # (B,): each sequence begins with its <cls>
-        if masked_positions is not None:  # the head is a quarter of the model's work, the last layer's second half a twentieth, and
-            rows = torch.cat([cls, masked_positions])  # what they compute of other tokens nobody reads
-        h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed, rows=rows)  # (T, H) or (B + M, H)
+        if (
+            masked_positions is not None
+        ):  # the head is a quarter of the model's work, the last layer's second half a twentieth, and
+            rows = torch.cat(
+                [cls, masked_positions]
+            )  # what they compute of other tokens nobody reads
+        h = self.bert(
+            input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed, rows=rows
+        )  # (T, H) or (B + M, H)
         pooled = torch.tanh(self.bert.pooler(h[cls] if rows is None else h[: len(cls)]))  # (B, H)
         nsp_logits = self.nsp(pooled)  # (B, 2)
         mlm_logits = self.mlm_head(h if rows is None else h[len(cls) :])
         if labels is None and next_sentence_label is None:
-            return PreTrainingOutput(mlm_logits=mlm_logits[:, : self.config.vocab_size], nsp_logits=nsp_logits)
+            return PreTrainingOutput(
+                mlm_logits=mlm_logits[:, : self.config.vocab_size], nsp_logits=nsp_logits
+            )
         mlm_loss = nsp_loss = None
         if labels is not None:
-            mlm_loss = _cross_entropy(mlm_logits, labels)
+            mlm_loss = cross_entropy(mlm_logits, labels)
         if next_sentence_label is not None:
-            nsp_loss = _cross_entropy(nsp_logits, next_sentence_label)
+            nsp_loss = cross_entropy(nsp_logits, next_sentence_label)
         loss = sum(part for part in (mlm_loss, nsp_loss) if part is not None)
         return PreTrainingOutput(loss, mlm_loss, nsp_loss)
 
@@ -393,10 +478,18 @@ class StarEncoderForTokenClassification(_Bert):
         if seed is None:
             seed = torch.randint(2**62, (), device=input_ids.device) if self.training else 0
         h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
-        p = self.config.hidden_dropout_prob if self.config.classifier_dropout is None else self.config.classifier_dropout
-        h = kernels.dropout(h, p * float(self.training), seed + 3 * self.config.num_hidden_layers + 1)
+        p = (
+            self.config.hidden_dropout_prob
+            if self.config.classifier_dropout is None
+            else self.config.classifier_dropout
+        )
+        h = kernels.dropout(
+            h, p * float(self.training), seed + 3 * self.config.num_hidden_layers + 1
+        )
         logits = self.classifier(h)  # (T, C)
-        return TokenClassificationOutput(None if labels is None else _cross_entropy(logits, labels, overwrite=False), logits)
+        return TokenClassificationOutput(
+            None if labels is None else cross_entropy(logits, labels, overwrite=False), logits
+        )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------------
@@ -439,7 +532,10 @@ def _write_files(model, directory):
     weights = {}
     for name, parameter in model.named_parameters():  # a tied decoder is counted, and written, once
         names = _bert_names(name)
-        weights |= {n: part.detach().cpu().contiguous() for n, part in zip(names, parameter.chunk(len(names)))}
+        weights |= {
+            n: part.detach().cpu().contiguous()
+            for n, part in zip(names, parameter.chunk(len(names)))
+        }
     unread = getattr(model, "unread_bias", None)
     if DECODER in weights or unread is not None:
         # Not tied: transformers then reads the decoder's bias, under its own name.
@@ -450,17 +546,29 @@ def _write_files(model, directory):
     path = os.path.join(directory, "model.safetensors")
     with open(path + ".tmp", "wb") as f:
         f.write(save(weights, metadata={"format": "pt"}))
-    os.replace(path + ".tmp", path)  # whoever reads sees the old weights or the new ones, never half
+    os.replace(
+        path + ".tmp", path
+    )  # whoever reads sees the old weights or the new ones, never half
 
 
 def _read_files(cls, directory, overrides):
     if not os.path.isdir(directory):
-        directory = _download(directory)
+        directory = download(directory)
     config = replace(StarEncoderConfig.load(directory), **overrides)
-    weights = _read_weights(directory)
-    weights = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): w for n, w in weights.items()}
-    if not any(name.startswith("bert.") for name in weights):  # BertModel is saved without the prefix that models with heads have
-        weights = {name if name.startswith("classifier.") else "bert." + name: w for name, w in weights.items()}
+    weights = read_weights(directory)
+    weights = {
+        n.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        ): w
+        for n, w in weights.items()
+    }
+    if not any(
+        name.startswith("bert.") for name in weights
+    ):  # BertModel is saved without the prefix that models with heads have
+        weights = {
+            name if name.startswith("classifier.") else "bert." + name: w
+            for name, w in weights.items()
+        }
     _check_shapes(weights, config, directory)
     unread = _untie(weights, config)
 
@@ -540,74 +648,6 @@ def _same(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _read_weights(directory):
-    """name -> tensor, of the first of these files that is there, whole or in shards."""
-    from safetensors.torch import load_file
-
-    def load_pickle(path):
-        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
-
-    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", load_pickle)):
-        path = os.path.join(directory, name)
-        try:
-            if os.path.exists(path):
-                weights = load(path)
-            elif os.path.exists(path + ".index.json"):
-                weights = _read_shards(directory, path + ".index.json", load)
-            else:
-                continue
-            values = weights.values() if isinstance(weights, dict) else [None]
-            if not all(isinstance(value, torch.Tensor) for value in values):
-                raise ValueError("not a table of tensors")
-            return weights
-        except Exception as error:  # each library has its own kind for a file cut short
-            words = f"the weights cannot be read ({_first_line(error)}); copy or save them again"
-            raise ValueError(f"{directory}: {words}") from None
-    words = "neither model.safetensors nor pytorch_model.bin, nor the index of shards of either"
-    raise FileNotFoundError(f"{directory}: {words}")
-
-
-def _read_shards(directory, index, load):
-    """The weights that an index names, each from its shard.
-
-    Raises ValueError for an index that is damaged, that leads out of the directory, or whose shards
-    do not hold what it says.
-    """
-    with open(index, encoding="utf-8") as f:
-        entries = json.load(f)
-    shard_of = entries.get("weight_map") if isinstance(entries, dict) else None
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{os.path.basename(index)} has no weight_map")
-    weights = {}
-    for shard in sorted(set(map(str, shard_of.values()))):
-        if shard in (".", "..") or re.search(r"[/\\:\0]", shard):
-            raise ValueError(f"the shard {shard[:80]!r} is not a file name in this directory")
-        tensors = load(os.path.join(directory, shard))
-        for name in (name for name, file in shard_of.items() if file == shard):
-            if name not in tensors:
-                raise ValueError(f"{shard} lacks {name}, which the index says it holds")
-            weights[name] = tensors[name]
-    return weights
-
-
-def _download(name):
-    from huggingface_hub import snapshot_download
-
-    try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):  # whole or in shards
-            files = ["config.json", "tokenizer.json", weights, weights + ".index.json"]
-            directory = snapshot_download(name, allow_patterns=files)
-            if glob.glob(os.path.join(glob.escape(directory), weights)):
-                break
-        return directory
-    except Exception as error:  # no such name, no network, no access: all one to the caller
-        raise FileNotFoundError(f"{name}: no such directory, and the Hugging Face hub did not give it ({_first_line(error)})") from None
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # ---- use -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -634,13 +674,22 @@ def fill_mask(model, tokenizer, text, top_k=5):
     cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
     model.eval()
     try:
-        out = model(torch.tensor(ids, device=device), cu_seqlens, masked_positions=torch.tensor(masked, device=device))
+        out = model(
+            torch.tensor(ids, device=device),
+            cu_seqlens,
+            masked_positions=torch.tensor(masked, device=device),
+        )
     finally:
         model.train(training)
-    probabilities = out.mlm_logits.float().softmax(-1)[:, : tokenizer.vocab_size]  # some models pad their vocabulary
+    probabilities = out.mlm_logits.float().softmax(-1)[
+        :, : tokenizer.vocab_size
+    ]  # some models pad their vocabulary
     scores, tokens = probabilities.topk(min(top_k, tokenizer.vocab_size))
     return [
-        [{"score": score, "token": token, "token_str": tokenizer.decode([token])} for score, token in zip(*rows)]
+        [
+            {"score": score, "token": token, "token_str": tokenizer.decode([token])}
+            for score, token in zip(*rows)
+        ]
         for rows in zip(scores.tolist(), tokens.tolist())
     ]
 
@@ -658,15 +707,28 @@ def embed(model, tokenizer, texts):
     if model.config.max_position_embeddings < 3:
         positions = model.config.max_position_embeddings
         raise ValueError(f"the model's {positions} positions leave no room for text")
-    device, training, room = model.word_embeddings.weight.device, model.training, model.config.max_position_embeddings - 2
+    device, training, room = (
+        model.word_embeddings.weight.device,
+        model.training,
+        model.config.max_position_embeddings - 2,
+    )
     vectors = torch.zeros(len(texts), model.config.hidden_size)
     model.eval()
     try:
         for vector, text in zip(vectors, texts):
             ids = tokenizer.encode(text)
-            for start in range(0, max(len(ids), 1), room):  # an empty text still has its <cls> and <sep>
-                window = torch.tensor([tokenizer.cls_id, *ids[start : start + room], tokenizer.sep_id], device=device)
-                vector += model(window, torch.tensor([0, len(window)], dtype=torch.int32, device=device)).float().sum(0).cpu()
+            for start in range(
+                0, max(len(ids), 1), room
+            ):  # an empty text still has its <cls> and <sep>
+                window = torch.tensor(
+                    [tokenizer.cls_id, *ids[start : start + room], tokenizer.sep_id], device=device
+                )
+                vector += (
+                    model(window, torch.tensor([0, len(window)], dtype=torch.int32, device=device))
+                    .float()
+                    .sum(0)
+                    .cpu()
+                )
     finally:
         model.train(training)
     return F.normalize(vectors, dim=-1)
@@ -674,27 +736,46 @@ def embed(model, tokenizer, texts):
 
 def main(argv=None):
     """The command line: `fill-mask RUN TEXT`, `embed RUN FILE...`."""
-    from data import CommandLine, Tokenizer  # for the command line only: the model itself rests on the kernels alone
+    from common.command_line import CommandLine
+    from corpus.tokenizer import (
+        Tokenizer,  # for the command line only: the model itself rests on the kernels alone
+    )
 
     parser = CommandLine(prog="starencoder.py", description="Use a trained StarEncoder.")
     commands = parser.add_subparsers(dest="command", required=True)
-    fill = commands.add_parser("fill-mask", help="what the model would write at each <mask> of a text")
-    fill.add_argument("run", help="a run directory, any Hugging Face Bert directory, or a name on the hub")
+    fill = commands.add_parser(
+        "fill-mask", help="what the model would write at each <mask> of a text"
+    )
+    fill.add_argument(
+        "run", help="a run directory, any Hugging Face Bert directory, or a name on the hub"
+    )
     fill.add_argument("text", help='such as "def add(a, b): return a <mask> b"')
-    fill.add_argument("--top-k", type=int, default=5, metavar="N", help="tokens to show for each mask (default: 5)")
+    fill.add_argument(
+        "--top-k",
+        type=int,
+        default=5,
+        metavar="N",
+        help="tokens to show for each mask (default: 5)",
+    )
     vectors = commands.add_parser("embed", help="one JSON line with a unit vector for each file")
     vectors.add_argument("run", help="as for fill-mask")
     vectors.add_argument("files", nargs="+", metavar="FILE", help="text files")
     arguments = parser.parse_args(argv)
 
-    directory = arguments.run if os.path.isdir(arguments.run) else _download(arguments.run)
+    directory = arguments.run if os.path.isdir(arguments.run) else download(arguments.run)
     tokenizer = Tokenizer.from_pretrained(directory)
-    model = (StarEncoderForPreTraining if arguments.command == "fill-mask" else StarEncoder).from_pretrained(directory)
+    model = (
+        StarEncoderForPreTraining if arguments.command == "fill-mask" else StarEncoder
+    ).from_pretrained(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
+        raise ValueError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}"
+        )
     if arguments.command == "fill-mask":
         for candidates in fill_mask(model, tokenizer, arguments.text, arguments.top_k):
-            print("\n".join(f"{c['score']:7.2%}  {c['token_str']!r}" for c in candidates), end="\n\n")
+            print(
+                "\n".join(f"{c['score']:7.2%}  {c['token_str']!r}" for c in candidates), end="\n\n"
+            )
         return
     for path in arguments.files:
         with open(path, encoding="utf-8") as f:
@@ -706,6 +787,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from data import run
+    from common.command_line import run_command
 
-    run(main)
+    run_command(main)

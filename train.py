@@ -19,11 +19,8 @@ import contextlib
 import functools
 import math
 import os
-import signal
 import sys
-import threading
-import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -32,40 +29,43 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import corpus
 import kernels
-import plan
-from data import STOP_SIGNALS, Batch, CommandLine, PairDataset, Tokenizer, batches, collate, read_meta, run, share
-from ranks import Ranks
-from run_directory import (
-    Metrics,
-    arguments_of,
-    draw_curves,
-    draw_pretraining,
+from common.arguments import option
+from common.command_line import CommandLine, run_command, warn
+from common.signals import until_signal
+from corpus.build import prepare
+from corpus.report import summary
+from corpus.store import read_meta
+from corpus.tokenizer import Tokenizer
+from data import Batch, PairDataset, batches, collate, share
+from starencoder import StarEncoderConfig, StarEncoderForPreTraining, fill_mask
+from training.curves import draw_curves, draw_pretraining
+from training.metrics import Metrics
+from training.plan import describe as describe_plan
+from training.plan import model_flops, peak_flops
+from training.ranks import Ranks
+from training.run_directory import (
     load_checkpoint,
     newest_sound_checkpoint,
     open_run,
     save_checkpoint,
     step_of,
-    warn,
 )
-from starencoder import StarEncoderConfig, StarEncoderForPreTraining, fill_mask
+from training.step import dtype_of_run, make_optimizer
 
-# ---- arguments -------------------------------------------------------------------------------------------------------------------
-
-DEFAULT_DATA, DEFAULT_VOCAB_SIZE = "data/python", 4096  # made from the standard library where it is missing
-
-
-def option(default, help):
-    """A field of `TrainConfig` that says what it is, also to `--help`."""
-    return field(default=default, metadata={"help": help})
+DEFAULT_DATA, DEFAULT_VOCAB_SIZE = (
+    "corpora/python",
+    4096,
+)  # made from the standard library where it is missing
 
 
 @dataclass
 class TrainConfig:
     """All arguments of a run; the defaults are the published StarEncoder's."""
 
-    data: str = option(DEFAULT_DATA, "corpus directory (corpus.py); the default is made where it is missing")
+    data: str = option(
+        DEFAULT_DATA, "corpus directory (corpus.py); the default is made where it is missing"
+    )
     out: str = option("runs/starencoder", "run directory; an unfinished run there is continued")
     # the model, by the names of BertConfig
     vocab_size: int | None = option(None, "must be the corpus's, if given")
@@ -76,7 +76,9 @@ class TrainConfig:
     hidden_dropout_prob: float = option(0.1, "dropout on the embeddings and before each LayerNorm")
     attention_probs_dropout_prob: float = option(0.1, "dropout on the attention weights")
     initializer_range: float = option(0.02, "standard deviation of the initial weights")
-    max_length: int = option(1024, "longest sequence in tokens, <cls> and both <sep> included; the model's positions")
+    max_length: int = option(
+        1024, "longest sequence in tokens, <cls> and both <sep> included; the model's positions"
+    )
     # the schedule
     steps: int = option(100_000, "optimizer steps")
     batch_size: int = option(4096, "pairs in a step, over all ranks and micro-batches")
@@ -91,8 +93,13 @@ class TrainConfig:
     seed: int = option(0, "fixes initial weights, examples, masks and dropout")
     # the machine, and what is written when
     device: str = option("auto", "cpu or cuda; auto: cuda where there is one")
-    dtype: str = option("auto", "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it fast")
-    compile: bool = option(False, "run the steps through torch.compile (a minute to begin with; for GPUs)")
+    dtype: str = option(
+        "auto",
+        "of the computation: bfloat16, float32, or auto: bfloat16 where the device multiplies it fast",
+    )
+    compile: bool = option(
+        False, "run the steps through torch.compile (a minute to begin with; for GPUs)"
+    )
     workers: int = option(1, "background processes that make batches, for each rank; 0: none")
     eval_every: int = option(1000, "steps between evaluations")
     eval_examples: int = option(4096, "held-out pairs of an evaluation, always the same ones")
@@ -100,19 +107,39 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "the newest to keep")
     keep_every: int = option(10_000, "checkpoints of multiples of this step are kept for good")
     timeout: int = option(600, "seconds after which a rank that does not answer is given up")
-    bf16_gradients: bool = option(False, "GPUs exchange gradients in bf16: half the traffic, and not the same bits")
-    tensorboard: bool = option(False, "write RUN/tensorboard as well (needs the tensorboard package)")
+    bf16_gradients: bool = option(
+        False, "GPUs exchange gradients in bf16: half the traffic, and not the same bits"
+    )
+    tensorboard: bool = option(
+        False, "write RUN/tensorboard as well (needs the tensorboard package)"
+    )
     log_every: int = option(10, "steps between lines written to metrics.jsonl")
 
     def __post_init__(self):
         for f in fields(self):
-            value, least = getattr(self, f.name), 0 if f.name in ("warmup_steps", "workers", "seed", "learning_rate", "weight_decay") else 1
+            value, least = (
+                getattr(self, f.name),
+                0
+                if f.name in ("warmup_steps", "workers", "seed", "learning_rate", "weight_decay")
+                else 1,
+            )
             if f.type is int and not least <= value < 2**62:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}")
-            if f.type is float and not 0 <= value < math.inf or f.name == "max_grad_norm" and value == 0:
+            if (
+                f.type is float
+                and not 0 <= value < math.inf
+                or f.name == "max_grad_norm"
+                and value == 0
+            ):
                 raise ValueError(f"{f.name} must be a number from 0 up, got {value}")
-        if self.device not in ("auto", "cpu", "cuda") or self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"device must be auto, cpu or cuda and dtype auto, bfloat16 or float32, got {self.device} and {self.dtype}")
+        if self.device not in ("auto", "cpu", "cuda") or self.dtype not in (
+            "auto",
+            "bfloat16",
+            "float32",
+        ):
+            raise ValueError(
+                f"device must be auto, cpu or cuda and dtype auto, bfloat16 or float32, got {self.device} and {self.dtype}"
+            )
 
 
 PRESETS = {
@@ -132,6 +159,7 @@ PRESETS = {
     "starencoder": dict(),
 }  # fmt: skip
 
+
 # What may differ between the starts of one run: it changes where and how fast it is computed, not what.
 MACHINE_FIELDS = set(
     "data out micro_batch_size device compile workers log_every save_every keep_checkpoints keep_every timeout tensorboard".split()
@@ -145,12 +173,24 @@ def parse_arguments(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="default: tiny")
     plan_help = "print what the run would cost on N GPUs of this name (64xA100; without a value: those of this machine), and end"
     parser.add_argument("--plan", metavar="NxGPU", nargs="?", const="", help=plan_help)
-    parser.add_argument("--plan-mfu", metavar="FLOAT", type=float, default=0.4, help="share of the peak that it assumes (default: 0.4)")
+    parser.add_argument(
+        "--plan-mfu",
+        metavar="FLOAT",
+        type=float,
+        default=0.4,
+        help="share of the peak that it assumes (default: 0.4)",
+    )
     for f in fields(TrainConfig):
         kind = f.type if isinstance(f.type, type) else int
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
+        how = (
+            dict(action=argparse.BooleanOptionalAction)
+            if kind is bool
+            else dict(type=kind, metavar=kind.__name__.upper())
+        )
         text = f"{f.metadata['help']} (starencoder: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how
+        )
     given = vars(parser.parse_args(argv))
     gpus, mfu = given.pop("plan"), given.pop("plan_mfu")
     config = TrainConfig(**(PRESETS[given.pop("preset")] | given))
@@ -166,54 +206,30 @@ def plan_of(config, gpus, mfu):
         gpus = f"{torch.cuda.device_count()}x{torch.cuda.get_device_name()}"
     number, _, name = gpus.partition("x")
     if not number.isdecimal() or not name or not 0 < mfu <= 1:
-        raise ValueError("--plan: name the GPUs, as in 64xA100 (there is none here); --plan-mfu lies between 0 and 1")
+        raise ValueError(
+            "--plan: name the GPUs, as in 64xA100 (there is none here); --plan-mfu lies between 0 and 1"
+        )
     vocab_size = config.vocab_size
     if vocab_size is None:
-        vocab_size = StarEncoderConfig.vocab_size if config.data == DEFAULT_DATA else read_meta(config.data)["vocab_size"]
+        vocab_size = (
+            StarEncoderConfig.vocab_size
+            if config.data == DEFAULT_DATA
+            else read_meta(config.data)["vocab_size"]
+        )
     schedule = (config.steps, config.batch_size, config.micro_batch_size, config.max_length)
-    return plan.describe(StarEncoderConfig(**model_shape(config, vocab_size)), int(number), name, *schedule, mfu)
+    return describe_plan(
+        StarEncoderConfig(**model_shape(config, vocab_size)), int(number), name, *schedule, mfu
+    )
 
 
 def model_shape(config, vocab_size):
     """Those fields of a `StarEncoderConfig` that the arguments of a run fix, as a dict."""
-    shape = {f.name: getattr(config, f.name) for f in fields(StarEncoderConfig) if hasattr(config, f.name)}
+    shape = {
+        f.name: getattr(config, f.name)
+        for f in fields(StarEncoderConfig)
+        if hasattr(config, f.name)
+    }
     return shape | {"vocab_size": vocab_size, "max_position_embeddings": config.max_length}
-
-
-@functools.cache
-def multiplies_bfloat16():
-    """Whether this CPU multiplies bfloat16 in at most 3/4 of float32's time: by trial, as its flags do not say what oneDNN makes of them.
-
-    Where oneDNN may not use a CPU's bf16 instructions it multiplies all the same, up to a hundred times slower.
-    """
-    best = {torch.float32: math.inf, torch.bfloat16: math.inf}  # seconds
-    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in best}
-    begin, turns = time.perf_counter(), 0
-    while turns < 4 or time.perf_counter() - begin < 0.3:  # the first warms up
-        for dtype, matrix in matrices.items():
-            start = time.thread_time()  # not the clock's: on a busy machine that counts what others compute
-            matrix @ matrix
-            best[dtype] = min(best[dtype], time.thread_time() - start)
-        turns += 1
-    return best[torch.bfloat16] < 0.75 * best[torch.float32]
-
-
-def dtype_of(config, device):
-    """The dtype of the computation, "bfloat16" or "float32": where it was left open, the former if the device multiplies it fast."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "bfloat16" if device.type == "cuda" or multiplies_bfloat16() else "float32"
-
-
-def dtype_of_run(config, ranks):
-    """`dtype_of` on the first rank, for all ranks; where `config` leaves it open and continues a run, that of the run, on any CPU."""
-    chosen = None
-    with ranks.together():
-        if ranks.rank == 0:
-            begun = arguments_of(config.out).get("dtype") if config.dtype == "auto" else None
-            chosen = begun or dtype_of(config, ranks.device)
-    bfloat16 = any(ranks.sum([chosen == "bfloat16"]))
-    return "bfloat16" if bfloat16 else "float32"
 
 
 def learning_rate(config, step):
@@ -221,9 +237,6 @@ def learning_rate(config, step):
     rise = (step + 1) / max(config.warmup_steps, 1)
     fall = (config.steps - step) / max(config.steps - config.warmup_steps, 1)
     return config.learning_rate * min(rise, fall, 1.0)
-
-
-# ---- evaluation ------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -237,23 +250,41 @@ def evaluate(model, dataset, examples, micro_batch_size, ranks, autocast=context
     model.eval()
     V, languages = model.config.vocab_size, sorted(dataset.languages)
     totals, label_counts = torch.zeros(5, dtype=torch.float64), torch.zeros(V, dtype=torch.float64)
-    by_language = torch.zeros(2, len(languages), dtype=torch.float64)  # masked tokens, and those that were right
+    by_language = torch.zeros(
+        2, len(languages), dtype=torch.float64
+    )  # masked tokens, and those that were right
     parts = share(0, min(examples, len(dataset)), ranks.rank, ranks.world_size, micro_batch_size)
     for part in tqdm(parts, desc="evaluating", leave=False, disable=ranks.rank != 0):
         drawn = [dataset[i] for i in part]
         batch = Batch(*(t.to(ranks.device) for t in collate(drawn)))
         with autocast():
             out = model(batch.input_ids, batch.cu_seqlens, masked_positions=batch.masked_positions)
-        loss = torch.nn.functional.cross_entropy(out.mlm_logits.float(), batch.labels, reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            out.mlm_logits.float(), batch.labels, reduction="sum"
+        )
         hits = out.mlm_logits.argmax(-1) == batch.labels
         mlm_hits = hits.sum()
         nsp_hits = (out.nsp_logits.argmax(-1) == batch.next_sentence_label).sum()
-        totals += torch.tensor([loss.item(), mlm_hits.item(), len(batch.labels), nsp_hits.item(), len(batch.next_sentence_label)])
+        totals += torch.tensor(
+            [
+                loss.item(),
+                mlm_hits.item(),
+                len(batch.labels),
+                nsp_hits.item(),
+                len(batch.next_sentence_label),
+            ]
+        )
         label_counts += batch.labels.cpu().bincount(minlength=V)
         if len(languages) > 1:
-            spoken = [languages.index(name) for i, e in zip(part, drawn) for name in dataset.languages_of_masks(i, e)]
+            spoken = [
+                languages.index(name)
+                for i, e in zip(part, drawn)
+                for name in dataset.languages_of_masks(i, e)
+            ]
             spoken = torch.tensor(spoken, dtype=torch.int64)
-            by_language += torch.stack([torch.bincount(spoken, w, len(languages)) for w in (None, hits.double().cpu())])
+            by_language += torch.stack(
+                [torch.bincount(spoken, w, len(languages)) for w in (None, hits.double().cpu())]
+            )
     model.train()
     loss, mlm_hits, masked, nsp_hits, pairs = ranks.sum(totals)
     counts = zip(languages, *ranks.sum(by_language))
@@ -272,20 +303,28 @@ def show_filled_masks(model, tokenizer, dataset, count=3):
     while shown < count and i < len(dataset):
         a = dataset.pair(i)[0].tolist()
         i += 1
-        words = [p for p in range(len(a) // 4, len(a)) if tokenizer.decode([a[p]]).strip().isalpha() and len(tokenizer.decode([a[p]])) > 3]
+        words = [
+            p
+            for p in range(len(a) // 4, len(a))
+            if tokenizer.decode([a[p]]).strip().isalpha() and len(tokenizer.decode([a[p]])) > 3
+        ]
         if not words:
             continue
         p = words[len(words) // 2]
-        before, after, truth = tokenizer.decode(a[:p]), tokenizer.decode(a[p + 1 :]), tokenizer.decode([a[p]])
+        before, after, truth = (
+            tokenizer.decode(a[:p]),
+            tokenizer.decode(a[p + 1 :]),
+            tokenizer.decode([a[p]]),
+        )
         if "<mask>" in before + after:
             continue
         guesses = fill_mask(model, tokenizer, f"{before}<mask>{after}", top_k=3)[0]
         line = before.split("\n")[-1][-60:] + "<mask>" + after.split("\n")[0][:40]
-        print(f"  {line.strip()}\n      was {truth!r}; the model: " + ", ".join(f"{g['token_str']!r} {g['score']:.0%}" for g in guesses))
+        print(
+            f"  {line.strip()}\n      was {truth!r}; the model: "
+            + ", ".join(f"{g['token_str']!r} {g['score']:.0%}" for g in guesses)
+        )
         shown += 1
-
-
-# ---- training --------------------------------------------------------------------------------------------------------------------
 
 
 def loss_on(model, batch, masked, pairs, seed=None):
@@ -293,36 +332,17 @@ def loss_on(model, batch, masked, pairs, seed=None):
 
     The model's losses are means over the micro-batch; weighted by its share of the counts they add up to the mean over the global batch.
     """
-    out = model(batch.input_ids, batch.cu_seqlens, batch.labels, batch.next_sentence_label, batch.masked_positions, seed=seed)
+    out = model(
+        batch.input_ids,
+        batch.cu_seqlens,
+        batch.labels,
+        batch.next_sentence_label,
+        batch.masked_positions,
+        seed=seed,
+    )
     mlm = out.mlm_loss * (len(batch.labels) / max(masked, 1))
     nsp = out.nsp_loss * (len(batch.next_sentence_label) / pairs)
     return mlm + nsp, mlm.detach(), nsp.detach()
-
-
-def make_optimizer(model, config):
-    """AdamW with decay on matrices only: biases and LayerNorms have one axis, and a decay would pull the latter away from 1."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True)
-
-
-def until_signal(iterable, stop):
-    """Iterates; meanwhile the first SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) puts its number into the list `stop` and does nothing else."""
-
-    def note(number, frame):
-        stop.append(number)
-        signal.signal(number, before[number])  # a second one does what it always did
-
-    main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS} if main_thread else {}
-    try:
-        yield from iterable
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(config):
@@ -342,30 +362,55 @@ def _train(config, ranks, held):
     say = print if lead else lambda *_: None
 
     with ranks.together():  # the corpus
-        if lead and config.data == DEFAULT_DATA and not os.path.exists(os.path.join(DEFAULT_DATA, "meta.json")):
-            say(f"No corpus at {DEFAULT_DATA} yet: making it from the standard library of this Python.")
-            say(corpus.summary(corpus.prepare(None, DEFAULT_DATA, vocab_size=config.vocab_size or DEFAULT_VOCAB_SIZE)))
+        if (
+            lead
+            and config.data == DEFAULT_DATA
+            and not os.path.exists(os.path.join(DEFAULT_DATA, "meta.json"))
+        ):
+            say(
+                f"No corpus at {DEFAULT_DATA} yet: making it from the standard library of this Python."
+            )
+            say(
+                summary(
+                    prepare(None, DEFAULT_DATA, vocab_size=config.vocab_size or DEFAULT_VOCAB_SIZE)
+                )
+            )
     dtype = dtype_of_run(config, ranks)
     with ranks.together():  # data, model, optimizer
         meta = read_meta(config.data)
         if config.vocab_size not in (None, meta["vocab_size"]):
-            raise ValueError(f"{config.data} has a vocabulary of {meta['vocab_size']}, not {config.vocab_size}; drop --vocab-size")
+            raise ValueError(
+                f"{config.data} has a vocabulary of {meta['vocab_size']}, not {config.vocab_size}; drop --vocab-size"
+            )
         if config.batch_size < ranks.world_size:
-            raise ValueError(f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a pair")
+            raise ValueError(
+                f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a pair"
+            )
         if config.bf16_gradients and device.type != "cuda":
             raise ValueError("--bf16-gradients: needs GPUs, whose NCCL adds up bf16")
         train_set = PairDataset(config.data, "train", config.max_length, config.seed)
         held_out = PairDataset(config.data, "validation", config.max_length, seed=0)
         tokenizer = Tokenizer.from_pretrained(config.data)
-        autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-        torch.manual_seed(config.seed)  # for the initial weights; nothing after this draws from torch's generators
+        autocast = functools.partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16"
+        )
+        torch.manual_seed(
+            config.seed
+        )  # for the initial weights; nothing after this draws from torch's generators
         shape = model_shape(config, meta["vocab_size"])
-        model = StarEncoderForPreTraining(StarEncoderConfig(**shape, pad_token_id=tokenizer.pad_id)).to(device)
+        model = StarEncoderForPreTraining(
+            StarEncoderConfig(**shape, pad_token_id=tokenizer.pad_id)
+        ).to(device)
         optimizer = make_optimizer(model, config)
     with ranks.together():  # where were we?
         if lead:
-            corpus_facts = {"tokenizer_sha256": meta["tokenizer_sha256"], "train_tokens": meta["splits"]["train"]["tokens"]}
-            resolved = asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts
+            corpus_facts = {
+                "tokenizer_sha256": meta["tokenizer_sha256"],
+                "train_tokens": meta["splits"]["train"]["tokens"],
+            }
+            resolved = (
+                asdict(config) | {"vocab_size": meta["vocab_size"], "dtype": dtype} | corpus_facts
+            )
             held.enter_context(open_run(config, resolved, MACHINE_FIELDS))
     with ranks.together():
         path = newest_sound_checkpoint(config) if lead else None
@@ -374,15 +419,19 @@ def _train(config, ranks, held):
         if first:
             path = os.path.join(config.out, "checkpoints", f"{first:08d}.pt")
             if not os.path.exists(path):
-                raise ValueError(f"rank {ranks.rank} does not see {path}: all ranks must share {config.out}")
+                raise ValueError(
+                    f"rank {ranks.rank} does not see {path}: all ranks must share {config.out}"
+                )
             load_checkpoint(path, model, optimizer, device)
         tensorboard = None
         if config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter as tensorboard
             except ImportError:
-                raise ValueError("--tensorboard: needs the tensorboard package (pip install tensorboard)") from None
-    peak = plan.peak_flops(device)
+                raise ValueError(
+                    "--tensorboard: needs the tensorboard package (pip install tensorboard)"
+                ) from None
+    peak = peak_flops(device)
     metrics = Metrics(os.path.join(config.out, "metrics.jsonl"), first, ranks, peak, tensorboard)
     ddp = model
     if ranks.world_size > 1:
@@ -402,16 +451,38 @@ def _train(config, ranks, held):
     if config.compile:  # after DDP, so that its buckets stay overlapped; evaluation goes on with `model`, whose shapes vary
         ddp = torch.compile(ddp)
 
-    parameters, epoch = sum(p.numel() for p in model.parameters()), len(train_set) / config.batch_size
-    say(f"{parameters / 1e6:.2f} M parameters; {config.steps:,} steps of {config.batch_size:,} pairs of up to {config.max_length:,} tokens")
-    say(f"({epoch:,.1f} steps an epoch), in micro-batches of up to {config.micro_batch_size} pairs on each of {ranks.world_size} rank(s)")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
-    say(f"{name}, {dtype}, peak {f'{peak:.3g} FLOP/s' if peak else 'unknown'}; kernels: {kernels.backend(model.mlm_bias)}")
+    parameters, epoch = (
+        sum(p.numel() for p in model.parameters()),
+        len(train_set) / config.batch_size,
+    )
+    say(
+        f"{parameters / 1e6:.2f} M parameters; {config.steps:,} steps of {config.batch_size:,} pairs of up to {config.max_length:,} tokens"
+    )
+    say(
+        f"({epoch:,.1f} steps an epoch), in micro-batches of up to {config.micro_batch_size} pairs on each of {ranks.world_size} rank(s)"
+    )
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU with {torch.get_num_threads()} threads"
+    )
+    say(
+        f"{name}, {dtype}, peak {f'{peak:.3g} FLOP/s' if peak else 'unknown'}; kernels: {kernels.backend(model.mlm_bias)}"
+    )
     if first:
         say(f"Continuing {config.out} after step {first}.")
 
     steps, pin = range(first, config.steps), device.type == "cuda"
-    source = batches(train_set, steps, config.batch_size, config.micro_batch_size, ranks.rank, ranks.world_size, config.workers, pin)
+    source = batches(
+        train_set,
+        steps,
+        config.batch_size,
+        config.micro_batch_size,
+        ranks.rank,
+        ranks.world_size,
+        config.workers,
+        pin,
+    )
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=not lead, desc="training")
     model.train()
     figures, done, stop = None, first, []
@@ -419,23 +490,37 @@ def _train(config, ranks, held):
         # The counts of the whole global batch come first: every micro-batch's loss is divided by them. With them goes the word that a
         # rank was asked to stop, so that all stop after this same step.
         masked, pairs, stopping = ranks.sum(
-            [sum(len(b.labels) for b in micro_batches), sum(len(b.next_sentence_label) for b in micro_batches), len(stop)]
+            [
+                sum(len(b.labels) for b in micro_batches),
+                sum(len(b.next_sentence_label) for b in micro_batches),
+                len(stop),
+            ]
         )
         terms = torch.zeros(2, device=device)
         for j, batch in enumerate(micro_batches):
             metrics.tokens += len(batch.input_ids)
-            metrics.flops += plan.model_flops(model.config, batch.cu_seqlens.diff().numpy(), len(batch.labels))
+            metrics.flops += model_flops(
+                model.config, batch.cu_seqlens.diff().numpy(), len(batch.labels)
+            )
             batch = Batch(*(t.to(device, non_blocking=True) for t in batch))
-            key = np.random.SeedSequence((config.seed, step, ranks.rank, j)).generate_state(1, np.uint64)[0]
+            key = np.random.SeedSequence((config.seed, step, ranks.rank, j)).generate_state(
+                1, np.uint64
+            )[0]
             alone = ranks.world_size == 1 or j == len(micro_batches) - 1
             with contextlib.nullcontext() if alone else ddp.no_sync():  # gradients meet once a step
                 with autocast():
-                    seed = torch.full((), int(key >> 2), dtype=torch.int64, device=device)  # a tensor: an int would be compiled in
+                    seed = torch.full(
+                        (), int(key >> 2), dtype=torch.int64, device=device
+                    )  # a tensor: an int would be compiled in
                     loss, *parts = loss_on(ddp, batch, masked, pairs, seed=seed)
-                (loss * ranks.world_size).backward()  # DDP takes the mean over the ranks; the loss is a sum over them
+                (
+                    loss * ranks.world_size
+                ).backward()  # DDP takes the mean over the ranks; the loss is a sum over them
             terms += torch.stack(parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, AdamW's kernel leaves out the step, and no CPU has to look
+        optimizer.found_inf = (
+            ~norm.isfinite()
+        ).float()  # where it is 1, AdamW's kernel leaves out the step, and no CPU has to look
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -446,14 +531,21 @@ def _train(config, ranks, held):
         bar.update()
 
         ending = bool(stopping) or done == config.steps
-        evaluating, saving = done == config.steps or done % config.eval_every == 0, ending or done % config.save_every == 0
+        evaluating, saving = (
+            done == config.steps or done % config.eval_every == 0,
+            ending or done % config.save_every == 0,
+        )
         if evaluating or saving or done % config.log_every == 0:
             line = metrics.flush()
             mfu = f"{line['mfu']:.1%}" if peak else "unknown"
             loss = f"{line['loss']:.3f}" if "loss" in line else "not finite"
-            bar.set_postfix_str(f"loss {loss}, {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}")
+            bar.set_postfix_str(
+                f"loss {loss}, {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}"
+            )
         if evaluating:
-            figures = evaluate(model, held_out, config.eval_examples, config.micro_batch_size, ranks, autocast)
+            figures = evaluate(
+                model, held_out, config.eval_examples, config.micro_batch_size, ranks, autocast
+            )
             metrics.write({"step": done} | figures)
             if lead:
                 bar.write(f"step {done:6}: held-out {describe(figures)}", file=sys.stderr)
@@ -481,17 +573,29 @@ def _train(config, ranks, held):
         return None
 
     if figures is None:  # the run had ended before
-        figures = evaluate(model, held_out, config.eval_examples, config.micro_batch_size, ranks, autocast)
+        figures = evaluate(
+            model, held_out, config.eval_examples, config.micro_batch_size, ranks, autocast
+        )
     if lead:
         model.eval()
-        print(f"\nHeld out, {min(config.eval_examples, len(held_out)):,} pairs: {describe(figures)}")
-        by_language = [f"{name.partition('/')[2]} {value:.0%}" for name, value in figures.items() if "/" in name]
+        print(
+            f"\nHeld out, {min(config.eval_examples, len(held_out)):,} pairs: {describe(figures)}"
+        )
+        by_language = [
+            f"{name.partition('/')[2]} {value:.0%}"
+            for name, value in figures.items()
+            if "/" in name
+        ]
         if by_language:
             print(f"MLM accuracy by language: {', '.join(by_language)}")
         print("Masks filled in held-out code:")
         show_filled_masks(model, tokenizer, held_out)
-        print(f"The model is in {config.out} (a Hugging Face directory), its curves in {os.path.join(config.out, 'curves.png')}.")
-        print(f'Try: python starencoder.py fill-mask {config.out} "def add(a, b): return a <mask> b"')
+        print(
+            f"The model is in {config.out} (a Hugging Face directory), its curves in {os.path.join(config.out, 'curves.png')}."
+        )
+        print(
+            f'Try: python starencoder.py fill-mask {config.out} "def add(a, b): return a <mask> b"'
+        )
     return figures
 
 
@@ -513,4 +617,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

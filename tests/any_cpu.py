@@ -25,9 +25,18 @@ SETTINGS = [
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Run the tests as on other CPUs. All other arguments are pytest's.", allow_abbrev=False)
-    parser.add_argument("--setting", action="append", help="NAME=VALUE, or several joined by commas; may be repeated (default: all)")
-    parser.add_argument("--seed", type=int, action="append", help="of hypothesis; may be repeated (default: 1)")
+    parser = argparse.ArgumentParser(
+        description="Run the tests as on other CPUs. All other arguments are pytest's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--setting",
+        action="append",
+        help="NAME=VALUE, or several joined by commas; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--seed", type=int, action="append", help="of hypothesis; may be repeated (default: 1)"
+    )
     ours, for_pytest = parser.parse_known_args()
 
     row, sound = "{:80} {:>4} {:>7} {:>7} {:>8}", True
@@ -39,8 +48,13 @@ def main():
         result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         seconds = time.monotonic() - begin
 
-        counts = result.stdout.strip().rsplit("\n", 1)[-1]  # such as "1 failed, 350 passed in 173.17s"
-        passed, failed = (sum(map(int, re.findall(rf"(\d+) {words}", counts))) for words in ("passed", "(?:failed|error)"))
+        counts = result.stdout.strip().rsplit("\n", 1)[
+            -1
+        ]  # such as "1 failed, 350 passed in 173.17s"
+        passed, failed = (
+            sum(map(int, re.findall(rf"(\d+) {words}", counts)))
+            for words in ("passed", "(?:failed|error)")
+        )
         print(row.format(setting, seed, passed, failed, f"{seconds:.0f}"), flush=True)
         for line in re.findall(r"^(?:FAILED|ERROR) .*", result.stdout, re.MULTILINE):
             print(line, flush=True)

@@ -1,6 +1,7 @@
 """Shared by all tests: hypothesis profiles, a small tokenizer, and corpora made once."""
 
 import contextlib
+import importlib
 import io
 import os
 import shutil
@@ -14,16 +15,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+import corpus
+from common import command_line
+from corpus import store, tokenizer
+from corpus.tokenizer import Tokenizer
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
-import corpus
-import data
 
-common = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+common = dict(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 settings.register_profile("default", max_examples=25, **common)
 settings.register_profile("thorough", max_examples=500, **common)
-settings.register_profile("first_failure", max_examples=25, phases=[Phase.explicit, Phase.generate], **common)  # without shrinking it
+settings.register_profile(
+    "first_failure", max_examples=25, phases=[Phase.explicit, Phase.generate], **common
+)  # without shrinking it
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -50,7 +58,7 @@ def small_corpus(sources, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(small_corpus):
-    return data.Tokenizer.from_pretrained(small_corpus)
+    return Tokenizer.from_pretrained(small_corpus)
 
 
 @pytest.fixture(scope="session")
@@ -65,27 +73,36 @@ def write_corpus(directory, tokenizer, *parts):
     """A corpus of these parts, whose "train" and "validation" splits both hold the same documents (lists of ids)."""
     tokenizer.save_pretrained(directory)
     for number, documents in enumerate(parts):
-        part = corpus._Part(str(directory), number, np.uint16)
+        part = store.PartWriter(str(directory), number, np.uint16)
         for split in ("train", "validation"):
             for ids in documents:
                 part.add(split, "python", len(ids), np.array(ids, np.uint16))
         part.close()
-    corpus._finish(str(directory), len(parts), {}, tokenizer, np.dtype(np.uint16), [])
+    store.write_meta(str(directory), len(parts), {}, tokenizer, np.dtype(np.uint16), [])
     return str(directory)
 
 
 def command(*arguments, **kwargs):
     """Runs `python ARGUMENTS...` as a user would."""
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=kwargs.pop("cwd", ROOT), timeout=600, **kwargs)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=kwargs.pop("cwd", ROOT),
+        timeout=600,
+        **kwargs,
+    )
 
 
-def program(module, *arguments):
-    """The same in this process, which has imported what a new one would import for seconds."""
+def program(name, *arguments):
+    """The same for `python -m ROOM` or `python NAME.py`, in this process, which has all imports."""
+    room = os.path.isdir(os.path.join(ROOT, name))
+    module = importlib.import_module(f"{name}.__main__" if room else name)
     out, err, status = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *arguments]):
+    with mock.patch.object(sys, "argv", [module.__file__, *arguments]):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                data.run(module.main)
+                command_line.run_command(module.main)
             except SystemExit as end:
                 status = end.code
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
@@ -94,6 +111,8 @@ def program(module, *arguments):
 def assert_refused(result, *words):
     """Exit status 2 and one line that says what is wrong."""
     assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.strip().replace("\r", "\n").split("\n") if "error:" in line]
+    lines = [
+        line for line in result.stderr.strip().replace("\r", "\n").split("\n") if "error:" in line
+    ]
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     assert all(word in lines[0] for word in words), lines[0]

@@ -21,7 +21,15 @@ import torch
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-WAYS = ("kill rank 0", "kill last rank", "kill all", "SIGTERM", "SIGTERM while evaluating", "disk full", "checkpoint cut")
+WAYS = (
+    "kill rank 0",
+    "kill last rank",
+    "kill all",
+    "SIGTERM",
+    "SIGTERM while evaluating",
+    "disk full",
+    "checkpoint cut",
+)
 WORLD_SIZES = (2, 3, 4)  # two numbers add up to the same in either order, three may not
 STEPS, SAVE_EVERY, EVAL_EVERY = 300, 20, 50
 FLAGS = (
@@ -41,9 +49,27 @@ def free_port():
 def start(corpus, out, most_bytes=None, world_size=2, flags=""):
     """The ranks as processes. most_bytes: no file can grow beyond, as on a disk that is full. flags: over those above."""
     port = str(free_port())
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most_bytes, most_bytes)) if most_bytes else None
-    command = [sys.executable, "train.py", *FLAGS.split(), "--data", corpus, "--out", out, *flags.split()]
-    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    limit = (
+        functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+        if most_bytes
+        else None
+    )
+    command = [
+        sys.executable,
+        "train.py",
+        *FLAGS.split(),
+        "--data",
+        corpus,
+        "--out",
+        out,
+        *flags.split(),
+    ]
+    common = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     return [subprocess.Popen(command, cwd=ROOT, env=common | rank, **pipes) for rank in ranks]
@@ -58,13 +84,19 @@ def finish(processes, timeout=120):
 def ends_of(out):
     """All that a run leaves: the lines of its metrics without speeds, the bytes of its model, the tensors of its last checkpoint."""
     with open(os.path.join(out, "metrics.jsonl")) as f:
-        lines = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in f]
+        lines = [
+            {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in f
+        ]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1)), (
         "a step is missing in metrics.jsonl, or is there twice"
     )
     with open(os.path.join(out, "model.safetensors"), "rb") as f:
         model = f.read()
-    return lines, model, torch.load(os.path.join(out, "checkpoints", f"{STEPS:08d}.pt"), weights_only=True)
+    return (
+        lines,
+        model,
+        torch.load(os.path.join(out, "checkpoints", f"{STEPS:08d}.pt"), weights_only=True),
+    )
 
 
 def equal(a, b):
@@ -88,7 +120,10 @@ def undisturbed(corpus, out, world_size=2):
 
 
 def saved_steps(out):
-    return sorted(int(os.path.basename(path)[:-3]) for path in glob.glob(os.path.join(glob.escape(out), "checkpoints", "*.pt")))
+    return sorted(
+        int(os.path.basename(path)[:-3])
+        for path in glob.glob(os.path.join(glob.escape(out), "checkpoints", "*.pt"))
+    )
 
 
 def last_step(out):
@@ -120,7 +155,9 @@ def drill(corpus, out, way, expected, seconds, generator, world_size=2):
         assert "Traceback" not in words, words
         if before and last_step(out) < STEPS - SAVE_EVERY:  # not while it began or ended
             assert all(status == 1 for status, *_ in others), others
-            assert words.count("error:") == 1 and f"rank {victim} of {world_size} is gone" in words, words
+            assert (
+                words.count("error:") == 1 and f"rank {victim} of {world_size} is gone" in words
+            ), words
     elif way.startswith("SIGTERM"):
         # A scheduler may signal all ranks, or the first process alone.
         for process in processes[:1] if way == "SIGTERM while evaluating" else processes:
@@ -128,7 +165,10 @@ def drill(corpus, out, way, expected, seconds, generator, world_size=2):
         results = finish(processes)
         assert all("Traceback" not in words for *_, words in results)
         if way == "SIGTERM while evaluating":
-            assert all(status == 0 for status, *_ in results) and "the same command goes on" in results[0][1], results
+            assert (
+                all(status == 0 for status, *_ in results)
+                and "the same command goes on" in results[0][1]
+            ), results
     else:
         for process in processes:
             process.kill()
@@ -141,7 +181,9 @@ def drill(corpus, out, way, expected, seconds, generator, world_size=2):
         os.truncate(newest, generator.randrange(os.path.getsize(newest)))
         if len(saved) == 1:  # all are damaged: that is said, not begun anew in silence
             results = finish(start(corpus, out, world_size=world_size))
-            assert results[0][0] == 2 and "all of its checkpoints are damaged" in results[0][2], results
+            assert results[0][0] == 2 and "all of its checkpoints are damaged" in results[0][2], (
+                results
+            )
             os.remove(newest + ".damaged")  # by hand: only then does it begin anew
         saved.pop()
     results = finish(start(corpus, out, world_size=world_size))
@@ -158,15 +200,29 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         data = os.path.join(directory, "corpus")
         library = os.path.dirname(os.__file__)
-        corpus.prepare([os.path.join(library, name) for name in ("asyncio", "email", "json", "unittest")], data, vocab_size=600)
+        corpus.prepare(
+            [os.path.join(library, name) for name in ("asyncio", "email", "json", "unittest")],
+            data,
+            vocab_size=600,
+        )
         generator, bar = random.Random(0), tqdm(range(count), unit="drill")
         for i in bar:
             way = WAYS[i % len(WAYS)]
             world_size = WORLD_SIZES[i % len(WORLD_SIZES)]  # in 21 drills, each way with each
             bar.set_postfix_str(f"{way}, {world_size} ranks")
             try:
-                expected, seconds = undisturbed(data, os.path.join(directory, f"undisturbed {world_size}"), world_size)
-                drill(data, os.path.join(directory, str(i)), way, expected, seconds, generator, world_size)
+                expected, seconds = undisturbed(
+                    data, os.path.join(directory, f"undisturbed {world_size}"), world_size
+                )
+                drill(
+                    data,
+                    os.path.join(directory, str(i)),
+                    way,
+                    expected,
+                    seconds,
+                    generator,
+                    world_size,
+                )
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 failures.append(f"drill {i}, {way}, {world_size} ranks: {error}")
                 bar.write(failures[-1][-3000:])

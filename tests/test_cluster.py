@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT, assert_refused, command
 
-import ranks
+from training import ranks
 
 pytestmark = pytest.mark.slow
 ELASTIC = [sys.executable, "-m", "torch.distributed.run"]
@@ -26,7 +26,9 @@ def undisturbed(small_corpus, tmp_path_factory):
     return drills.undisturbed(small_corpus, str(tmp_path_factory.mktemp("drills") / "undisturbed"))
 
 
-@pytest.mark.parametrize("way", ["kill rank 0", "SIGTERM while evaluating", "disk full", "checkpoint cut"])  # drills.py has all
+@pytest.mark.parametrize(
+    "way", ["kill rank 0", "SIGTERM while evaluating", "disk full", "checkpoint cut"]
+)  # drills.py has all
 def test_a_drill(small_corpus, tmp_path, undisturbed, way):
     drills.drill(small_corpus, str(tmp_path / "run [1]"), way, *undisturbed, random.Random(way))
 
@@ -34,13 +36,19 @@ def test_a_drill(small_corpus, tmp_path, undisturbed, way):
 @pytest.mark.parametrize("victim", [1, 2])
 def test_the_rank_that_died_is_named_once(small_corpus, tmp_path, victim):
     """And no other, though of three ranks one waits for another that waits."""
-    processes = drills.start(small_corpus, str(tmp_path / "run"), world_size=3, flags="--steps 100000")
+    processes = drills.start(
+        small_corpus, str(tmp_path / "run"), world_size=3, flags="--steps 100000"
+    )
     wait_for_step(1, str(tmp_path / "run"), processes)
     processes[victim].kill()
     results = [result for rank, result in enumerate(drills.finish(processes)) if rank != victim]
     words = "\n".join(words for *_, words in results)
     assert [status for status, *_ in results] == [1, 1]
-    assert words.count("error:") == 1 and f"rank {victim} of 3 is gone" in words and "Traceback" not in words, words
+    assert (
+        words.count("error:") == 1
+        and f"rank {victim} of 3 is gone" in words
+        and "Traceback" not in words
+    ), words
 
 
 def metrics_of(out):
@@ -52,7 +60,9 @@ def wait_for_step(step, out, processes, log=None):
     """Until a checkpoint of this step or a later one is there; an AssertionError with what was said where it does not come."""
     deadline = time.time() + 200
     while not any(saved >= step for saved in drills.saved_steps(out)):
-        assert time.time() < deadline and all(process.poll() is None for process in processes), log and log.read_text()
+        assert time.time() < deadline and all(process.poll() is None for process in processes), (
+            log and log.read_text()
+        )
         time.sleep(0.01)
 
 
@@ -74,33 +84,57 @@ def test_one_run_on_any_number_of_ranks(small_corpus, tmp_path):
         lines = list(zip(metrics_of(runs["1"]), metrics_of(runs[name]), strict=True))
         assert len([a for a, _ in lines if "loss" in a]) == 50
         for a, b in lines:
-            assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 1e-5 * max(1, abs(a[k])) for k in a.keys() - {"tokens_per_second"}), (
-                name
-            )
+            assert a.keys() == b.keys() and all(
+                abs(a[k] - b[k]) <= 1e-5 * max(1, abs(a[k]))
+                for k in a.keys() - {"tokens_per_second"}
+            ), name
 
 
 def test_a_rank_that_hangs_is_given_up(small_corpus, tmp_path):
     """The other ends after `--timeout`, with status 1 and one sentence."""
-    processes = drills.start(small_corpus, str(tmp_path / "run"), flags="--timeout 6 --steps 100000")
+    processes = drills.start(
+        small_corpus, str(tmp_path / "run"), flags="--timeout 6 --steps 100000"
+    )
     wait_for_step(1, str(tmp_path / "run"), processes)
     processes[1].send_signal(signal.SIGSTOP)
     begin = time.time()
     _, words = processes[0].communicate(timeout=60)
     assert processes[0].returncode == 1 and 5 < time.time() - begin < 30
-    assert "rank 1 of 2 is gone" in words and "Traceback" not in words and words.count("error:") == 1, words
+    assert (
+        "rank 1 of 2 is gone" in words and "Traceback" not in words and words.count("error:") == 1
+    ), words
     processes[1].kill()
     processes[1].communicate()
 
 
 def test_ranks_that_do_not_find_each_other(small_corpus, tmp_path):
     """One sentence and a status: for half of torchrun's variables, and for a rank that never comes."""
-    flags = [*drills.FLAGS.split(), "--data", small_corpus, "--out", str(tmp_path / "run"), "--timeout", "3"]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(drills.free_port())}
+    flags = [
+        *drills.FLAGS.split(),
+        "--data",
+        small_corpus,
+        "--out",
+        str(tmp_path / "run"),
+        "--timeout",
+        "3",
+    ]
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(drills.free_port()),
+    }
     refused = command("train.py", *flags, env=os.environ | {"RANK": "0"})
     assert_refused(refused, "LOCAL_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR must all be")
-    for rank, words in (("0", "rank 1 of 2 did not come"), ("1", "the ranks did not find each other at localhost:")):
+    for rank, words in (
+        ("0", "rank 1 of 2 did not come"),
+        ("1", "the ranks did not find each other at localhost:"),
+    ):
         result = command("train.py", *flags, env=os.environ | alone | {"RANK": rank})
-        assert result.returncode == 1 and result.stderr.count("error:") == 1 and words in result.stderr, result.stderr
+        assert (
+            result.returncode == 1 and result.stderr.count("error:") == 1 and words in result.stderr
+        ), result.stderr
         assert "Traceback" not in result.stderr
 
 
@@ -109,8 +143,15 @@ def test_a_store_that_outlives_its_ranks(monkeypatch):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with ThreadPoolExecutor(6) as pool:
-        for start, present in enumerate(([1, 2], [0, 1], [0, 1, 2], [0, 1, 2])):  # some die before all have met
-            waiting = [pool.submit(ranks._meet, "localhost", store.port, rank, 3, 60 if len(present) == 3 else 1) for rank in present]
+        for start, present in enumerate(
+            ([1, 2], [0, 1], [0, 1, 2], [0, 1, 2])
+        ):  # some die before all have met
+            waiting = [
+                pool.submit(
+                    ranks.meet, "localhost", store.port, rank, 3, 60 if len(present) == 3 else 1
+                )
+                for rank in present
+            ]
             if len(present) < 3:
                 assert isinstance(waiting[0].exception(), RuntimeError) and wait(waiting)
                 continue
@@ -125,7 +166,11 @@ def ranks_under(agent):
     with open(f"/proc/{agent}/task/{agent}/children") as f:
         for child in f.read().split():
             with open(f"/proc/{child}/environ") as environment:
-                found += [(int(entry[5:]), int(child)) for entry in environment.read().split("\0") if entry.startswith("RANK=")]
+                found += [
+                    (int(entry[5:]), int(child))
+                    for entry in environment.read().split("\0")
+                    if entry.startswith("RANK=")
+                ]
     return [child for _, child in sorted(found)]
 
 
@@ -134,11 +179,23 @@ def ranks_under(agent):
 def test_torchrun_carries_a_run_over_two_deaths(small_corpus, tmp_path, undisturbed):
     """`--max-restarts 3`: a rank is killed twice, and nobody lends a hand."""
     out, log = str(tmp_path / "run"), tmp_path / "log"
-    launch = [*ELASTIC, "--nproc_per_node", "2", "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launch = [
+        *ELASTIC,
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        "3",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    ]
     command = [*launch, "train.py", *drills.FLAGS.split(), "--data", small_corpus, "--out", out]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "w") as f:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=f, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=f, stderr=subprocess.STDOUT
+        )
     try:
         for victim, step in ((1, 40), (0, 120)):
             wait_for_step(step, out, [process], log)
@@ -147,7 +204,9 @@ def test_torchrun_carries_a_run_over_two_deaths(small_corpus, tmp_path, undistur
     finally:
         process.terminate()
         process.wait()
-    assert log.read_text().count("is gone") == 2 and drills.equal(drills.ends_of(out), undisturbed[0])
+    assert log.read_text().count("is gone") == 2 and drills.equal(
+        drills.ends_of(out), undisturbed[0]
+    )
 
 
 def ip(*words, check=True):
@@ -161,9 +220,30 @@ def two_hosts():
         pytest.skip("needs the right to make network namespaces, and the ip program")
     try:
         ip("netns", "add", "starencoder-b")
-        ip("link", "add", "se-a", "netns", "starencoder-a", "type", "veth", "peer", "name", "se-b", "netns", "starencoder-b")
+        ip(
+            "link",
+            "add",
+            "se-a",
+            "netns",
+            "starencoder-a",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "se-b",
+            "netns",
+            "starencoder-b",
+        )
         for host, number in (("a", 1), ("b", 2)):
-            ip("-n", f"starencoder-{host}", "addr", "add", f"10.77.0.{number}/24", "dev", f"se-{host}")
+            ip(
+                "-n",
+                f"starencoder-{host}",
+                "addr",
+                "add",
+                f"10.77.0.{number}/24",
+                "dev",
+                f"se-{host}",
+            )
             for device in ("lo", f"se-{host}"):
                 ip("-n", f"starencoder-{host}", "link", "set", device, "up")
         yield
@@ -182,13 +262,35 @@ def test_two_hosts_one_of_them_cut_off(small_corpus, tmp_path, undisturbed, two_
     flags = [*drills.FLAGS.split(), "--data", small_corpus, "--out", out, "--timeout", "5"]
 
     def launch(host):
-        torchrun = [*ELASTIC, "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_id", "run"]
-        torchrun += ["--rdzv_endpoint", "10.77.0.1:29500", "--local_addr", f"10.77.0.{'ab'.index(host) + 1}"]
-        torchrun += ["--rdzv_conf", f"is_host={int(host == 'a')}"]  # the two have one host name here, by which torchrun would know
+        torchrun = [
+            *ELASTIC,
+            "--nnodes",
+            "2",
+            "--nproc_per_node",
+            "1",
+            "--max-restarts",
+            "3",
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_id",
+            "run",
+        ]
+        torchrun += [
+            "--rdzv_endpoint",
+            "10.77.0.1:29500",
+            "--local_addr",
+            f"10.77.0.{'ab'.index(host) + 1}",
+        ]
+        torchrun += [
+            "--rdzv_conf",
+            f"is_host={int(host == 'a')}",
+        ]  # the two have one host name here, by which torchrun would know
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"se-{host}"}
         command = ["ip", "netns", "exec", f"starencoder-{host}", *torchrun, "train.py", *flags]
         with open(log, "a") as f:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=f, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=f, stderr=subprocess.STDOUT
+            )
 
     hosts = [launch("a"), launch("b")]
     wait_for_step(60, out, hosts, log)
@@ -198,7 +300,9 @@ def test_two_hosts_one_of_them_cut_off(small_corpus, tmp_path, undisturbed, two_
     deadline = time.time() + 300
     while time.time() < deadline and drills.saved_steps(out)[-1:] != [drills.STEPS]:
         for i, host in enumerate("ab"):
-            if hosts[i].poll() is not None:  # a host whose torchrun gave up is started again, as a cluster's scheduler would
+            if (
+                hosts[i].poll() is not None
+            ):  # a host whose torchrun gave up is started again, as a cluster's scheduler would
                 hosts[i] = launch(host)
         time.sleep(1)
     for host in hosts:

@@ -15,7 +15,9 @@ lengths_strategy = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 def packed_qkv(lengths, heads, size, seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     cu_seqlens = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
-    return torch.randn(sum(lengths), 3, heads, size, generator=generator, dtype=torch.float64).to(dtype), cu_seqlens
+    return torch.randn(sum(lengths), 3, heads, size, generator=generator, dtype=torch.float64).to(
+        dtype
+    ), cu_seqlens
 
 
 @pytest.mark.parametrize(
@@ -65,12 +67,16 @@ def test_masks_are_independent_of_their_neighbours():
         assert fraction_within((a == b).sum().item(), a.numel(), both, deviations=5 * 3**0.5)
 
 
-@given(seed=st.integers(0, 2**62), p=st.sampled_from([0.0, 0.1, 0.5, 0.9]), columns=st.integers(1, 70))
+@given(
+    seed=st.integers(0, 2**62), p=st.sampled_from([0.0, 0.1, 0.5, 0.9]), columns=st.integers(1, 70)
+)
 def test_dropout_is_a_function_of_seed_and_element(seed, p, columns):
     x = torch.ones(300, columns, dtype=torch.float64)
     y = kernels.dropout(x, p, seed)
     assert torch.equal(y, kernels.dropout(x, p, torch.tensor(seed)))  # an int or a tensor
-    assert torch.equal(y[:, : columns // 2], kernels.dropout(x[:, : columns // 2], p, seed))  # whatever else stands there
+    assert torch.equal(
+        y[:, : columns // 2], kernels.dropout(x[:, : columns // 2], p, seed)
+    )  # whatever else stands there
     assert set(y.unique().tolist()) <= {0.0, 1 / (1 - p)}
     kept, n = (y != 0).sum().item(), y.numel()
     assert abs(kept - n * (1 - p)) <= 6 * (n * p * (1 - p)) ** 0.5 + 1e-9
@@ -78,15 +84,26 @@ def test_dropout_is_a_function_of_seed_and_element(seed, p, columns):
         assert not torch.equal(y, kernels.dropout(x, p, seed + 1))
 
 
-@given(lengths=lengths_strategy, heads=st.integers(1, 3), size=st.sampled_from([2, 5, 16]), seed=st.integers(0, 2**31))
+@given(
+    lengths=lengths_strategy,
+    heads=st.integers(1, 3),
+    size=st.sampled_from([2, 5, 16]),
+    seed=st.integers(0, 2**31),
+)
 def test_attention_is_that_of_pytorch(lengths, heads, size, seed):
     qkv, cu_seqlens = packed_qkv(lengths, heads, size, seed)
     out = kernels.attention(qkv.requires_grad_(), cu_seqlens, 40)
-    parts = [F.scaled_dot_product_attention(*part.permute(1, 2, 0, 3)).transpose(0, 1) for part in qkv.split(lengths) if len(part)]
+    parts = [
+        F.scaled_dot_product_attention(*part.permute(1, 2, 0, 3)).transpose(0, 1)
+        for part in qkv.split(lengths)
+        if len(part)
+    ]
     expected = torch.cat([qkv[:0, 0], *parts])
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(out)
-    for ours, theirs in zip(torch.autograd.grad(out, qkv, upstream), torch.autograd.grad(expected, qkv, upstream)):
+    for ours, theirs in zip(
+        torch.autograd.grad(out, qkv, upstream), torch.autograd.grad(expected, qkv, upstream)
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -104,7 +121,12 @@ def test_attention_dropout_multiplies_the_weights(lengths, seed, p):
     assert abs((dropped > 0).sum().item() - n * (1 - p)) <= 6 * (n * p * (1 - p)) ** 0.5 + 1e-9
 
 
-@given(rows=st.integers(0, 20), columns=st.integers(1, 100), seed=st.integers(0, 2**31), p=st.sampled_from([0.0, 0.3]))
+@given(
+    rows=st.integers(0, 20),
+    columns=st.integers(1, 100),
+    seed=st.integers(0, 2**31),
+    p=st.sampled_from([0.0, 0.3]),
+)
 def test_layer_norm_is_its_formula(rows, columns, seed, p):
     torch.manual_seed(seed)
     x, residual = torch.randn(2, rows, columns, dtype=torch.float64) * 5 + 100
@@ -123,7 +145,9 @@ def test_layer_norm_statistics_are_wide(dtype):
     x = (1000 + torch.arange(64.0)).repeat(3, 1).to(dtype)
     out = kernels.layer_norm(x, torch.ones(64), torch.zeros(64), 1e-12)
     expected = F.layer_norm(x.double(), (64,), eps=1e-12)
-    assert out.dtype == dtype and (out.double() - expected).abs().max() < 2 ** (-7 if dtype is torch.bfloat16 else -9)
+    assert out.dtype == dtype and (out.double() - expected).abs().max() < 2 ** (
+        -7 if dtype is torch.bfloat16 else -9
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +165,14 @@ def test_layer_norm_statistics_are_wide(dtype):
     ],
 )
 def test_attention_refuses(change, words):
-    arguments = dict(qkv=torch.zeros(5, 3, 2, 4), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), max_seqlen=5) | change
+    arguments = (
+        dict(
+            qkv=torch.zeros(5, 3, 2, 4),
+            cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+            max_seqlen=5,
+        )
+        | change
+    )
     with pytest.raises(ValueError) as error:
         kernels.attention(**arguments)
     assert words in str(error.value)

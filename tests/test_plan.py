@@ -15,11 +15,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-import plan
-import run_directory
 import starencoder
 import train
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
+from training import plan, run_directory
 
 small = dict(vocab_size=600, max_position_embeddings=48, pad_token_id=596)
 shapes = st.sampled_from([(32, 1, 4, 64), (32, 2, 4, 64), (48, 3, 2, 80)])
@@ -30,7 +29,11 @@ def config_of(shape):
     return StarEncoderConfig(**small, **dict(zip(names, shape)))
 
 
-@given(shape=shapes, lengths=st.lists(st.integers(1, 48), min_size=1, max_size=5), share=st.floats(0, 1))
+@given(
+    shape=shapes,
+    lengths=st.lists(st.integers(1, 48), min_size=1, max_size=5),
+    share=st.floats(0, 1),
+)
 def test_flops_are_those_that_pytorch_counts(shape, lengths, share):
     config = config_of(shape)
     model = StarEncoderForPreTraining(config).eval()
@@ -38,7 +41,13 @@ def test_flops_are_those_that_pytorch_counts(shape, lengths, share):
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     ids = torch.randint(600, (sum(lengths),))
     with FlopCounterMode(display=False) as counter:
-        model(ids, cu_seqlens, ids[:masked], torch.ones(len(lengths), dtype=torch.int64), torch.arange(masked)).loss.backward()
+        model(
+            ids,
+            cu_seqlens,
+            ids[:masked],
+            torch.ones(len(lengths), dtype=torch.int64),
+            torch.arange(masked),
+        ).loss.backward()
     assert counter.get_total_flops() == plan.model_flops(config, lengths, masked)
 
 
@@ -52,16 +61,26 @@ def test_published_arithmetic():
 
 def measured_memory(config, sequences, length, masked):
     """Bytes at the peak of the second of two steps with the Triton operators, counted tensor by tensor; none is filled."""
-    with FakeTensorMode(), mock.patch.multiple(kernels, backend=lambda x: "triton", lengths_visible=lambda x: False, INTERPRETED=False):
+    with (
+        FakeTensorMode(),
+        mock.patch.multiple(
+            kernels, backend=lambda x: "triton", lengths_visible=lambda x: False, INTERPRETED=False
+        ),
+    ):
         model = StarEncoderForPreTraining(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-        ids, cu_seqlens = torch.zeros(sequences * length, dtype=torch.int64), torch.zeros(sequences + 1, dtype=torch.int32)
+        ids, cu_seqlens = (
+            torch.zeros(sequences * length, dtype=torch.int64),
+            torch.zeros(sequences + 1, dtype=torch.int32),
+        )
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:
             for _ in range(2):
                 with torch.autocast("cpu", torch.bfloat16):
-                    out = model(ids, cu_seqlens, ids[:masked], ids[:sequences], ids[:masked], seed=ids[0])
+                    out = model(
+                        ids, cu_seqlens, ids[:masked], ids[:sequences], ids[:masked], seed=ids[0]
+                    )
                 out.loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -76,7 +95,9 @@ def test_memory_is_within_15_percent_and_the_published_micro_batch_fits_80_gb(se
     tokens = sequences * 1024
     measured = measured_memory(config, sequences, 1024, round(0.15 * tokens))
     planned = sum(plan.step_memory(config, tokens, sequences, round(0.15 * tokens)).values())
-    print(f"{sequences} x 1,024 tokens: planned {planned / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
+    print(
+        f"{sequences} x 1,024 tokens: planned {planned / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB"
+    )
     assert abs(planned / measured - 1) < 0.15 and measured < 80e9
 
 
@@ -85,11 +106,17 @@ def test_memory_is_within_15_percent_and_the_published_micro_batch_fits_80_gb(se
 def test_what_the_savings_are_worth_in_memory():
     """The head on the masked rows only, and a cross-entropy without fp32 copies of its logits."""
     config, tokens, masked = StarEncoderConfig(), 64 * 1024, round(0.15 * 64 * 1024)
-    plain_loss = mock.patch.object(starencoder, "_cross_entropy", lambda logits, labels, **_: F.cross_entropy(logits.float(), labels))
+    plain_loss = mock.patch.object(
+        starencoder,
+        "cross_entropy",
+        lambda logits, labels, **_: F.cross_entropy(logits.float(), labels),
+    )
     step = measured_memory(config, 64, 1024, masked)
     with plain_loss:
         copies, everywhere = (measured_memory(config, 64, 1024, rows) for rows in (masked, tokens))
-    print(f"64 x 1,024 tokens: {step / 1e9:.1f} GB; with fp32 logits {copies / 1e9:.1f} GB; and for every token {everywhere / 1e9:.1f} GB")
+    print(
+        f"64 x 1,024 tokens: {step / 1e9:.1f} GB; with fp32 logits {copies / 1e9:.1f} GB; and for every token {everywhere / 1e9:.1f} GB"
+    )
     assert copies - step > 2 * 4 * masked * config.vocab_size  # one copy of them, and its gradient
     assert everywhere - copies > 2 * 4 * (tokens - masked) * config.vocab_size
 
@@ -101,7 +128,9 @@ def test_checkpoint_bytes_are_those_of_the_file(small_corpus, tmp_path):
     )  # fmt: skip
     train.train(config)
     planned = plan.checkpoint_bytes(StarEncoderConfig(**train.model_shape(config, 600)))
-    assert 0 <= os.path.getsize(run_directory.checkpoints(config)[-1]) - planned < 64e3  # names and shapes come on top
+    assert (
+        0 <= os.path.getsize(run_directory.checkpoints(config)[-1]) - planned < 64e3
+    )  # names and shapes come on top
 
 
 def test_gpus_by_the_names_that_drivers_give():
@@ -111,15 +140,23 @@ def test_gpus_by_the_names_that_drivers_give():
     }  # fmt: skip
     assert {name: plan.gpu_facts(name)[0] for name in peaks} == peaks
     assert plan.gpu_facts("NVIDIA A100-SXM4-40GB")[1] == 40e9
-    assert plan.gpu_facts("NVIDIA GeForce RTX 4090 Laptop GPU") is None and plan.gpu_facts("NVIDIA H2000") is None
+    assert (
+        plan.gpu_facts("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+        and plan.gpu_facts("NVIDIA H2000") is None
+    )
 
 
 def test_a_plan_is_printed(small_corpus):
     result = command("train.py", "--preset", "starencoder", "--plan", "64xA100")
     assert result.returncode == 0, result.stderr
-    for words in ("124.83 M parameters", "64 pairs of 1,024 tokens, 1 to a step", "of 80:", "419.4 B tokens"):
+    for words in (
+        "124.83 M parameters",
+        "64 pairs of 1,024 tokens, 1 to a step",
+        "of 80:",
+        "419.4 B tokens",
+    ):
         assert words in result.stdout
-    result = program(train, "--plan", "1xH200", "--data", small_corpus)
+    result = program("train", "--plan", "1xH200", "--data", small_corpus)
     assert "vocabulary 600" in result.stdout
     for flags, words in (
         (["--plan", "64"], "as in 64xA100"),
@@ -128,4 +165,4 @@ def test_a_plan_is_printed(small_corpus):
         (["--plan", "1xA100", "--plan-mfu", "2"], "between 0 and 1"),
         (["--plan", "1xA100", "--data", "nowhere"], "nowhere"),
     ):
-        assert_refused(program(train, *flags), words)
+        assert_refused(program("train", *flags), words)

@@ -25,7 +25,14 @@ from starencoder import (
     _bert_names,
 )
 
-SMALL = dict(vocab_size=211, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64)
+SMALL = dict(
+    vocab_size=211,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=96,
+    max_position_embeddings=64,
+)
 PAIRS = {
     StarEncoder: transformers.BertModel,
     StarEncoderForPreTraining: transformers.BertForPreTraining,
@@ -38,7 +45,9 @@ def small_config(**overrides):
 
 
 def bert_config(**overrides):
-    return transformers.BertConfig(**(SMALL | dict(initializer_range=0.2, attn_implementation="eager") | overrides))
+    return transformers.BertConfig(
+        **(SMALL | dict(initializer_range=0.2, attn_implementation="eager") | overrides)
+    )
 
 
 def packed(lengths, vocab, generator):
@@ -47,7 +56,9 @@ def packed(lengths, vocab, generator):
 
 
 def padded(packed_values, lengths, fill):
-    return torch.nn.utils.rnn.pad_sequence(packed_values.split(lengths), batch_first=True, padding_value=fill)
+    return torch.nn.utils.rnn.pad_sequence(
+        packed_values.split(lengths), batch_first=True, padding_value=fill
+    )
 
 
 def unpad(values, lengths):
@@ -81,18 +92,32 @@ def test_full_size_parity_with_bert_for_pretraining():
     lengths = [1024, 1, 333]
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=49156, max_position_embeddings=1024, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        vocab_size=49156,
+        max_position_embeddings=1024,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     bert = transformers.BertForPreTraining(config)
-    ours = StarEncoderForPreTraining(StarEncoderConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in bert.parameters()) == 124_829_190
+    ours = StarEncoderForPreTraining(
+        StarEncoderConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
+    assert (
+        sum(p.numel() for p in ours.parameters())
+        == sum(p.numel() for p in bert.parameters())
+        == 124_829_190
+    )
     copy_weights(bert, ours)
     ids, cu_seqlens = packed(lengths, 49156, generator)
     attention_mask = padded(torch.ones_like(ids), lengths, 0)
     labels = torch.where(torch.rand(len(ids), generator=generator) < 0.15, ids, -100)
     pairs = torch.randint(2, (len(lengths),), generator=generator)
 
-    expected = bert(padded(ids, lengths, 0), attention_mask, labels=padded(labels, lengths, -100), next_sentence_label=pairs)
+    expected = bert(
+        padded(ids, lengths, 0),
+        attention_mask,
+        labels=padded(labels, lengths, -100),
+        next_sentence_label=pairs,
+    )
     with torch.no_grad():
         out = ours(ids, cu_seqlens)
         assert (out.mlm_logits - unpad(expected.prediction_logits, lengths)).abs().max() < 1e-4
@@ -112,15 +137,27 @@ def test_full_size_parity_with_bert_for_token_classification():
     lengths = [1, 1024, 77]
     torch.manual_seed(1)
     config = transformers.BertConfig(
-        vocab_size=49156, max_position_embeddings=1024, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=13
+        vocab_size=49156,
+        max_position_embeddings=1024,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=13,
     )
     bert = transformers.BertForTokenClassification(config)
     ours = StarEncoderForTokenClassification(
-        StarEncoderConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, id2label={i: str(i) for i in range(13)})
+        StarEncoderConfig(
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            id2label={i: str(i) for i in range(13)},
+        )
     )
     copy_weights(bert, ours)
     ids, cu_seqlens = packed(lengths, 49156, generator)
-    labels = torch.where(torch.rand(len(ids), generator=generator) < 0.9, torch.randint(13, (len(ids),), generator=generator), -100)
+    labels = torch.where(
+        torch.rand(len(ids), generator=generator) < 0.9,
+        torch.randint(13, (len(ids),), generator=generator),
+        -100,
+    )
     attention_mask = padded(torch.ones_like(ids), lengths, 0)
     expected = bert(padded(ids, lengths, 0), attention_mask, labels=padded(labels, lengths, -100))
     out = ours(ids, cu_seqlens, labels)
@@ -141,9 +178,16 @@ def test_parity_on_any_lengths(lengths, seed):
     ids, cu_seqlens = packed(lengths, 211, torch.Generator().manual_seed(seed))
     expected = bert(padded(ids, lengths, 0), padded(torch.ones_like(ids), lengths, 0))
     out = ours(ids, cu_seqlens)
-    torch.testing.assert_close(out.mlm_logits, unpad(expected.prediction_logits, lengths), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(out.nsp_logits, expected.seq_relationship_logits, rtol=1e-9, atol=1e-9)
-    one_by_one = [ours(part, torch.tensor([0, len(part)], dtype=torch.int32)).mlm_logits for part in ids.split(lengths)]
+    torch.testing.assert_close(
+        out.mlm_logits, unpad(expected.prediction_logits, lengths), rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        out.nsp_logits, expected.seq_relationship_logits, rtol=1e-9, atol=1e-9
+    )
+    one_by_one = [
+        ours(part, torch.tensor([0, len(part)], dtype=torch.int32)).mlm_logits
+        for part in ids.split(lengths)
+    ]
     torch.testing.assert_close(out.mlm_logits, torch.cat(one_by_one), rtol=1e-9, atol=1e-9)
 
 
@@ -159,7 +203,9 @@ def compare_logits(ours, bert):
     ids, cu_seqlens = packed([20, 7], ours.config.vocab_size, torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = bert(padded(ids, [20, 7], 0), padded(torch.ones_like(ids), [20, 7], 0))[0]
-        torch.testing.assert_close(ours(ids, cu_seqlens).mlm_logits, unpad(expected, [20, 7]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours(ids, cu_seqlens).mlm_logits, unpad(expected, [20, 7]), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -168,10 +214,15 @@ def test_masked_lm_files_load(tied, tmp_path, capsys):
     bert = random_bert(transformers.BertForMaskedLM, tie_word_embeddings=tied)
     bert.save_pretrained(tmp_path / "theirs")
     ours = StarEncoderForPreTraining.from_pretrained(str(tmp_path / "theirs"))
-    assert "new weights for bert.pooler.weight, bert.pooler.bias, nsp.weight, nsp.bias (not in" in capsys.readouterr().err
+    assert (
+        "new weights for bert.pooler.weight, bert.pooler.bias, nsp.weight, nsp.bias (not in"
+        in capsys.readouterr().err
+    )
     compare_logits(ours, bert)
     ours.save_pretrained(str(tmp_path / "ours"))
-    back, info = transformers.BertForMaskedLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back, info = transformers.BertForMaskedLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     for (name, a), b in zip(bert.state_dict().items(), back.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -182,10 +233,16 @@ def test_masked_lm_files_load(tied, tmp_path, capsys):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("decoder", ["absent", "equal", "different"])
 @pytest.mark.parametrize("biases", ["one", "the decoder's", "equal", "different"])
-def test_the_decoder_and_its_bias_are_read_and_written_as_transformers_does(tied, decoder, biases, tmp_path):
+def test_the_decoder_and_its_bias_are_read_and_written_as_transformers_does(
+    tied, decoder, biases, tmp_path
+):
     """Every way to hold a decoder and its bias: the logits of transformers from the same files, and back, every tensor that was there."""
     weights = random_bert(transformers.BertForPreTraining, tie_word_embeddings=False).state_dict()
-    words, bias, decoder_bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder.bias"
+    words, bias, decoder_bias = (
+        "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.bias",
+        "cls.predictions.decoder.bias",
+    )
     if decoder == "equal":
         weights["cls.predictions.decoder.weight"] = weights[words].clone()
     if decoder == "absent":
@@ -195,7 +252,9 @@ def test_the_decoder_and_its_bias_are_read_and_written_as_transformers_does(tied
     if biases in ("one", "the decoder's"):
         del weights[decoder_bias if biases == "one" else bias]
     directory = tmp_path / "theirs"
-    bert_config(tie_word_embeddings=tied, architectures=["BertForPreTraining"]).save_pretrained(directory)
+    bert_config(tie_word_embeddings=tied, architectures=["BertForPreTraining"]).save_pretrained(
+        directory
+    )
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
 
     if not tied and decoder == "absent":
@@ -204,7 +263,9 @@ def test_the_decoder_and_its_bias_are_read_and_written_as_transformers_does(tied
         return
     ours = StarEncoderForPreTraining.from_pretrained(str(directory))
     ours.save_pretrained(str(tmp_path / "ours"))
-    back, info = transformers.BertForPreTraining.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back, info = transformers.BertForPreTraining.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for name, value in weights.items():
         assert torch.equal(back.state_dict()[name], value), name
@@ -227,7 +288,9 @@ def test_weights_in_shards_load_and_hostile_indexes_are_refused(kind, tmp_path):
             torch.save(load_file(shard), directory / f"pytorch_{shard.stem}.bin")
             shard.unlink()
         (directory / "model.safetensors.index.json").unlink()
-        entries["weight_map"] = {n: f"pytorch_{os.path.splitext(s)[0]}.bin" for n, s in entries["weight_map"].items()}
+        entries["weight_map"] = {
+            n: f"pytorch_{os.path.splitext(s)[0]}.bin" for n, s in entries["weight_map"].items()
+        }
         index.write_text(json.dumps(entries))
     assert len(set(entries["weight_map"].values())) > 3
     ours = StarEncoderForPreTraining.from_pretrained(str(directory))
@@ -249,16 +312,23 @@ def test_weights_in_shards_load_and_hostile_indexes_are_refused(kind, tmp_path):
         (shards | {word: 7}, "cannot be read"),
         (shards | {word: "gone.safetensors"}, "cannot be read .*gone.safetensors"),
         (shards | {"bert.more": shards[word]}, "lacks bert.more, which the index says it holds"),
-        ({n: s for n, s in shards.items() if n != word}, f"the weights lack {word}|the weights lack cls.predictions.decoder.weight"),
+        (
+            {n: s for n, s in shards.items() if n != word},
+            f"the weights lack {word}|the weights lack cls.predictions.decoder.weight",
+        ),
     ]:
-        index.write_text(content if isinstance(content, str) else json.dumps({"weight_map": content}))
+        index.write_text(
+            content if isinstance(content, str) else json.dumps({"weight_map": content})
+        )
         with pytest.raises(ValueError, match=words) as refused:
             StarEncoderForPreTraining.from_pretrained(str(directory))
         assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("ours_class", PAIRS)
-@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": False}, {"type_vocab_size": 1, "vocab_size": 97}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"tie_word_embeddings": False}, {"type_vocab_size": 1, "vocab_size": 97}]
+)
 def test_files_go_both_ways_bit_for_bit(ours_class, overrides, tmp_path):
     """transformers -> here -> transformers -> here: every tensor the same bits, and the outputs agree."""
     bert_class = PAIRS[ours_class]
@@ -278,7 +348,13 @@ def test_files_go_both_ways_bit_for_bit(ours_class, overrides, tmp_path):
     ids, cu_seqlens = packed([20, 7], ours.config.vocab_size, torch.Generator().manual_seed(0))
     theirs = bert(padded(ids, [20, 7], 0), padded(torch.ones_like(ids), [20, 7], 0))[0]
     out = ours(ids, cu_seqlens)
-    out = out if ours_class is StarEncoder else out.mlm_logits if ours_class is StarEncoderForPreTraining else out.logits
+    out = (
+        out
+        if ours_class is StarEncoder
+        else out.mlm_logits
+        if ours_class is StarEncoderForPreTraining
+        else out.logits
+    )
     torch.testing.assert_close(out, unpad(theirs, [20, 7]), rtol=1e-4, atol=1e-4)
 
 
@@ -287,7 +363,9 @@ def test_old_hub_files_load(tmp_path):
     torch.manual_seed(0)
     bert = transformers.BertForPreTraining(bert_config())
     weights = bert.state_dict() | {"bert.embeddings.position_ids": torch.arange(64)[None]}
-    weights = {n.replace("LayerNorm.weight", "LayerNorm.gamma"): w for n, w in weights.items()}  # older still
+    weights = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma"): w for n, w in weights.items()
+    }  # older still
     bert.config.save_pretrained(tmp_path)
     torch.save(weights, tmp_path / "pytorch_model.bin")
     ours = StarEncoderForPreTraining.from_pretrained(str(tmp_path))
@@ -315,7 +393,9 @@ def test_decoder_that_differs_is_not_tied(tmp_path):
     bert.save_pretrained(tmp_path)
     ours = StarEncoderForPreTraining.from_pretrained(str(tmp_path))
     assert torch.equal(ours.mlm_decoder.weight, bert.cls.predictions.decoder.weight)
-    assert torch.equal(ours.bert.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(
+        ours.bert.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight
+    )
 
 
 def test_a_new_head_on_a_pretrained_encoder(tmp_path, capsys):
@@ -323,16 +403,28 @@ def test_a_new_head_on_a_pretrained_encoder(tmp_path, capsys):
     pretrained = StarEncoderForPreTraining(small_config())
     pretrained.save_pretrained(str(tmp_path / "run"))
     labels = {0: "O", 1: "B-EMAIL", 2: "I-EMAIL"}
-    model = StarEncoderForTokenClassification.from_pretrained(str(tmp_path / "run"), id2label=labels)
+    model = StarEncoderForTokenClassification.from_pretrained(
+        str(tmp_path / "run"), id2label=labels
+    )
     assert "new weights for classifier.weight, classifier.bias" in capsys.readouterr().err
     assert torch.equal(model.bert.layers[2].qkv.weight, pretrained.bert.layers[2].qkv.weight)
-    assert model(torch.zeros(5, dtype=torch.int64), torch.tensor([0, 5], dtype=torch.int32)).logits.shape == (5, 3)
+    assert model(
+        torch.zeros(5, dtype=torch.int64), torch.tensor([0, 5], dtype=torch.int32)
+    ).logits.shape == (5, 3)
     model.save_pretrained(str(tmp_path / "tuned"))
     bert = transformers.BertForTokenClassification.from_pretrained(tmp_path / "tuned")
-    assert bert.config.id2label == labels and bert.config.label2id == {v: k for k, v in labels.items()}
-    assert StarEncoderForTokenClassification.from_pretrained(str(tmp_path / "tuned")).config.id2label == labels
+    assert bert.config.id2label == labels and bert.config.label2id == {
+        v: k for k, v in labels.items()
+    }
+    assert (
+        StarEncoderForTokenClassification.from_pretrained(str(tmp_path / "tuned")).config.id2label
+        == labels
+    )
     # and back to a plain encoder, whose pooler such files lack
-    assert torch.equal(StarEncoder.from_pretrained(str(tmp_path / "tuned")).layers[0].qkv.weight, pretrained.bert.layers[0].qkv.weight)
+    assert torch.equal(
+        StarEncoder.from_pretrained(str(tmp_path / "tuned")).layers[0].qkv.weight,
+        pretrained.bert.layers[0].qkv.weight,
+    )
 
 
 def test_a_name_is_fetched_from_the_hub(tmp_path, monkeypatch):
@@ -359,14 +451,21 @@ def test_labels_may_be_given_by_position_or_by_token():
     b = model(ids, cu_seqlens, ids[positions], pairs, positions)
     for x, y in zip(a[:3], b[:3]):
         torch.testing.assert_close(x, y)
-    at_positions, everywhere = model(ids, cu_seqlens, masked_positions=positions), model(ids, cu_seqlens)
+    at_positions, everywhere = (
+        model(ids, cu_seqlens, masked_positions=positions),
+        model(ids, cu_seqlens),
+    )
     torch.testing.assert_close(at_positions.mlm_logits, everywhere.mlm_logits[positions])
     assert model(ids, cu_seqlens, next_sentence_label=pairs).mlm_loss is None
     nothing = model(ids, cu_seqlens, torch.full_like(ids, -100), pairs)
     assert nothing.mlm_loss == 0 and nothing.loss == nothing.nsp_loss  # a batch may have no mask
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), share=st.floats(0, 1), seed=st.integers(0, 2**31))
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
 def test_the_fast_step_is_the_plain_one(lengths, share, seed):
     (fast_loss, fast), (plain_loss, plain) = fast_and_plain(torch.float64, lengths, share, seed)
     assert abs(fast_loss - plain_loss) <= 1e-6 * plain_loss
@@ -380,7 +479,10 @@ def test_the_fast_step_is_as_good_as_the_plain_one_in_bf16(seed):
     (fast_loss, fast), (plain_loss, plain) = fast_and_plain(torch.bfloat16, *batch)
     _, (exact_loss, exact) = fast_and_plain(torch.float64, *batch)
     eps = torch.finfo(torch.bfloat16).eps
-    assert abs(fast_loss - exact_loss) <= eps * exact_loss and abs(plain_loss - exact_loss) <= eps * exact_loss
+    assert (
+        abs(fast_loss - exact_loss) <= eps * exact_loss
+        and abs(plain_loss - exact_loss) <= eps * exact_loss
+    )
     assert (fast - exact).norm() <= 1.25 * (plain - exact).norm() < 0.05 * exact.norm()
 
 
@@ -388,7 +490,11 @@ def fast_and_plain(dtype, lengths, share, seed):
     """(loss, gradient) with last layer and head on the asked positions alone and cross-entropy in place, and of computing everything."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = StarEncoderForPreTraining(small_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1))
+    model = StarEncoderForPreTraining(
+        small_config(
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1
+        )
+    )
     model = model.to(torch.float64 if dtype is torch.float64 else torch.float32)
     ids, cu_seqlens = packed(lengths, model.config.vocab_size, generator)
     masked = (torch.rand(len(ids), generator=generator) <= share).nonzero().squeeze(1)
@@ -403,25 +509,44 @@ def fast_and_plain(dtype, lengths, share, seed):
                 out = model(ids, cu_seqlens)
                 terms = [(out.mlm_logits[masked], labels), (out.nsp_logits, neighbours)]
                 wide = torch.promote_types(dtype, torch.float32)
-                loss = sum(F.cross_entropy(logits.to(wide), targets) for logits, targets in terms if len(targets))
+                loss = sum(
+                    F.cross_entropy(logits.to(wide), targets)
+                    for logits, targets in terms
+                    if len(targets)
+                )
         loss.backward()
         results.append(
-            (loss.item(), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]))
+            (
+                loss.item(),
+                torch.cat(
+                    [
+                        (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                        for p in model.parameters()
+                    ]
+                ),
+            )
         )
     return results
 
 
-@given(rows=st.integers(0, 700), columns=st.integers(2, 40), seed=st.integers(0, 2**31), ignored=st.booleans())
+@given(
+    rows=st.integers(0, 700),
+    columns=st.integers(2, 40),
+    seed=st.integers(0, 2**31),
+    ignored=st.booleans(),
+)
 def test_cross_entropy_in_place_is_that_of_pytorch(rows, columns, seed, ignored):
     torch.manual_seed(seed)
     x = torch.randn(rows, columns).to(torch.bfloat16).requires_grad_()
     labels = torch.randint(-1 if ignored else 0, columns, (rows,))
     labels[labels == -1] = -100
-    loss = starencoder._cross_entropy(x * 4, labels)
+    loss = starencoder.cross_entropy(x * 4, labels)
     expected = F.cross_entropy((x * 4).float(), labels) if (labels >= 0).any() else 0 * x.sum()
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(3 * loss, x), torch.autograd.grad(3 * expected, x)):
-        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max() if rows else 0))
+        torch.testing.assert_close(
+            ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max() if rows else 0)
+        )
 
 
 @pytest.mark.parametrize("label", [-1, -7, 9])
@@ -433,8 +558,13 @@ def test_a_label_that_is_no_column_is_an_error(label):
 
 
 def test_token_classification_returns_its_logits_untouched():
-    config = small_config(id2label={0: "O", 1: "B", 2: "I"}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model, (ids, cu_seqlens) = StarEncoderForTokenClassification(config).train(), packed([5, 9], config.vocab_size, torch.Generator())
+    config = small_config(
+        id2label={0: "O", 1: "B", 2: "I"}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    model, (ids, cu_seqlens) = (
+        StarEncoderForTokenClassification(config).train(),
+        packed([5, 9], config.vocab_size, torch.Generator()),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(ids, cu_seqlens, ids % 3).logits, model(ids, cu_seqlens).logits)
 
@@ -446,14 +576,25 @@ def test_logits_are_never_copied_whole():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            made.extend((t.numel(), t.dtype, t.untyped_storage().data_ptr()) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            made.extend(
+                (t.numel(), t.dtype, t.untyped_storage().data_ptr())
+                for t in tree_leaves(out)
+                if isinstance(t, torch.Tensor)
+            )
             return out
 
-    hidden, weight = torch.randn(1000, 8, dtype=torch.bfloat16), torch.randn(300, 8, dtype=torch.bfloat16, requires_grad=True)
+    hidden, weight = (
+        torch.randn(1000, 8, dtype=torch.bfloat16),
+        torch.randn(300, 8, dtype=torch.bfloat16, requires_grad=True),
+    )
     with Watch():
-        starencoder._cross_entropy(hidden @ weight.T, torch.randint(300, (1000,))).backward()
+        starencoder.cross_entropy(hidden @ weight.T, torch.randint(300, (1000,))).backward()
     large = [(dtype, place) for size, dtype, place in made if size >= 300_000]
-    assert large and {dtype for dtype, _ in large} == {torch.bfloat16} and len({place for _, place in large}) == 1
+    assert (
+        large
+        and {dtype for dtype, _ in large} == {torch.bfloat16}
+        and len({place for _, place in large}) == 1
+    )
 
 
 def test_dropout_is_a_function_of_the_seed():
@@ -512,7 +653,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         (dict(hidden_act="relu"), "hidden_act"),
         (dict(id2label={"x": "a"}), "id2label"),
         (dict(id2label=["a"]), "id2label"),
-        (dict(vocab_size=10**15), "its config.json asks for .1000000000000000,"),  # before so much memory is asked for
+        (
+            dict(vocab_size=10**15),
+            "its config.json asks for .1000000000000000,",
+        ),  # before so much memory is asked for
         (dict(num_hidden_layers=10**15), "lack bert.encoder.layer.999999999999999"),
         (dict(intermediate_size=10**15), "its config.json asks for .1000000000000000,"),
     ]:
@@ -550,7 +694,13 @@ def test_an_entry_of_any_kind_is_used_or_refused_in_one_line(value, tmp_path):
     """Each entry of config.json in turn."""
     StarEncoderForPreTraining(small_config()).save_pretrained(str(tmp_path))
     entries = json.loads((tmp_path / "config.json").read_text())
-    for name in [*entries, "id2label", "classifier_dropout", "is_decoder", "position_embedding_type"]:
+    for name in [
+        *entries,
+        "id2label",
+        "classifier_dropout",
+        "is_decoder",
+        "position_embedding_type",
+    ]:
         (tmp_path / "config.json").write_text(json.dumps(entries | {name: value}))
         try:
             StarEncoderForPreTraining.from_pretrained(str(tmp_path))
@@ -562,9 +712,16 @@ def test_an_entry_of_any_kind_is_used_or_refused_in_one_line(value, tmp_path):
             StarEncoderForPreTraining.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize("hidden_size, heads", [(1, 1), (2, 1), (2, 2), (3, 1), (6, 2), (35, 5), (66, 1)])
+@pytest.mark.parametrize(
+    "hidden_size, heads", [(1, 1), (2, 1), (2, 2), (3, 1), (6, 2), (35, 5), (66, 1)]
+)
 def test_odd_sizes_are_those_of_transformers(hidden_size, heads, tmp_path):
-    shape = dict(hidden_size=hidden_size, num_attention_heads=heads, intermediate_size=1, max_position_embeddings=20)
+    shape = dict(
+        hidden_size=hidden_size,
+        num_attention_heads=heads,
+        intermediate_size=1,
+        max_position_embeddings=20,
+    )
     bert = random_bert(transformers.BertForPreTraining, **shape)
     bert.save_pretrained(tmp_path)
     compare_logits(StarEncoderForPreTraining.from_pretrained(str(tmp_path)), bert)
@@ -593,10 +750,14 @@ def test_every_dropout_acts_and_has_a_seed_of_its_own(monkeypatch):
         model.train()
     seeds = []
     real = kernels.dropout_halves
-    monkeypatch.setattr(kernels, "dropout_halves", lambda seed, *args: seeds.append(seed) or real(seed, *args))
+    monkeypatch.setattr(
+        kernels, "dropout_halves", lambda seed, *args: seeds.append(seed) or real(seed, *args)
+    )
     model = StarEncoderForTokenClassification(small_config())
     model(ids, cu_seqlens, seed=1)
-    assert len(set(seeds)) == 3 * 3 + 2  # three in each of three layers, the embeddings', the classifier's
+    assert (
+        len(set(seeds)) == 3 * 3 + 2
+    )  # three in each of three layers, the embeddings', the classifier's
 
 
 def test_embed_reads_the_whole_text(tokenizer):
@@ -609,12 +770,16 @@ def test_embed_reads_the_whole_text(tokenizer):
     total = torch.zeros(48)
     for start in range(0, len(ids), 62):
         window = torch.tensor([tokenizer.cls_id, *ids[start : start + 62], tokenizer.sep_id])
-        total += model.eval()(window, torch.tensor([0, len(window)], dtype=torch.int32)).detach().sum(0)
+        total += (
+            model.eval()(window, torch.tensor([0, len(window)], dtype=torch.int32)).detach().sum(0)
+        )
     torch.testing.assert_close(embed(model, tokenizer, [text])[0], total / total.norm())
     with pytest.raises(ValueError, match="a list"):
         embed(model, tokenizer, "one str")
     with pytest.raises(ValueError, match="2 positions leave no room"):
-        embed(StarEncoder(small_config(vocab_size=600, max_position_embeddings=2)), tokenizer, [text])
+        embed(
+            StarEncoder(small_config(vocab_size=600, max_position_embeddings=2)), tokenizer, [text]
+        )
 
 
 def test_the_command_line_reads_any_bert_directory_and_refuses_in_one_line(tokenizer, tmp_path):
@@ -622,17 +787,23 @@ def test_the_command_line_reads_any_bert_directory_and_refuses_in_one_line(token
     bert = random_bert(transformers.BertForMaskedLM, vocab_size=600)
     bert.save_pretrained(tmp_path, max_shard_size="50KB")
     tokenizer.save_pretrained(tmp_path)
-    result = program(starencoder, "fill-mask", str(tmp_path), "a <mask>", "--top-k", "3")
-    assert result.returncode == 0 and len(result.stdout.strip().splitlines()) == 3 and len(result.stderr.splitlines()) == 1
+    result = program("starencoder", "fill-mask", str(tmp_path), "a <mask>", "--top-k", "3")
+    assert (
+        result.returncode == 0
+        and len(result.stdout.strip().splitlines()) == 3
+        and len(result.stderr.splitlines()) == 1
+    )
     config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": null'))
+    (tmp_path / "config.json").write_text(
+        config.replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": null')
+    )
     words = "config.json: layer_norm_eps must be a number from 0 up, got None"
-    assert_refused(program(starencoder, "fill-mask", str(tmp_path), "a <mask>"), words)
+    assert_refused(program("starencoder", "fill-mask", str(tmp_path), "a <mask>"), words)
     spec = json.loads(tokenizer.json)
     spec["model"]["continuing_subword_prefix"] = "é"
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     words = "tokenizer.json: this tokenizer cannot be used: not a plain byte-level BPE: 'continuing_subword_prefix' is not supported"
-    assert_refused(program(starencoder, "fill-mask", str(tmp_path), "a <mask>"), words)
+    assert_refused(program("starencoder", "fill-mask", str(tmp_path), "a <mask>"), words)
 
 
 def test_a_padded_vocabulary_is_no_trouble(tokenizer):

@@ -30,27 +30,52 @@ from torch.nn.parallel import DistributedDataParallel
 
 import corpus
 import data
-import run_directory
-import starencoder
 import train
+from common import files
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining, embed, fill_mask
+from training import curves, ranks, run_directory, step
+from training.metrics import Metrics
 
-TORCHRUN = ["-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node"]
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--rdzv_backend",
+    "c10d",
+    "--rdzv_endpoint",
+    "localhost:0",
+    "--nproc_per_node",
+]
 MODEL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
 def tiny(small_corpus, out, **overrides):
     """A run of seconds, with dropout."""
-    fields = dict(max_length=48, steps=6, batch_size=8, micro_batch_size=3, learning_rate=1e-2, warmup_steps=2, device="cpu")
-    fields |= dict(dtype="float32", workers=0, eval_every=4, eval_examples=16, save_every=2, log_every=3)
+    fields = dict(
+        max_length=48,
+        steps=6,
+        batch_size=8,
+        micro_batch_size=3,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        device="cpu",
+    )
+    fields |= dict(
+        dtype="float32", workers=0, eval_every=4, eval_examples=16, save_every=2, log_every=3
+    )
     return train.TrainConfig(data=small_corpus, out=str(out), **(MODEL | fields | overrides))
 
 
 def on_ranks(count, config):
     """Runs train.py on so many ranks, as a user would."""
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v is not None and not isinstance(v, bool)]
+    flags = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in vars(config).items()
+        if v is not None and not isinstance(v, bool)
+    ]
     flags += ["--compile"] * config.compile
-    return command(*TORCHRUN, str(count), "train.py", *flags, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return command(
+        *TORCHRUN, str(count), "train.py", *flags, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 # ---- one gradient, however it is computed ----
@@ -60,39 +85,72 @@ def _gradient(rank, world_size, micro_batch_size, directory, out):
     """The gradient of step 1 as the loop computes it, in fp64 without dropout; rank 0 saves it."""
     torch.set_num_threads(1)
     if world_size == 1:
-        return _save_gradient(train.Ranks(), micro_batch_size, directory, out)
-    dist.init_process_group("gloo", init_method=f"file://{out}.init", rank=rank, world_size=world_size)
-    _save_gradient(train.Ranks(rank, world_size, control=dist.group.WORLD), micro_batch_size, directory, out)
+        return _save_gradient(ranks.Ranks(), micro_batch_size, directory, out)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}.init", rank=rank, world_size=world_size
+    )
+    _save_gradient(
+        ranks.Ranks(rank, world_size, control=dist.group.WORLD), micro_batch_size, directory, out
+    )
     dist.destroy_process_group()  # DDP is gone by now: the other way round, gloo's thread and Python's lock can wait for each other
 
 
 def _save_gradient(ranks, micro_batch_size, directory, out):
     rank, world_size = ranks.rank, ranks.world_size
     torch.manual_seed(0)
-    shape = StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, initializer_range=0.2, **MODEL)
+    shape = StarEncoderConfig(
+        vocab_size=600, max_position_embeddings=48, pad_token_id=596, initializer_range=0.2, **MODEL
+    )
     model = StarEncoderForPreTraining(shape).double().eval()
     ddp = DistributedDataParallel(model) if world_size > 1 else model
     (micro_batches,) = data.batches(
-        data.PairDataset(directory, "train", 48, 0), range(1, 2), 26, micro_batch_size, rank, world_size, workers=0
+        data.PairDataset(directory, "train", 48, 0),
+        range(1, 2),
+        26,
+        micro_batch_size,
+        rank,
+        world_size,
+        workers=0,
     )
-    masked, pairs = ranks.sum([sum(len(b.labels) for b in micro_batches), sum(len(b.next_sentence_label) for b in micro_batches)])
+    masked, pairs = ranks.sum(
+        [
+            sum(len(b.labels) for b in micro_batches),
+            sum(len(b.next_sentence_label) for b in micro_batches),
+        ]
+    )
     loss_sum = 0.0
     for j, batch in enumerate(micro_batches):
-        with ddp.no_sync() if world_size > 1 and j < len(micro_batches) - 1 else train.contextlib.nullcontext():
+        with (
+            ddp.no_sync()
+            if world_size > 1 and j < len(micro_batches) - 1
+            else train.contextlib.nullcontext()
+        ):
             loss, *_ = train.loss_on(ddp, batch, masked, pairs)
             (loss * world_size).backward()
         loss_sum += loss.item()
     (loss_sum,) = ranks.sum([loss_sum])
     if rank == 0:
         counts = [len(b.input_ids) for b in micro_batches]
-        torch.save({"loss": loss_sum, "counts": counts, "grads": {n: p.grad for n, p in model.named_parameters()}}, out)
+        torch.save(
+            {
+                "loss": loss_sum,
+                "counts": counts,
+                "grads": {n: p.grad for n, p in model.named_parameters()},
+            },
+            out,
+        )
 
 
 @pytest.mark.slow
 def test_same_gradient_whole_in_micro_batches_and_on_ranks(small_corpus, tmp_path):
     """Whole, in 4 micro-batches of unequal token counts, on 2 and 4 ranks: 1e-6 relative in fp64 (it is far below)."""
     results = {}
-    for name, world_size, micro in (("whole", 1, 26), ("micro", 1, 7), ("2 ranks", 2, 13), ("4 ranks", 4, 2)):
+    for name, world_size, micro in (
+        ("whole", 1, 26),
+        ("micro", 1, 7),
+        ("2 ranks", 2, 13),
+        ("4 ranks", 4, 2),
+    ):
         out = str(tmp_path / name.replace(" ", "_"))
         if world_size == 1:
             _gradient(0, 1, micro, small_corpus, out)
@@ -114,7 +172,7 @@ def test_same_gradient_whole_in_micro_batches_and_on_ranks(small_corpus, tmp_pat
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the variable is for x86")
 def test_bfloat16_is_chosen_only_where_it_is_fast():
     """A CPU that may use AVX2 alone multiplies bf16 a hundred times slower than fp32, whatever its flags say."""
-    code = "import argparse, torch, train; print(train.dtype_of(argparse.Namespace(dtype='auto'), torch.device('cpu')))"
+    code = "import argparse, torch; from training import step; print(step.dtype_of(argparse.Namespace(dtype='auto'), torch.device('cpu')))"
     result = command("-c", code, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert result.stdout.strip() == "float32", result
 
@@ -122,9 +180,9 @@ def test_bfloat16_is_chosen_only_where_it_is_fast():
 @pytest.mark.parametrize("begun, chosen", [(True, "bfloat16"), (False, "float32")])
 def test_a_run_keeps_its_dtype_on_another_cpu(small_corpus, tmp_path, monkeypatch, begun, chosen):
     config = tiny(small_corpus, tmp_path / "run", dtype="auto", steps=2)
-    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: begun)
+    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: begun)
     train.train(config)
-    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: not begun)
+    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: not begun)
     os.remove(tmp_path / "run" / "checkpoints" / "00000002.pt")
     train.train(config)
     assert json.loads((tmp_path / "run" / "train.json").read_text())["dtype"] == chosen
@@ -135,8 +193,8 @@ def test_a_run_keeps_its_dtype_on_another_cpu(small_corpus, tmp_path, monkeypatc
 
 def _note_dtype(rank, config, directory):
     dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=2)
-    train.multiplies_bfloat16 = lambda: rank == 0
-    dtype = train.dtype_of_run(config, train.Ranks(rank, 2, control=dist.group.WORLD))
+    step.multiplies_bfloat16 = lambda: rank == 0
+    dtype = step.dtype_of_run(config, ranks.Ranks(rank, 2, control=dist.group.WORLD))
     with open(os.path.join(directory, str(rank)), "w") as f:
         f.write(dtype)
     dist.destroy_process_group()
@@ -144,7 +202,9 @@ def _note_dtype(rank, config, directory):
 
 @pytest.mark.slow
 def test_all_ranks_take_the_first_ranks_dtype(small_corpus, tmp_path):
-    mp.spawn(_note_dtype, (tiny(small_corpus, tmp_path / "run", dtype="auto"), str(tmp_path)), nprocs=2)
+    mp.spawn(
+        _note_dtype, (tiny(small_corpus, tmp_path / "run", dtype="auto"), str(tmp_path)), nprocs=2
+    )
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["bfloat16", "bfloat16"]
 
 
@@ -191,13 +251,23 @@ def test_a_run_is_what_it_says(undisturbed, tokenizer, capsys):
     checkpoint, lines, _ = finished(undisturbed)
     steps = [m for m in lines if "loss" in m]
     evaluations = [m for m in lines if "mlm_accuracy" in m]
-    assert [m["step"] for m in steps] == list(range(1, 7)) and [m["step"] for m in evaluations] == [4, 6]
+    assert [m["step"] for m in steps] == list(range(1, 7)) and [m["step"] for m in evaluations] == [
+        4,
+        6,
+    ]
     assert [m["learning_rate"] for m in steps] == [5e-3, 1e-2, 1e-2, 7.5e-3, 5e-3, 2.5e-3]
-    assert all(abs(m["loss"] - m["mlm_loss"] - m["nsp_loss"]) < 1e-6 and m["grad_norm"] > 0 for m in steps)
-    assert sorted(os.listdir(os.path.join(undisturbed.out, "checkpoints"))) == ["00000004.pt", "00000006.pt"]
+    assert all(
+        abs(m["loss"] - m["mlm_loss"] - m["nsp_loss"]) < 1e-6 and m["grad_norm"] > 0 for m in steps
+    )
+    assert sorted(os.listdir(os.path.join(undisturbed.out, "checkpoints"))) == [
+        "00000004.pt",
+        "00000006.pt",
+    ]
     assert not [name for _, _, names in os.walk(undisturbed.out) for name in names if "tmp" in name]
     # It is a Hugging Face directory, and the model in it is the checkpoint's.
-    bert, info = transformers.BertForPreTraining.from_pretrained(undisturbed.out, output_loading_info=True)
+    bert, info = transformers.BertForPreTraining.from_pretrained(
+        undisturbed.out, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     model = StarEncoderForPreTraining.from_pretrained(undisturbed.out).eval()
     assert_same(dict(model.state_dict()), checkpoint["model"])
@@ -214,7 +284,9 @@ def test_a_run_is_what_it_says(undisturbed, tokenizer, capsys):
     assert_same(list(finished(undisturbed)), list(before))
     assert {"step": 6} | figures == evaluations[-1]
     held_out = data.PairDataset(undisturbed.data, "validation", undisturbed.max_length, 0)
-    assert figures == train.evaluate(model, held_out, undisturbed.eval_examples, undisturbed.micro_batch_size, train.Ranks())
+    assert figures == train.evaluate(
+        model, held_out, undisturbed.eval_examples, undisturbed.micro_batch_size, ranks.Ranks()
+    )
     assert "held-out code" in capsys.readouterr().out
 
 
@@ -225,16 +297,19 @@ def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
         assert (len(steps), len(lines)) == (1, 2)
         figure.subplots().plot([m["loss"] for m in steps], "o")
 
-    run_directory.draw_curves(tmp_path, draw)
+    curves.draw_curves(tmp_path, draw)
     whole = (tmp_path / "curves.png").read_bytes()
-    assert whole.startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
+    assert whole.startswith(b"\x89PNG") and sorted(os.listdir(tmp_path)) == [
+        "curves.png",
+        "metrics.jsonl",
+    ]
 
     def full(self, path, **_):
         (tmp_path / os.path.basename(path)).write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    run_directory.draw_curves(tmp_path, draw)
+    curves.draw_curves(tmp_path, draw)
     assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
     assert (tmp_path / "curves.png").read_bytes() == whole
     assert "cannot be drawn ([Errno 28] No space left on device)" in capsys.readouterr().err
@@ -242,7 +317,9 @@ def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("how", ["crash", "stop"])
 @pytest.mark.parametrize("step", range(6))
-def test_a_run_stopped_after_any_step_ends_with_the_same_bits(small_corpus, undisturbed, tmp_path, monkeypatch, step, how):
+def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
+    small_corpus, undisturbed, tmp_path, monkeypatch, step, how
+):
     """Weights, optimizer and metrics, with dropout on; stopped in the middle of a step (crash) or by a signal's request."""
     config, real = tiny(small_corpus, tmp_path / "run [1]"), train.learning_rate
 
@@ -253,7 +330,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(small_corpus, undi
             os.kill(os.getpid(), signal.SIGTERM)
         return real(config, at)
 
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)  # it takes longer than the run
+    monkeypatch.setattr(curves, "draw_curves", lambda *_: None)  # it takes longer than the run
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", interrupted)
         if how == "crash":
@@ -280,9 +357,18 @@ def test_a_killed_process_goes_on(small_corpus, tmp_path):
         return len(open(path).readlines()) if os.path.exists(path) else 0
 
     outs = [str(tmp_path / name) for name in ("whole", "stopped")]
-    assert subprocess.run([*arguments, "--out", outs[0]], cwd=ROOT, capture_output=True).returncode == 0
-    for number, kill, after in ((signal.SIGTERM, os.kill, 5), (signal.SIGUSR1, os.killpg, 30), (signal.SIGKILL, os.kill, 60)):
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert (
+        subprocess.run([*arguments, "--out", outs[0]], cwd=ROOT, capture_output=True).returncode
+        == 0
+    )
+    for number, kill, after in (
+        (signal.SIGTERM, os.kill, 5),
+        (signal.SIGUSR1, os.killpg, 30),
+        (signal.SIGKILL, os.kill, 60),
+    ):
+        pipes = dict(
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         process = subprocess.Popen([*arguments, "--out", outs[1]], cwd=ROOT, **pipes)
         while steps_written(outs[1]) < after and process.poll() is None:
             time.sleep(0.005)
@@ -319,7 +405,13 @@ def test_a_compiled_run_is_the_plain_one(small_corpus, tmp_path):
     """`--compile` under DistributedDataParallel: the losses of every step."""
     lines = []
     for name in ("plain", "compiled"):
-        config = tiny(small_corpus, tmp_path / name, compile=name == "compiled", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        config = tiny(
+            small_corpus,
+            tmp_path / name,
+            compile=name == "compiled",
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
         result = on_ranks(2, config)
         assert result.returncode == 0, result.stderr
         with open(tmp_path / name / "metrics.jsonl") as f:
@@ -332,12 +424,16 @@ def test_a_compiled_run_is_the_plain_one(small_corpus, tmp_path):
 def test_evaluation_is_the_mean_over_its_pairs(small_corpus):
     """However it is split; and the baseline is the share of the most frequent masked token."""
     torch.manual_seed(0)
-    model = StarEncoderForPreTraining(StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, **MODEL))
+    model = StarEncoderForPreTraining(
+        StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, **MODEL)
+    )
     dataset = data.PairDataset(small_corpus, "validation", 48, 0)
-    figures = [train.evaluate(model, dataset, 21, micro, train.Ranks()) for micro in (21, 4)]
+    figures = [train.evaluate(model, dataset, 21, micro, ranks.Ranks()) for micro in (21, 4)]
     batch = data.collate([dataset[i] for i in range(21)])
     out = model.eval()(*batch)
-    rounding = len(batch.labels) * torch.finfo(torch.float32).eps  # of a sum of so many losses, as a part of it
+    rounding = (
+        len(batch.labels) * torch.finfo(torch.float32).eps
+    )  # of a sum of so many losses, as a part of it
     assert abs(figures[0]["mlm_loss"] / out.mlm_loss.item() - 1) < rounding
     counts = np.bincount(batch.labels)
     assert figures[0]["majority_accuracy"] == counts.max() / counts.sum()
@@ -348,14 +444,21 @@ def test_evaluation_is_the_mean_over_its_pairs(small_corpus):
 def test_published_arithmetic():
     """The schedule's corners."""
     config = train.parse_arguments(["--preset", "starencoder"])
-    assert (config.steps, config.batch_size, config.max_length, config.micro_batch_size) == (100_000, 4096, 1024, 64)
+    assert (config.steps, config.batch_size, config.max_length, config.micro_batch_size) == (
+        100_000,
+        4096,
+        1024,
+        64,
+    )
     corners = {0: 6e-4 / 24_000, 23_999: 6e-4, 24_000: 6e-4, 62_000: 3e-4, 99_999: 6e-4 / 76_000}
     assert {step: train.learning_rate(config, step) for step in corners} == pytest.approx(corners)
 
 
 def test_no_two_dropout_masks_of_a_run_are_alike(small_corpus, tmp_path, monkeypatch):
     seeds, real = [], train.loss_on
-    monkeypatch.setattr(train, "loss_on", lambda *a, seed: seeds.append(seed.item()) or real(*a, seed=seed))
+    monkeypatch.setattr(
+        train, "loss_on", lambda *a, seed: seeds.append(seed.item()) or real(*a, seed=seed)
+    )
     train.train(tiny(small_corpus, tmp_path / "run"))
     assert len(seeds) == len(set(seeds)) == 6 * 3  # 3 micro-batches in each of 6 steps
 
@@ -365,15 +468,19 @@ def test_the_gradient_is_clipped(small_corpus, tmp_path):
     config = tiny(small_corpus, tmp_path / "run", steps=2, max_grad_norm=1e-12, weight_decay=0.0)
     train.train(config)
     torch.manual_seed(config.seed)
-    start = StarEncoderForPreTraining(StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, **MODEL))
+    start = StarEncoderForPreTraining(
+        StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, **MODEL)
+    )
     end = StarEncoderForPreTraining.from_pretrained(config.out)
     assert all((a - b).abs().max() < 1e-7 for a, b in zip(start.parameters(), end.parameters()))
     assert all(line["grad_norm"] > 0.1 for line in finished(config)[1] if "loss" in line)
 
 
 def test_no_decay_on_biases_and_layer_norms():
-    model = StarEncoderForPreTraining(StarEncoderConfig(vocab_size=600, max_position_embeddings=48, **MODEL))
-    decayed, plain = train.make_optimizer(model, train.TrainConfig()).param_groups
+    model = StarEncoderForPreTraining(
+        StarEncoderConfig(vocab_size=600, max_position_embeddings=48, **MODEL)
+    )
+    decayed, plain = step.make_optimizer(model, train.TrainConfig()).param_groups
     names = {p: n for n, p in model.named_parameters()}
     assert all(names[p].endswith(".weight") and "norm" not in names[p] for p in decayed["params"])
     assert all(names[p].endswith("bias") or "norm" in names[p] for p in plain["params"])
@@ -402,14 +509,24 @@ def test_fill_mask_and_embed(undisturbed, tokenizer):
 
 
 def test_command_lines(undisturbed, tmp_path):
-    result = program(starencoder, "fill-mask", undisturbed.out, "def add(a, b): return a <mask> b", "--top-k", "4")
+    result = program(
+        "starencoder",
+        "fill-mask",
+        undisturbed.out,
+        "def add(a, b): return a <mask> b",
+        "--top-k",
+        "4",
+    )
     assert result.returncode == 0 and result.stdout.count("%") == 4
     (tmp_path / "a.py").write_text("print(1)\n")
-    result = program(starencoder, "embed", undisturbed.out, str(tmp_path / "a.py"))
+    result = program("starencoder", "embed", undisturbed.out, str(tmp_path / "a.py"))
     assert len(json.loads(result.stdout)["embedding"]) == 32
-    assert_refused(program(starencoder, "fill-mask", undisturbed.out, "no mask"), "no <mask>")
+    assert_refused(program("starencoder", "fill-mask", undisturbed.out, "no mask"), "no <mask>")
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    assert_refused(command("starencoder.py", "fill-mask", str(tmp_path / "none"), "a <mask>", env=offline), "no such directory")
+    assert_refused(
+        command("starencoder.py", "fill-mask", str(tmp_path / "none"), "a <mask>", env=offline),
+        "no such directory",
+    )
 
 
 # ---- bad input ----
@@ -449,8 +566,13 @@ def test_refuses_a_run_that_does_not_fit(small_corpus, undisturbed, tmp_path):
     assert_same(list(finished(undisturbed)), list(before))
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "a bit flipped", "another file", "no pickle", "no model", "another step"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(undisturbed, tmp_path, capsys, damage):
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "emptied", "a bit flipped", "another file", "no pickle", "no model", "another step"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    undisturbed, tmp_path, capsys, damage
+):
     before, torn = finished(undisturbed), shutil.copytree(undisturbed.out, tmp_path / "torn")
     newest, config = torn / "checkpoints" / "00000006.pt", replace(undisturbed, out=str(torn))
     content = bytearray(newest.read_bytes())
@@ -458,15 +580,34 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(undisturbed, t
     content[place] ^= 1
     if damage in ("no model", "another step"):
         checkpoint = torch.load(newest, weights_only=True)
-        torch.save({"step": 6, "optimizer": {}} if damage == "no model" else checkpoint | {"step": 7}, newest)
+        torch.save(
+            {"step": 6, "optimizer": {}} if damage == "no model" else checkpoint | {"step": 7},
+            newest,
+        )
     elif damage == "no pickle":
-        write_zip(newest, {"archive/data.pkl": b"no pickle", "archive/version": b"3\n", "archive/byteorder": b"little"})
+        write_zip(
+            newest,
+            {
+                "archive/data.pkl": b"no pickle",
+                "archive/version": b"3\n",
+                "archive/byteorder": b"little",
+            },
+        )
     else:
-        parts = {"cut": content[:place], "emptied": b"", "a bit flipped": content, "another file": b"precious" * 1000}
+        parts = {
+            "cut": content[:place],
+            "emptied": b"",
+            "a bit flipped": content,
+            "another file": b"precious" * 1000,
+        }
         newest.write_bytes(parts[damage])
     train.train(config)
     output = capsys.readouterr()
-    assert "00000006.pt: damaged" in output.err and "after step 4." in output.out and os.path.exists(f"{newest}.damaged")
+    assert (
+        "00000006.pt: damaged" in output.err
+        and "after step 4." in output.out
+        and os.path.exists(f"{newest}.damaged")
+    )
     assert_same(list(finished(config)), list(before))
     for path in run_directory.checkpoints(config):
         os.truncate(path, 10)
@@ -487,7 +628,10 @@ def test_a_checkpoint_with_a_flipped_bit_is_set_aside_or_is_the_same(tmp_path_fa
     config = train.TrainConfig(out=str(tmp_path_factory.mktemp("flipped")))
     folder = os.path.join(config.out, "checkpoints")
     os.mkdir(folder)
-    states = {step: {"step": step, "model": {"w": torch.ones(3)}, "optimizer": {"m": torch.ones(2)}} for step in (1, 2)}
+    states = {
+        step: {"step": step, "model": {"w": torch.ones(3)}, "optimizer": {"m": torch.ones(2)}}
+        for step in (1, 2)
+    }
     for step, state in states.items():
         torch.save(state, os.path.join(folder, f"{step:08d}.pt"))
     newest = os.path.join(folder, "00000002.pt")
@@ -520,7 +664,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(undisturbed, tmp_path
 
 def _hold(directory, name, held):
     """Holds a lock until it is killed; so does its child, if it inherits the lock."""
-    with data.lock_directory(directory, name):
+    with files.lock_directory(directory, name):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
         child.start()
         held.send(child.pid)
@@ -534,7 +678,11 @@ def held_by_another():
 
     def hold(directory, name=".lock"):
         here, there = multiprocessing.Pipe()
-        processes.append(multiprocessing.get_context("fork").Process(target=_hold, args=(str(directory), name, there)))
+        processes.append(
+            multiprocessing.get_context("fork").Process(
+                target=_hold, args=(str(directory), name, there)
+            )
+        )
         processes[-1].start()
         children.append(here.recv())
         return processes[-1]
@@ -550,12 +698,14 @@ def held_by_another():
 def test_a_lock_dies_with_its_process(held_by_another, tmp_path):
     """With that process alone: not only when its children are gone, too."""
     process = held_by_another(tmp_path)
-    with pytest.raises(ValueError, match=rf"process {process.pid} on .* is writing there; wait for its end"):
-        data.lock_directory(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"process {process.pid} on .* is writing there; wait for its end"
+    ):
+        files.lock_directory(tmp_path)
     process.kill()
     process.join()
     assert os.listdir(tmp_path) == [".lock"]
-    data.lock_directory(tmp_path).close()
+    files.lock_directory(tmp_path).close()
     assert os.listdir(tmp_path) == []
 
 
@@ -570,8 +720,10 @@ def test_a_lock_that_waited_for_a_file_that_is_gone(tmp_path, monkeypatch):
         return real(f, how)
 
     monkeypatch.setattr(data.fcntl, "lockf", slow)
-    lock = data.lock_directory(tmp_path)
-    assert len(opened) == 2 and os.path.samestat(os.fstat(opened[1].fileno()), os.stat(tmp_path / ".lock"))
+    lock = files.lock_directory(tmp_path)
+    assert len(opened) == 2 and os.path.samestat(
+        os.fstat(opened[1].fileno()), os.stat(tmp_path / ".lock")
+    )
     lock.close()
 
 
@@ -580,7 +732,7 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caps
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(data.fcntl, "lockf", none)
-    data.lock_directory(tmp_path).close()
+    files.lock_directory(tmp_path).close()
     assert "cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().err
 
 
@@ -590,11 +742,17 @@ def test_a_second_run_in_one_directory_is_refused(undisturbed, held_by_another, 
     held_by_another(run)
     with pytest.raises(ValueError, match="is writing there"):
         train.train(replace(undisturbed, out=str(run)))
-    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    after = {
+        path: path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     assert after == before
 
 
-def test_a_second_corpus_in_one_directory_is_refused(small_corpus, sources, held_by_another, tmp_path):
+def test_a_second_corpus_in_one_directory_is_refused(
+    small_corpus, sources, held_by_another, tmp_path
+):
     """Or the same shard a second time; other shards are written at the same time."""
     out = str(tmp_path / "out")
     shard = dict(tokenizer=small_corpus, workers=1, part_bytes=200_000)
@@ -615,7 +773,9 @@ def test_all_ranks_of_a_second_run_end_together(small_corpus, held_by_another, t
     results = drills.finish(drills.start(small_corpus, str(tmp_path / "run"), world_size=3))
     assert [status for status, *_ in results] == [2, 2, 2]
     words = "".join(words for *_, words in results)
-    assert words.count("error:") == 1 and "is writing there" in words and "Traceback" not in words, words
+    assert (
+        words.count("error:") == 1 and "is writing there" in words and "Traceback" not in words
+    ), words
 
 
 # ---- files that are damaged or full ----
@@ -626,7 +786,9 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(tmp_path):
     """Where memory is short, torch's RuntimeError says nothing of the file."""
     path = tmp_path / "checkpoints" / "00000001.pt"
     path.parent.mkdir()
-    torch.save({"step": 1, "model": {"a": torch.zeros(50_000_000)}, "optimizer": {}}, path)  # 200 MB
+    torch.save(
+        {"step": 1, "model": {"a": torch.zeros(50_000_000)}, "optimizer": {}}, path
+    )  # 200 MB
     program = f"""if True:
         import resource, types
         import run_directory
@@ -666,17 +828,20 @@ def test_metrics_are_strict_json(tmp_path):
     """NaN and infinity, which no other reader knows, are null, also in the lines of an earlier start; curves leave them out."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": NaN}\n')
-    metrics = run_directory.Metrics(str(path), 1, train.Ranks(), None)
+    metrics = Metrics(str(path), 1, ranks.Ranks(), None)
     metrics.write({"step": 2, "loss": math.inf, "mlm_loss": -math.inf, "f1": 0.5})
     with open(path) as f:
         lines = [json.loads(line, parse_constant=pytest.fail) for line in f]
-    assert lines == [{"step": 1, "loss": None}, {"step": 2, "loss": None, "mlm_loss": None, "f1": 0.5}]
+    assert lines == [
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": None, "mlm_loss": None, "f1": 0.5},
+    ]
 
     def draw(figure, steps, lines):
         assert [math.isnan(line["loss"]) for line in steps] == [True, True]
         figure.subplots().plot([line["loss"] for line in steps], "o")
 
-    run_directory.draw_curves(tmp_path, draw)
+    curves.draw_curves(tmp_path, draw)
     assert (tmp_path / "curves.png").exists()
 
 
@@ -684,17 +849,31 @@ def test_checkpoints_that_are_kept(small_corpus, undisturbed, tmp_path):
     """The newest k, and every n-th for good."""
     names = lambda config: [os.path.basename(path) for path in run_directory.checkpoints(config)]
     assert names(undisturbed) == ["00000004.pt", "00000006.pt"]
-    config = tiny(small_corpus, tmp_path / "run", save_every=1, keep_checkpoints=1, keep_every=3, eval_every=6)
+    config = tiny(
+        small_corpus, tmp_path / "run", save_every=1, keep_checkpoints=1, keep_every=3, eval_every=6
+    )
     train.train(config)
     assert names(config) == ["00000003.pt", "00000006.pt"]
-    config = tiny(small_corpus, tmp_path / "other", save_every=1, keep_checkpoints=2, keep_every=2, eval_every=6)
+    config = tiny(
+        small_corpus,
+        tmp_path / "other",
+        save_every=1,
+        keep_checkpoints=2,
+        keep_every=2,
+        eval_every=6,
+    )
     train.train(config)
     assert names(config) == ["00000002.pt", "00000004.pt", "00000005.pt", "00000006.pt"]
 
 
 def test_a_full_disk_costs_a_warning(small_corpus, undisturbed, tmp_path, monkeypatch, capsys):
     """Neither the run nor what was saved before; lines that could not be written come later, each once and in order."""
-    config, real_save, real_open, failures = tiny(small_corpus, tmp_path / "run"), torch.save, open, []
+    config, real_save, real_open, failures = (
+        tiny(small_corpus, tmp_path / "run"),
+        torch.save,
+        open,
+        [],
+    )
 
     def full_save(state, f):
         if state["step"] == 4:
@@ -714,39 +893,62 @@ def test_a_full_disk_costs_a_warning(small_corpus, undisturbed, tmp_path, monkey
     monkeypatch.setattr(run_directory, "open", full_open, raising=False)
     train.train(config)
     warnings = capsys.readouterr().err
-    assert "metrics.jsonl cannot be written" in warnings and "00000004.pt cannot be written" in warnings
-    assert [run_directory.step_of(path) for path in run_directory.checkpoints(config)] == [6]  # at step 2 the lines were still waiting
+    assert (
+        "metrics.jsonl cannot be written" in warnings
+        and "00000004.pt cannot be written" in warnings
+    )
+    assert [run_directory.step_of(path) for path in run_directory.checkpoints(config)] == [
+        6
+    ]  # at step 2 the lines were still waiting
     assert os.listdir(os.path.join(config.out, "checkpoints")) == ["00000006.pt"]
     assert_same(list(finished(config)), list(finished(undisturbed)))
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(small_corpus, tmp_path, monkeypatch, capsys):
-    config, real, weights = tiny(small_corpus, tmp_path / "run", save_every=1, keep_checkpoints=9), train.loss_on, {}
+    config, real, weights = (
+        tiny(small_corpus, tmp_path / "run", save_every=1, keep_checkpoints=9),
+        train.loss_on,
+        {},
+    )
 
     def planted(model, batch, masked, pairs, seed):
         loss, *parts = real(model, batch, masked, pairs, seed=seed)
         weights.setdefault(len(weights), model.nsp.weight.detach().clone())
-        return (loss * float("nan") if len(weights) == 5 else loss), *parts  # in the second micro-batch of the second step
+        return (
+            loss * float("nan") if len(weights) == 5 else loss
+        ), *parts  # in the second micro-batch of the second step
 
     monkeypatch.setattr(train, "loss_on", planted)
     train.train(config)
     assert "1 of 6 steps were skipped" in capsys.readouterr().out
     saved = [torch.load(path, weights_only=True) for path in run_directory.checkpoints(config)]
     for name in saved[0]["model"]:
-        assert torch.equal(saved[0]["model"][name], saved[1]["model"][name]) and saved[2]["model"][name].isfinite().all()
+        assert (
+            torch.equal(saved[0]["model"][name], saved[1]["model"][name])
+            and saved[2]["model"][name].isfinite().all()
+        )
     assert_same(saved[0]["optimizer"]["state"], saved[1]["optimizer"]["state"])
     assert not torch.equal(saved[1]["model"]["nsp.weight"], saved[2]["model"]["nsp.weight"])
     with open(os.path.join(config.out, "metrics.jsonl")) as f:
         lines = [json.loads(line, parse_constant=pytest.fail) for line in f]
-    assert [line["step"] for line in lines if "skipped" in line] == [2] and len([line for line in lines if "loss" in line]) == 5
+    assert [line["step"] for line in lines if "skipped" in line] == [2] and len(
+        [line for line in lines if "loss" in line]
+    ) == 5
 
 
-def test_ten_gradients_in_a_row_that_are_not_finite_end_the_run(small_corpus, tmp_path, monkeypatch):
+def test_ten_gradients_in_a_row_that_are_not_finite_end_the_run(
+    small_corpus, tmp_path, monkeypatch
+):
     """Also where a restart lies between them."""
-    config, real = tiny(small_corpus, tmp_path / "run", steps=20, log_every=1, save_every=1), train.loss_on
+    config, real = (
+        tiny(small_corpus, tmp_path / "run", steps=20, log_every=1, save_every=1),
+        train.loss_on,
+    )
     bad = lambda *a, seed: [part * float("nan") for part in real(*a, seed=seed)]
     rate = train.learning_rate
-    stop = lambda config, step: (os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None) or rate(config, step)
+    stop = lambda config, step: (
+        (os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None) or rate(config, step)
+    )
     monkeypatch.setattr(train, "learning_rate", stop)
     monkeypatch.setattr(train, "loss_on", bad)
     assert train.train(config) is None  # stopped, and four steps were skipped
@@ -757,14 +959,22 @@ def test_ten_gradients_in_a_row_that_are_not_finite_end_the_run(small_corpus, tm
 
 
 def _with_nan_on_one_rank(rank, corpus_directory, out):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": out[-5:]}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": out[-5:],
+    }
     torch.set_num_threads(1)
     real, calls = train.loss_on, []
 
     def planted(*a, seed):
         calls.append(seed)
         loss, *parts = real(*a, seed=seed)
-        return (loss * float("nan") if rank == 1 and len(calls) == 6 else loss), *parts  # two micro-batches a step: in the third step
+        return (
+            loss * float("nan") if rank == 1 and len(calls) == 6 else loss
+        ), *parts  # two micro-batches a step: in the third step
 
     train.loss_on = planted
     train.train(tiny(corpus_directory, out, steps=6, save_every=1, keep_checkpoints=9))
@@ -777,9 +987,14 @@ def test_a_nan_on_one_rank_is_skipped_by_all(small_corpus, tmp_path):
         s.bind(("localhost", 0))
         out = str(tmp_path / f"run{s.getsockname()[1]:05d}")
     mp.spawn(_with_nan_on_one_rank, (small_corpus, out), nprocs=2)
-    saved = [torch.load(path, weights_only=True)["model"] for path in sorted(glob.glob(f"{out}/checkpoints/*.pt"))]
+    saved = [
+        torch.load(path, weights_only=True)["model"]
+        for path in sorted(glob.glob(f"{out}/checkpoints/*.pt"))
+    ]
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(saved, saved[1:])]
-    assert same == [False, True, False, False, False] and all(t.isfinite().all() for t in saved[-1].values())
+    assert same == [False, True, False, False, False] and all(
+        t.isfinite().all() for t in saved[-1].values()
+    )
     with open(f"{out}/metrics.jsonl") as f:
         assert [line["step"] for line in map(json.loads, f) if "skipped" in line] == [3]
 
@@ -802,14 +1017,26 @@ def test_programs_end_with_one_line(small_corpus, undisturbed, tmp_path):
         os.truncate(path, 0)
     # the arguments of the run, from its own file
     with open(torn / "train.json") as f:
-        fields = [(k, v) for k, v in json.load(f).items() if k not in ("tokenizer_sha256", "train_tokens") and not isinstance(v, bool)]
+        fields = [
+            (k, v)
+            for k, v in json.load(f).items()
+            if k not in ("tokenizer_sha256", "train_tokens") and not isinstance(v, bool)
+        ]
     arguments = [x for k, v in fields for x in ("--" + k.replace("_", "-"), str(v))]
-    assert_refused(command("train.py", *arguments, "--out", str(torn)), "all of its checkpoints are damaged")
-    assert_refused(program(train, "--data", small_corpus, "--device", "cpu", "--bf16-gradients"), "--bf16-gradients: needs GPUs")
-    assert_refused(program(train, "--colour"), "--colour")
-    assert_refused(program(train, "--preset", "huge"), "huge")
-    assert_refused(program(train, "--steps", "many"), "many")
-    assert_refused(program(train, "--data", small_corpus, "--out", str(tmp_path / "new"), "--steps", "-1"), "steps")
+    assert_refused(
+        command("train.py", *arguments, "--out", str(torn)), "all of its checkpoints are damaged"
+    )
+    assert_refused(
+        program("train", "--data", small_corpus, "--device", "cpu", "--bf16-gradients"),
+        "--bf16-gradients: needs GPUs",
+    )
+    assert_refused(program("train", "--colour"), "--colour")
+    assert_refused(program("train", "--preset", "huge"), "huge")
+    assert_refused(program("train", "--steps", "many"), "many")
+    assert_refused(
+        program("train", "--data", small_corpus, "--out", str(tmp_path / "new"), "--steps", "-1"),
+        "steps",
+    )
 
 
 @pytest.mark.gpu
@@ -817,7 +1044,9 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu(small_corpus):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
-    model = StarEncoderForPreTraining(StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, **MODEL))
+    model = StarEncoderForPreTraining(
+        StarEncoderConfig(vocab_size=600, max_position_embeddings=48, pad_token_id=596, **MODEL)
+    )
     dataset = data.PairDataset(small_corpus, "train", 48, 0)
     batch = data.collate([dataset[i] for i in range(9)])
     expected = train.loss_on(model, batch, len(batch.labels), 9, seed=5)[0]
@@ -825,7 +1054,9 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu(small_corpus):
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model.cuda()
-    loss = train.loss_on(model, data.Batch(*(t.cuda() for t in batch)), len(batch.labels), 9, seed=5)[0]
+    loss = train.loss_on(
+        model, data.Batch(*(t.cuda() for t in batch)), len(batch.labels), 9, seed=5
+    )[0]
     loss.backward()
     assert abs(loss.item() - expected.item()) < 1e-4  # dropout too is the same, element for element
     for p, gradient in zip(model.parameters(), gradients):
@@ -834,7 +1065,17 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu(small_corpus):
 
 @pytest.mark.slow
 def test_a_refusal_on_one_rank_ends_all_with_one_line(small_corpus, undisturbed):
-    result = command(*TORCHRUN, "2", "train.py", "--data", small_corpus, "--out", undisturbed.out, "--device", "cpu")
+    result = command(
+        *TORCHRUN,
+        "2",
+        "train.py",
+        "--data",
+        small_corpus,
+        "--out",
+        undisturbed.out,
+        "--device",
+        "cpu",
+    )
     assert result.returncode != 0
     assert result.stderr.count("train.py: error: ") == 1 and "holds a run with" in result.stderr
     assert "RuntimeError" not in result.stderr

@@ -23,7 +23,9 @@ if not kernels.HAS_TRITON:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 on_a_gpu_only = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])  # the interpreter's bf16 products are garbage
+DTYPES = [torch.float32, torch.float16] + (
+    [torch.bfloat16] if DEVICE == "cuda" else []
+)  # the interpreter's bf16 products are garbage
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +40,12 @@ def triton_with_poisoned_outputs(monkeypatch):
 
 # The corners of tiles (blocks are of 32 and 64), of nothing and of much.
 corner = st.sampled_from([0, 1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129])
-lengths_strategy = st.one_of(st.lists(corner, min_size=1, max_size=3), st.lists(st.integers(0, 9), min_size=8, max_size=16))
-few = settings(max_examples=max(8, settings().max_examples // 4))  # the interpreter takes a second for what a chip does in microseconds
+lengths_strategy = st.one_of(
+    st.lists(corner, min_size=1, max_size=3), st.lists(st.integers(0, 9), min_size=8, max_size=16)
+)
+few = settings(
+    max_examples=max(8, settings().max_examples // 4)
+)  # the interpreter takes a second for what a chip does in microseconds
 heads = st.integers(1, 3)
 sizes = st.sampled_from([16, 24, 32, 64, 128])
 seeds = st.integers(0, 2**62)
@@ -49,15 +55,26 @@ dtypes = st.sampled_from(DTYPES)
 
 def packed(lengths, N, D, seed, dtype=torch.float32):
     torch.manual_seed(seed)
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
-    return torch.randn(sum(lengths), 3, N, D, device=DEVICE).to(dtype), cu_seqlens, max(max(lengths), 1)
+    cu_seqlens = torch.tensor(
+        [0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE
+    )
+    return (
+        torch.randn(sum(lengths), 3, N, D, device=DEVICE).to(dtype),
+        cu_seqlens,
+        max(max(lengths), 1),
+    )
 
 
 def with_gradients(function, inputs, upstream, dtype=None):
     """The output of function(*inputs) and the gradients of all inputs that are tensors, computed in `dtype`."""
-    inputs = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    inputs = [
+        None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs
+    ]
     out = function(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, [x for x in inputs if x is not None], upstream.to(out.dtype))]
+    return [
+        out.detach(),
+        *torch.autograd.grad(out, [x for x in inputs if x is not None], upstream.to(out.dtype)),
+    ]
 
 
 def assert_as_good_as_pytorch(ours, same_dtype, exact, dtype, rounding=None):
@@ -69,7 +86,11 @@ def assert_as_good_as_pytorch(ours, same_dtype, exact, dtype, rounding=None):
         if not c.numel():
             continue
         assert a.isfinite().all() and a.shape == c.shape
-        floor = rounding[k].max().item() if rounding else torch.finfo(dtype).eps * (c.abs().max().item() + 1e-3) * 4
+        floor = (
+            rounding[k].max().item()
+            if rounding
+            else torch.finfo(dtype).eps * (c.abs().max().item() + 1e-3) * 4
+        )
         allowed = (2 if k == 0 else 3) * (b.double() - c).abs().max().item() + floor
         assert (a.double() - c).abs().max().item() <= allowed, k
 
@@ -88,7 +109,9 @@ def rounding_of_attention(qkv, cu_seqlens, dropout_p, upstream):
         dQ = dS K / sqrt(D), dK alike    off by (error of dS) |K| / sqrt(D), where that of dS is (error of P) (A + rowsum(P A))
     """
     parts = []
-    for tokens, dout in zip(*(x.double().split(cu_seqlens.diff().tolist()) for x in (qkv, upstream))):
+    for tokens, dout in zip(
+        *(x.double().split(cu_seqlens.diff().tolist()) for x in (qkv, upstream))
+    ):
         (q, k, v), dout = tokens.permute(1, 2, 0, 3), dout.transpose(0, 1)  # each (N, L, D)
         _, L, D = q.shape
         e = torch.finfo(qkv.dtype).eps + max(L, D) ** 0.5 * torch.finfo(torch.float32).eps
@@ -96,7 +119,12 @@ def rounding_of_attention(qkv, cu_seqlens, dropout_p, upstream):
         weights_off = e * weights * (1 + (q.square() @ k.square().mT / D).sqrt())
         size = (dout.square() @ v.square().mT).sqrt()
         ds_off = weights_off * (size + (weights * size).sum(-1, keepdim=True)) / D**0.5
-        off = [weights_off @ v.abs(), ds_off @ k.abs(), ds_off.mT @ q.abs(), weights_off.mT @ dout.abs()]
+        off = [
+            weights_off @ v.abs(),
+            ds_off @ k.abs(),
+            ds_off.mT @ q.abs(),
+            weights_off.mT @ dout.abs(),
+        ]
         parts.append([x.transpose(0, 1) for x in off])
     return [torch.cat(part) for part in zip(*parts)]
 
@@ -106,7 +134,11 @@ def check_attention(lengths, N, D, seed, p, dtype):
     upstream = torch.randn(sum(lengths), N, D, device=DEVICE).to(dtype)
     attention, reference = kernels.attention, kernels.attention_reference
     runs = []
-    for function, computed_in in ((attention, dtype), (reference, dtype), (reference, torch.float64)):
+    for function, computed_in in (
+        (attention, dtype),
+        (reference, dtype),
+        (reference, torch.float64),
+    ):
         call = lambda x, f=function: f(x, cu_seqlens, longest, dropout_p=p, seed=seed)
         out, gradient = with_gradients(call, [qkv], upstream, computed_in)
         runs.append([out, *gradient.unbind(1)])
@@ -119,14 +151,25 @@ def test_attention_is_as_good_as_pytorch(lengths, N, D, seed, p, dtype):
     check_attention(lengths, N, D, seed, p, dtype)
 
 
-@given(lengths=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3), D=sizes, seed=seeds, p=dropouts, dtype=dtypes)
+@given(
+    lengths=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3),
+    D=sizes,
+    seed=seeds,
+    p=dropouts,
+    dtype=dtypes,
+)
 def test_attention_is_as_good_where_its_gradient_cancels(lengths, D, seed, p, dtype):
     """Of a sequence of one token, Q and K have no gradient: what a kernel says of it is rounding alone."""
     check_attention(lengths, 1, D, seed, p, dtype)
 
 
 @few
-@given(lengths=st.lists(corner, min_size=1, max_size=3), D=st.sampled_from([16, 64]), seed=seeds, p=dropouts)
+@given(
+    lengths=st.lists(corner, min_size=1, max_size=3),
+    D=st.sampled_from([16, 64]),
+    seed=seeds,
+    p=dropouts,
+)
 def test_a_saturated_softmax_is_as_good_in_fp32(lengths, D, seed, p):
     """Inputs x 100: scores of 10,000, beside which the logarithm of a row's sum would be rounded away.
 
@@ -198,7 +241,9 @@ def test_attention_at_full_length(lengths, dtype):
 def test_weights_sum_to_one(lengths, seed):
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
     qkv[:, 2] = 1
-    torch.testing.assert_close(kernels.attention(qkv, cu_seqlens, longest), torch.ones_like(qkv[:, 0]))
+    torch.testing.assert_close(
+        kernels.attention(qkv, cu_seqlens, longest), torch.ones_like(qkv[:, 0])
+    )
 
 
 @few
@@ -208,22 +253,35 @@ def test_the_order_of_the_keys_does_not_matter(length, seed):
     other = qkv.clone()
     other[:, 1:] = qkv[torch.randperm(length, device=DEVICE), 1:]
     torch.testing.assert_close(
-        kernels.attention(qkv, cu_seqlens, longest), kernels.attention(other, cu_seqlens, longest), rtol=1e-5, atol=1e-6
+        kernels.attention(qkv, cu_seqlens, longest),
+        kernels.attention(other, cu_seqlens, longest),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
 @pytest.mark.slow
 @few
-@given(lengths=st.lists(corner, min_size=2, max_size=3), seed=seeds, p=dropouts, which=st.integers(0, 3))
+@given(
+    lengths=st.lists(corner, min_size=2, max_size=3),
+    seed=seeds,
+    p=dropouts,
+    which=st.integers(0, 3),
+)
 def test_sequences_do_not_touch_each_other(lengths, seed, p, which):
     """Other content, even NaN, in one sequence changes no bit of the others' output and gradients."""
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
     upstream = torch.randn(sum(lengths), 2, 16, device=DEVICE)
-    start, end = cu_seqlens.tolist()[which % len(lengths)], cu_seqlens.tolist()[which % len(lengths) + 1]
+    start, end = (
+        cu_seqlens.tolist()[which % len(lengths)],
+        cu_seqlens.tolist()[which % len(lengths) + 1],
+    )
     changed, outside = qkv.clone(), torch.ones(sum(lengths), dtype=torch.bool, device=DEVICE)
     changed[start:end], outside[start:end] = float("nan"), False
     function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed)
-    for a, b in zip(with_gradients(function, [qkv], upstream), with_gradients(function, [changed], upstream)):
+    for a, b in zip(
+        with_gradients(function, [qkv], upstream), with_gradients(function, [changed], upstream)
+    ):
         assert torch.equal(a[outside], b[outside]) and a.isfinite().all()
 
 
@@ -232,9 +290,13 @@ def test_sequences_do_not_touch_each_other(lengths, seed, p, which):
 def test_the_order_of_sequences_only_permutes(lengths, seed):
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
     parts = list(qkv.split(lengths))[::-1]
-    backwards = torch.tensor([0, *torch.tensor(lengths[::-1]).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    backwards = torch.tensor(
+        [0, *torch.tensor(lengths[::-1]).cumsum(0)], dtype=torch.int32, device=DEVICE
+    )
     out = kernels.attention(qkv, cu_seqlens, longest).split(lengths)
-    assert torch.equal(torch.cat(out[::-1]), kernels.attention(torch.cat(parts), backwards, longest))
+    assert torch.equal(
+        torch.cat(out[::-1]), kernels.attention(torch.cat(parts), backwards, longest)
+    )
 
 
 @few
@@ -243,7 +305,9 @@ def test_huge_scores_stay_finite(lengths, seed, dtype):
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed, dtype)
     qkv[:, 0] *= 1e4
     upstream = torch.randn(sum(lengths), 2, 16, device=DEVICE).to(dtype)
-    for value in with_gradients(lambda x: kernels.attention(x, cu_seqlens, longest), [qkv], upstream):
+    for value in with_gradients(
+        lambda x: kernels.attention(x, cu_seqlens, longest), [qkv], upstream
+    ):
         assert not value.isnan().any()
 
 
@@ -307,7 +371,9 @@ def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upst
     n_off = summed * (h.abs() + mean.abs()) * rstd
     y_off = n_off * weight.abs() + (d + e) * ((n * weight).abs() + bias.abs())
     size = g.abs() + g.abs().mean(1, keepdim=True) + n.abs() * (g * n).abs().mean(1, keepdim=True)
-    n_twice = n_off * (g * n).mean(1, keepdim=True).abs() + n.abs() * (g.abs() * n_off).mean(1, keepdim=True)
+    n_twice = n_off * (g * n).mean(1, keepdim=True).abs() + n.abs() * (g.abs() * n_off).mean(
+        1, keepdim=True
+    )
     dh_off = (summed * size + n_twice) * rstd + d * size * rstd
     dy = upstream.double().abs()
     dw_off = (dy * (n_off + rows**0.5 * e * n.abs())).sum(0)
@@ -317,7 +383,11 @@ def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upst
 
 def check_layer_norm(rows, H, seed, p, dtype, plus, eps):
     torch.manual_seed(seed)
-    x, weight, bias = torch.randn(rows, H, device=DEVICE).to(dtype), torch.randn(H, device=DEVICE), torch.randn(H, device=DEVICE)
+    x, weight, bias = (
+        torch.randn(rows, H, device=DEVICE).to(dtype),
+        torch.randn(H, device=DEVICE),
+        torch.randn(H, device=DEVICE),
+    )
     residual = torch.randn(rows, H, device=DEVICE).to(dtype) if plus else None
     upstream = torch.randn(rows, H, device=DEVICE).to(dtype)
     runs = []
@@ -349,15 +419,23 @@ def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus, eps):
 def test_layer_norm_of_shifted_and_constant_rows(H, seed, offset):
     """At an offset of 1e4 the mean itself is rounded to 1e-3, and no sum in fp32 can do better."""
     torch.manual_seed(seed)
-    x, one, zero = torch.randn(6, H, device=DEVICE), torch.ones(H, device=DEVICE), torch.zeros(H, device=DEVICE)
+    x, one, zero = (
+        torch.randn(6, H, device=DEVICE),
+        torch.ones(H, device=DEVICE),
+        torch.zeros(H, device=DEVICE),
+    )
     x[3] = 0
     x = (x + offset - offset).requires_grad_()  # so that adding the offset again is exact
     shifted = kernels.layer_norm(x + offset, one, zero, 1e-6)
     tolerance = 5e-3 if offset > 10 else 1e-4
-    torch.testing.assert_close(shifted, kernels.layer_norm(x, one, zero, 1e-6), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        shifted, kernels.layer_norm(x, one, zero, 1e-6), rtol=tolerance, atol=tolerance
+    )
     assert shifted[3].abs().max() < 1e-2  # a constant row
     (gradient,) = torch.autograd.grad(shifted, x, torch.randn_like(x))
-    assert (gradient.sum(1).abs() <= tolerance * gradient.abs().sum(1) + 1e-6).all()  # a shift of the row changes nothing
+    assert (
+        gradient.sum(1).abs() <= tolerance * gradient.abs().sum(1) + 1e-6
+    ).all()  # a shift of the row changes nothing
 
 
 @given(seed=seeds, p=st.sampled_from([0.1, 0.5]), H=st.sampled_from([5, 64, 768]), dtype=dtypes)
@@ -387,7 +465,9 @@ def test_layer_norm_of_a_constant_row_is_zero(H, plus):
 @pytest.mark.parametrize("plus, p", [(False, 0.0), (True, 0.1)])
 def test_layer_norm_sums_over_all_blocks_of_rows(plus, p, monkeypatch):
     """Two programs take 33 rows, so each goes through several blocks of them."""
-    monkeypatch.setitem(kernels.NORM, "norm_backward", kernels.NormTile(rows=4, warps=4, programs=2))
+    monkeypatch.setitem(
+        kernels.NORM, "norm_backward", kernels.NormTile(rows=4, warps=4, programs=2)
+    )
     check_layer_norm(33, 48, 3, p, torch.float32, plus, 1e-6)
 
 
@@ -461,22 +541,31 @@ def test_two_runs_have_the_same_bits(lengths, seed):
     qkv, cu_seqlens, longest = packed(lengths, 2, 32, seed)
     upstream = torch.randn(sum(lengths), 2, 32, device=DEVICE)
     function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=0.1, seed=seed)
-    for a, b in zip(with_gradients(function, [qkv], upstream), with_gradients(function, [qkv], upstream)):
+    for a, b in zip(
+        with_gradients(function, [qkv], upstream), with_gradients(function, [qkv], upstream)
+    ):
         assert torch.equal(a, b)
 
 
 def test_strided_inputs_are_read_where_they_lie():
     qkv, cu_seqlens, longest = packed([5, 40], 4, 16, 0)
-    wide, cu_wide = torch.randn(45, 3, 4, 32, device=DEVICE), torch.stack([cu_seqlens, cu_seqlens + 7], dim=1)
+    wide, cu_wide = (
+        torch.randn(45, 3, 4, 32, device=DEVICE),
+        torch.stack([cu_seqlens, cu_seqlens + 7], dim=1),
+    )
     wide[..., :16] = qkv
     upstream = torch.randn(4, 45, 16, device=DEVICE).transpose(0, 1)
-    a = with_gradients(lambda x: kernels.attention(x[..., :16], cu_wide[:, 0], longest), [wide], upstream)
+    a = with_gradients(
+        lambda x: kernels.attention(x[..., :16], cu_wide[:, 0], longest), [wide], upstream
+    )
     b = with_gradients(lambda x: kernels.attention(x, cu_seqlens, longest), [qkv], upstream)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1][..., :16], b[1])
     x, vectors = torch.randn(16, 9, device=DEVICE).T, torch.randn(16, 2, device=DEVICE)
     function = lambda x, w, b: kernels.layer_norm(x, w, b, 1e-6, residual=x, dropout_p=0.1, seed=1)
     a = with_gradients(function, [x, vectors[:, 0], vectors[:, 1]], x)
-    b = with_gradients(function, [x.contiguous(), vectors[:, 0].contiguous(), vectors[:, 1].contiguous()], x)
+    b = with_gradients(
+        function, [x.contiguous(), vectors[:, 0].contiguous(), vectors[:, 1].contiguous()], x
+    )
     assert all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
 
 
@@ -491,18 +580,37 @@ EMPTY = torch.zeros(2, dtype=torch.int32)  # cu_seqlens of one sequence without 
         (dict(qkv=torch.zeros(5, 3, 1, 129)), "1 <= D <= 128"),
         (dict(qkv=torch.zeros(5, 3, 1, 0)), "1 <= D <= 128"),
         (dict(qkv=torch.zeros(5, 3, 1, 16, dtype=torch.float64)), "qkv must be torch.float16"),
-        (dict(qkv=torch.zeros(0, 3, 1, 16), cu_seqlens=torch.zeros(65537, dtype=torch.int32)), "65,535 sequences"),
-        (dict(qkv=NONE.as_strided((0, 3, 1, 16), (2**29, 16, 16, 1)), cu_seqlens=EMPTY), "2**31 elements"),
-        (dict(qkv=NONE.as_strided((0, 3, 1, 16), (16, 2**30, 16, 1)), cu_seqlens=EMPTY), "2**31 elements"),
+        (
+            dict(qkv=torch.zeros(0, 3, 1, 16), cu_seqlens=torch.zeros(65537, dtype=torch.int32)),
+            "65,535 sequences",
+        ),
+        (
+            dict(qkv=NONE.as_strided((0, 3, 1, 16), (2**29, 16, 16, 1)), cu_seqlens=EMPTY),
+            "2**31 elements",
+        ),
+        (
+            dict(qkv=NONE.as_strided((0, 3, 1, 16), (16, 2**30, 16, 1)), cu_seqlens=EMPTY),
+            "2**31 elements",
+        ),
         (dict(max_seqlen=torch.tensor(5)), "max_seqlen must be an int"),
-        (dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")), "cu_seqlens must lie on the device of qkv"),
+        (
+            dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")),
+            "cu_seqlens must lie on the device of qkv",
+        ),
         (dict(seed=2**63), "seed must fit in 64 bits"),
         (dict(seed=torch.tensor([5])), "seed must be an int or a 0-d int64"),
         (dict(seed=torch.tensor(5, dtype=torch.int32)), "seed must be an int or a 0-d int64"),
     ],
 )
 def test_attention_refuses(change, words):
-    arguments = dict(qkv=torch.zeros(5, 3, 2, 16), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), max_seqlen=5) | change
+    arguments = (
+        dict(
+            qkv=torch.zeros(5, 3, 2, 16),
+            cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+            max_seqlen=5,
+        )
+        | change
+    )
     on_device = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x
     with pytest.raises(ValueError) as error:
         kernels.attention(**{name: on_device(value) for name, value in arguments.items()})
@@ -525,7 +633,10 @@ def test_layer_norm_refuses():
         ("weight", (x, w.to("meta"), w, 1e-6)),
         ("bias", (x, w, w.to("meta"), 1e-6)),
         ("x must be torch.float16", (x.double(), w, w, 1e-6)),
-        ("x must be at most 65,536 wide", (x[:, :1].expand(2, 65537), w[:1].expand(65537), w[:1].expand(65537), 1e-6)),
+        (
+            "x must be at most 65,536 wide",
+            (x[:, :1].expand(2, 65537), w[:1].expand(65537), w[:1].expand(65537), 1e-6),
+        ),
     ):
         with pytest.raises(ValueError, match=name):
             kernels.layer_norm(*arguments)
@@ -537,10 +648,21 @@ def test_layer_norm_refuses():
 
 def model_and_batch(**config):
     torch.manual_seed(0)
-    shape = dict(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.2)
-    model = StarEncoderForPreTraining(StarEncoderConfig(**shape, max_position_embeddings=32, pad_token_id=0)).to(DEVICE)
+    shape = dict(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,
+    )
+    model = StarEncoderForPreTraining(
+        StarEncoderConfig(**shape, max_position_embeddings=32, pad_token_id=0)
+    ).to(DEVICE)
     ids, masked = torch.randint(100, (33,)), torch.tensor([1, 5, 30])
-    batch = data.Batch(ids, torch.tensor([0, 20, 33], dtype=torch.int32), ids[masked], torch.tensor([0, 1]), masked)
+    batch = data.Batch(
+        ids, torch.tensor([0, 20, 33], dtype=torch.int32), ids[masked], torch.tensor([0, 1]), masked
+    )
     return model, data.Batch(*(t.to(DEVICE) for t in batch))
 
 
@@ -566,7 +688,9 @@ def test_compiled_is_eager(monkeypatch):
     monkeypatch.setenv("STARENCODER_KERNELS", "triton")
     model, batch = model_and_batch()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    compiled = torch.compile(
+        model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
+    )
     for seed in (5, 6, 2**40):
         seed = torch.tensor(seed, device=DEVICE)
         with torch._dynamo.config.patch(error_on_recompile=seed > 5):
@@ -578,10 +702,22 @@ def test_compiled_is_eager(monkeypatch):
 def test_operators_are_what_they_declare():
     """Schema, fake kernels and autograd registration, by PyTorch's own check."""
     qkv, cu_seqlens, longest = packed([3, 20], 2, 16, 0)
-    x, vector, seed = torch.randn(6, 48, device=DEVICE), torch.randn(48, device=DEVICE), torch.tensor(5, device=DEVICE)
+    x, vector, seed = (
+        torch.randn(6, 48, device=DEVICE),
+        torch.randn(48, device=DEVICE),
+        torch.tensor(5, device=DEVICE),
+    )
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(kernels.attention_op, (qkv.requires_grad_(), cu_seqlens, longest, 0.1, seed), test_utils=checks)
-    torch.library.opcheck(kernels.layer_norm_op, (x.requires_grad_(), x.detach(), vector, vector, 1e-6, 0.1, seed), test_utils=checks)
+    torch.library.opcheck(
+        kernels.attention_op,
+        (qkv.requires_grad_(), cu_seqlens, longest, 0.1, seed),
+        test_utils=checks,
+    )
+    torch.library.opcheck(
+        kernels.layer_norm_op,
+        (x.requires_grad_(), x.detach(), vector, vector, 1e-6, 0.1, seed),
+        test_utils=checks,
+    )
     torch.library.opcheck(kernels.dropout_op, (x, 0.1, seed), test_utils=checks)
 
 
@@ -593,7 +729,9 @@ def test_a_training_run_with_triton(small_corpus, tmp_path, monkeypatch):
     for backend in ("torch", "triton"):
         flags = f"--data {small_corpus} --out {tmp_path / backend} --dtype float32 --hidden-size 64 --num-attention-heads 2 --steps 4 "
         flags += "--hidden-dropout-prob 0.1 --attention-probs-dropout-prob 0.1 --batch-size 4 --eval-examples 4 --log-every 1"
-        result = command("train.py", *flags.split(), env=os.environ | {"STARENCODER_KERNELS": backend})
+        result = command(
+            "train.py", *flags.split(), env=os.environ | {"STARENCODER_KERNELS": backend}
+        )
         assert result.returncode == 0 and f"kernels: {backend}" in result.stdout, result.stderr
         with open(tmp_path / backend / "metrics.jsonl") as f:
             lines.append([json.loads(line) for line in f])
@@ -605,16 +743,38 @@ def test_a_training_run_with_triton(small_corpus, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_compiled_for_chips_that_are_not_here(tmp_path):
     """Every kernel with its own launch settings: nothing spills, shared memory fits, and Hopper's attention uses wgmma."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "STARENCODER_KERNELS")}
-    result = command("bench.py", "kernels", "--resources", "--out", str(tmp_path / "resources.json"), env=environment)
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "STARENCODER_KERNELS")
+    }
+    result = command(
+        "-m",
+        "bench",
+        "kernels",
+        "--resources",
+        "--out",
+        str(tmp_path / "resources.json"),
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "resources.json").read_text())["rows"]
-    assert len({(row["chip"], row["kernel"], row["dtype"], row["D or H"], row["dropout"]) for row in rows}) == len(rows) >= 200
+    assert (
+        len(
+            {
+                (row["chip"], row["kernel"], row["dtype"], row["D or H"], row["dropout"])
+                for row in rows
+            }
+        )
+        == len(rows)
+        >= 200
+    )
     for row in rows:
         assert row["spills (bytes)"] == 0 and row["registers"] <= 255, row
         assert row["shared (KB)"] <= {"sm_80": 163, "sm_89": 99}.get(row["chip"], 227), row
         if row["chip"] == "sm_90" and row["dtype"] != "float32":
-            assert row["wgmma"] == (row["kernel"] in ("attention_forward", "attention_backward_dk_dv", "attention_backward_dq")), row
+            assert row["wgmma"] == (
+                row["kernel"]
+                in ("attention_forward", "attention_backward_dk_dv", "attention_backward_dq")
+            ), row
 
 
 # ---- what only a GPU can show ----------------------------------------------------------------------------------------------------
@@ -623,10 +783,17 @@ def test_compiled_for_chips_that_are_not_here(tmp_path):
 def every_kernel(lengths, N, D, dtype, p):
     """Outputs and gradients of attention, LayerNorm and dropout on the same packed batch."""
     qkv, cu_seqlens, longest = packed(lengths, N, D, 1, dtype)
-    upstream, vector = torch.randn(len(qkv), N, D, device=DEVICE).to(dtype), torch.randn(N * D, device=DEVICE)
+    upstream, vector = (
+        torch.randn(len(qkv), N, D, device=DEVICE).to(dtype),
+        torch.randn(N * D, device=DEVICE),
+    )
     x = qkv[:, 0].flatten(1)
     return [
-        *with_gradients(lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=3), [qkv], upstream),
+        *with_gradients(
+            lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=3),
+            [qkv],
+            upstream,
+        ),
         *with_gradients(
             lambda x, w, b, r: kernels.layer_norm(x, w, b, 1e-6, residual=r, dropout_p=p, seed=4),
             [x, vector, vector, x],
@@ -642,14 +809,18 @@ class TestOnAGpu:
     def test_small_case_of_every_kernel(self):
         """Small enough for `compute-sanitizer python -m pytest -m gpu -k small_case`."""
         for D in (24, 64):
-            assert all(t.isfinite().all() for t in every_kernel([33, 0, 70], 2, D, torch.bfloat16, 0.1))
+            assert all(
+                t.isfinite().all() for t in every_kernel([33, 0, 70], 2, D, torch.bfloat16, 0.1)
+            )
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_a_thousand_runs_have_the_same_bits(self, dtype):
         first = every_kernel([1, 1024, 0, 77, 500], 12, 64, dtype, 0.1)
         different = torch.zeros((), dtype=torch.bool, device=DEVICE)
         for _ in range(1000):
-            for a, b in zip(first, every_kernel([1, 1024, 0, 77, 500], 12, 64, dtype, 0.1), strict=True):
+            for a, b in zip(
+                first, every_kernel([1, 1024, 0, 77, 500], 12, 64, dtype, 0.1), strict=True
+            ):
                 different |= (a != b).any()
         assert not different
 
@@ -662,7 +833,12 @@ class TestOnAGpu:
         model = StarEncoderForPreTraining(StarEncoderConfig()).to(DEVICE)
         cu_seqlens = torch.tensor([0, 1, 1025, 1325, 1402], dtype=torch.int32)
         ids, masked = torch.randint(49000, (1402,)), torch.arange(3, 1400, 7)
-        batch = data.Batch(*(t.to(DEVICE) for t in (ids, cu_seqlens, ids[masked], torch.tensor([0, 1, 1, 0]), masked)))
+        batch = data.Batch(
+            *(
+                t.to(DEVICE)
+                for t in (ids, cu_seqlens, ids[masked], torch.tensor([0, 1, 1, 0]), masked)
+            )
+        )
 
         def step(backend, dtype, model=model):
             monkeypatch.setenv("STARENCODER_KERNELS", backend)
@@ -672,8 +848,12 @@ class TestOnAGpu:
 
         loss, exact = step("torch", torch.float32)
         pytorch_loss, pytorch = step("torch", torch.bfloat16)
-        ours_loss, ours = step("triton", torch.bfloat16, torch.compile(model) if compiled else model)
+        ours_loss, ours = step(
+            "triton", torch.bfloat16, torch.compile(model) if compiled else model
+        )
         assert abs(ours_loss - loss) < 1e-2 * loss and abs(pytorch_loss - loss) < 1e-2 * loss
         assert (ours - exact).norm() <= 1.5 * (pytorch - exact).norm() < 0.2 * exact.norm()
         loss_fp32, ours_fp32 = step("triton", torch.float32)
-        assert abs(loss_fp32 - loss) < 1e-5 * loss and (ours_fp32 - exact).norm() < 1e-4 * exact.norm()
+        assert (
+            abs(loss_fp32 - loss) < 1e-5 * loss and (ours_fp32 - exact).norm() < 1e-4 * exact.norm()
+        )

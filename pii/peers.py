@@ -1,9 +1,4 @@
-"""How well a detector finds, beside the tools that one would use otherwise: detect-secrets, credsweeper and presidio's pattern recognizers.
-
-All get the same files in the same run. What a tool does not look for it is not blamed for: its scores have no row for that category. The
-kinds that a tool names are mapped to the categories here, generously: what is a password by its name is a PASSWORD, any other secret a KEY.
-detect-secrets and credsweeper report a line and a value; the entity is where that value stands in the line.
-"""
+"""TODO."""
 
 import ast
 import glob
@@ -15,12 +10,26 @@ from collections import Counter
 
 import numpy as np
 
-from data import first_line, read_json, write_whole
-from pii import evaluate, read_labelled, scores
-from pii_data import CATEGORIES
-from pii_detector import RULE_CATEGORIES, Detector, Entity
+from common.command_line import first_line
+from common.files import read_json, write_whole
+from pii.detector import Detector
+from pii.labels import CATEGORIES, Entity, read_labelled
+from pii.rules import RULE_CATEGORIES
+from pii.scores import evaluate_detector, scores
 
-PASSWORD_KINDS = ("password", "passwd", "basic auth", "secret keyword", "credential", "sql", "auth", "salt", "nonce")
+PASSWORD_KINDS = (
+    "password",
+    "passwd",
+    "basic auth",
+    "secret keyword",
+    "credential",
+    "sql",
+    "auth",
+    "salt",
+    "nonce",
+)
+
+
 PEERS = {  # the package, and the categories that it covers
     "detect-secrets": ("detect_secrets", ("KEY", "PASSWORD")),
     "credsweeper": ("credsweeper", ("KEY", "PASSWORD")),
@@ -45,7 +54,9 @@ def _at(text, line, value, category):
         return []
     column = lines[line - 1].find(value)
     begin = sum(len(other) + 1 for other in lines[: line - 1])
-    return [Entity(begin + column, begin + column + len(value), category, 1.0)] if column >= 0 else []
+    return (
+        [Entity(begin + column, begin + column + len(value), category, 1.0)] if column >= 0 else []
+    )
 
 
 def _in_files(texts, scan):
@@ -57,7 +68,9 @@ def _in_files(texts, scan):
             with open(path, "w", encoding="utf-8", newline="") as f:
                 f.write(text)
         for path, line, value, category in scan(paths):
-            found[int(os.path.basename(path)[:6])] += _at(texts[int(os.path.basename(path)[:6])], line, value, category)
+            found[int(os.path.basename(path)[:6])] += _at(
+                texts[int(os.path.basename(path)[:6])], line, value, category
+            )
     return [sorted(set(entities)) for entities in found]
 
 
@@ -99,12 +112,18 @@ def presidio(texts):
     """What presidio's pattern recognizers for addresses find; the others need a language model, or are about other things."""
     from presidio_analyzer.predefined_recognizers import EmailRecognizer, IpRecognizer
 
-    recognizers = {"EMAIL": (EmailRecognizer(), "EMAIL_ADDRESS"), "IP_ADDRESS": (IpRecognizer(), "IP_ADDRESS")}
+    recognizers = {
+        "EMAIL": (EmailRecognizer(), "EMAIL_ADDRESS"),
+        "IP_ADDRESS": (IpRecognizer(), "IP_ADDRESS"),
+    }
     found = []
     for text in texts:
         entities = []
         for category, (recognizer, name) in recognizers.items():
-            entities += [Entity(r.start, r.end, category, r.score) for r in recognizer.analyze(text, [name], None) or []]
+            entities += [
+                Entity(r.start, r.end, category, r.score)
+                for r in recognizer.analyze(text, [name], None) or []
+            ]
         found.append(sorted(entities))
     return found
 
@@ -116,14 +135,19 @@ def contenders(detector, peers):
     """{name: (find, the categories it covers)}: the rules, the model, both, and the peers that are installed."""
     found = {}
     if detector.model:
-        found["model"] = (Detector(detector.model, detector.tokenizer, False, detector.threshold).find, CATEGORIES)
+        found["model"] = (
+            Detector(detector.model, detector.tokenizer, False, detector.threshold).find,
+            CATEGORIES,
+        )
     found["rules"] = (Detector(rules=True).find, RULE_CATEGORIES)
     if detector.model:
         both = Detector(detector.model, detector.tokenizer, True, detector.threshold)
         found["model + rules"] = (both.find, CATEGORIES)
     for name, (package, covered) in PEERS.items() if peers else ():
         if importlib.util.find_spec(package) is None:
-            print(f"{name} is not installed (pip install {package.replace('_', '-')}), so it is not measured")
+            print(
+                f"{name} is not installed (pip install {package.replace('_', '-')}), so it is not measured"
+            )
         else:
             found[name] = (FIND[name], covered)
     return found
@@ -150,13 +174,17 @@ def credsweeper_samples(clone):
     documents = []
     for name in sorted(os.listdir(os.path.join(clone, "tests", "samples"))):
         try:
-            with open(os.path.join(clone, "tests", "samples", name), encoding="utf-8", newline="") as f:
+            with open(
+                os.path.join(clone, "tests", "samples", name), encoding="utf-8", newline=""
+            ) as f:
                 text = f.read()
         except (UnicodeDecodeError, IsADirectoryError):  # archives and documents
             continue
         starts = np.cumsum([0] + [len(line) + 1 for line in text.split("\n")]).tolist()
         found = [
-            (starts[line - 1] + a, starts[line - 1] + b, category) for line, a, b, category in spans.get(name, []) if line < len(starts)
+            (starts[line - 1] + a, starts[line - 1] + b, category)
+            for line, a, b, category in spans.get(name, [])
+            if line < len(starts)
         ]
         kept = []
         for span in sorted(found, key=lambda span: (span[0], -span[1])):
@@ -173,7 +201,9 @@ def detect_secrets_payloads(clone):
     and what is not written out, are left out.
     """
     found = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(clone), "tests", "plugins", "*_test.py"))):
+    for path in sorted(
+        glob.glob(os.path.join(glob.escape(clone), "tests", "plugins", "*_test.py"))
+    ):
         plugin = os.path.basename(path)
         if plugin.startswith(("ip_", "email")):
             continue
@@ -183,7 +213,11 @@ def detect_secrets_payloads(clone):
             if isinstance(node, ast.Tuple | ast.List) and len(node.elts) == 2:
                 payload, flag = (getattr(part, "value", None) for part in node.elts)
                 if isinstance(payload, str) and isinstance(flag, bool) and payload.strip():
-                    found[payload] = (payload, flag, "PASSWORD" if plugin.startswith(("keyword", "basic_auth")) else "KEY")
+                    found[payload] = (
+                        payload,
+                        flag,
+                        "PASSWORD" if plugin.startswith(("keyword", "basic_auth")) else "KEY",
+                    )
     return list(found.values())
 
 
@@ -198,7 +232,7 @@ def flagged(find, payloads, at_once):
     return scores({category: [*n, n[0], n[0]] for category, n in counts.items()})
 
 
-def run(detector, path, peers=False, out=None):
+def compare(detector, path, peers=False, out=None):
     """Measures on labelled documents, or on the samples in a clone of CredSweeper or detect-secrets; the details go to `out`.
 
     Returns a table for people: precision, recall and F1 by category, of exact and of overlapping spans.
@@ -212,19 +246,29 @@ def run(detector, path, peers=False, out=None):
         elif os.path.exists(os.path.join(path, "tests", "data", "output.json")):
             documents = credsweeper_samples(path)
         elif not (payloads := detect_secrets_payloads(path)):
-            raise ValueError(f"{path}: give labelled documents, or a clone of CredSweeper or detect-secrets")
+            raise ValueError(
+                f"{path}: give labelled documents, or a clone of CredSweeper or detect-secrets"
+            )
     except (TypeError, KeyError, SyntaxError) as error:
-        raise ValueError(f"{path}: not the tests of CredSweeper or detect-secrets as they are known here ({first_line(error)})") from None
+        raise ValueError(
+            f"{path}: not the tests of CredSweeper or detect-secrets as they are known here ({first_line(error)})"
+        ) from None
     for reason, n in skipped.items():
         print(f"left out: {n:,} {reason}")
     for name, (find, covered) in contenders(detector, peers).items():
         at_once = len(documents) + len(payloads) if name in PEERS else 64
-        table = flagged(find, payloads, at_once) if payloads else evaluate(find, documents, at_once=at_once, description=name)
+        table = (
+            flagged(find, payloads, at_once)
+            if payloads
+            else evaluate_detector(find, documents, at_once=at_once, description=name)
+        )
         labelled = [category for category in CATEGORIES if table.get(category, {}).get("support")]
         results[name] = {category: table[category] for category in labelled if category in covered}
         rows = list(results[name].values())
         if len(covered) == len(CATEGORIES) and len(rows) > 1:
-            results[name]["macro"] = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+            results[name]["macro"] = {
+                key: float(np.mean([row[key] for row in rows])) for key in rows[0]
+            }
     if out:
         facts = {
             "data": os.path.basename(os.path.normpath(path)),
@@ -238,13 +282,32 @@ def run(detector, path, peers=False, out=None):
 
 def tables(results, ways):
     """Markdown, in percent: a row for each contender, a column for each category; of exact spans, and of overlapping ones."""
-    columns, text = [name for name in (*CATEGORIES, "macro") if any(name in table for table in results.values())], ""
+    columns, text = (
+        [
+            name
+            for name in (*CATEGORIES, "macro")
+            if any(name in table for table in results.values())
+        ],
+        "",
+    )
     for way, title in ways.items():
-        text += f"\n| {title}: P / R / F1 | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1) + "\n"
+        text += (
+            f"\n| {title}: P / R / F1 | "
+            + " | ".join(columns)
+            + " |\n|"
+            + "---|" * (len(columns) + 1)
+            + "\n"
+        )
         for name, table in results.items():
             cells = []
             for category in columns:
                 row = table.get(category)
-                cells.append(" / ".join(f"{100 * row[way + key]:.1f}" for key in ("precision", "recall", "f1")) if row else "-")
+                cells.append(
+                    " / ".join(
+                        f"{100 * row[way + key]:.1f}" for key in ("precision", "recall", "f1")
+                    )
+                    if row
+                    else "-"
+                )
             text += f"| {name} | " + " | ".join(cells) + " |\n"
     return text

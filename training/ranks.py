@@ -1,7 +1,4 @@
-"""The processes of a run: which of them this is, what they agree on, and how they end together.
-
-torchrun (or any launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts them; without it there is one.
-"""
+"""TODO."""
 
 import contextlib
 import os
@@ -16,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from data import first_line, program
+from common.command_line import first_line, program_name
 
 GRACE = 5  # seconds that the ranks which are left have to answer
 
@@ -28,7 +25,9 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
-    control: object = None  # a gloo group: small sums on the CPU, for which no GPU has to be waited for
+    control: object = (
+        None  # a gloo group: small sums on the CPU, for which no GPU has to be waited for
+    )
 
     timeout: float = 600  # seconds
 
@@ -46,23 +45,36 @@ class Ranks:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
         values = [os.environ.get(name, "") for name in names]
         if not all(value.isdecimal() for value in values[:4]) or not values[4]:
-            raise ValueError(f"RANK is set: then {', '.join(names)} must all be, as torchrun does, not {', '.join(map(repr, values))}")
+            raise ValueError(
+                f"RANK is set: then {', '.join(names)} must all be, as torchrun does, not {', '.join(map(repr, values))}"
+            )
         rank, local_rank, world_size, port = map(int, values[:4])
         if device == "cuda" and local_rank >= torch.cuda.device_count():
-            raise ValueError(f"rank {rank} has no GPU: it is number {local_rank + 1} on a machine with {torch.cuda.device_count()}")
+            raise ValueError(
+                f"rank {rank} has no GPU: it is number {local_rank + 1} on a machine with {torch.cuda.device_count()}"
+            )
         device = torch.device(device, local_rank if device == "cuda" else None)
         patience = timedelta(seconds=timeout)
         try:
-            store = _meet(values[4], port, rank, world_size, timeout)
+            store = meet(values[4], port, rank, world_size, timeout)
             if device.type == "cuda":
-                torch.cuda.set_device(device)  # NCCL's own patience is longer: `wait` ends with a sentence, NCCL with a page
-                backend = dict(backend="nccl", device_id=device, timeout=2 * patience + timedelta(minutes=1))
+                torch.cuda.set_device(
+                    device
+                )  # NCCL's own patience is longer: `wait` ends with a sentence, NCCL with a page
+                backend = dict(
+                    backend="nccl", device_id=device, timeout=2 * patience + timedelta(minutes=1)
+                )
             else:
                 backend = dict(backend="gloo", timeout=patience)
             dist.init_process_group(store=store, rank=rank, world_size=world_size, **backend)
-            return cls(rank, world_size, device, dist.new_group(backend="gloo", timeout=patience), timeout)
+            return cls(
+                rank, world_size, device, dist.new_group(backend="gloo", timeout=patience), timeout
+            )
         except RuntimeError as error:
-            print(f"{program()}: error: the ranks did not find each other at {values[4]}:{port} ({first_line(error)})", file=sys.stderr)
+            print(
+                f"{program_name()}: error: the ranks did not find each other at {values[4]}:{port} ({first_line(error)})",
+                file=sys.stderr,
+            )
             raise SystemExit(1) from None
 
     def wait(self):
@@ -91,7 +103,9 @@ class Ranks:
             yield
         except (ValueError, OSError) as error:
             failure = error
-        failed = self.sum([float(rank == self.rank and failure is not None) for rank in range(self.world_size)])
+        failed = self.sum(
+            [float(rank == self.rank and failure is not None) for rank in range(self.world_size)]
+        )
         if any(failed):
             raise failure if failed.index(1.0) == self.rank else SystemExit(2)
 
@@ -106,19 +120,27 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or not re.search("gloo|nccl|peer|socket|connection|timed out", str(error), re.IGNORECASE):
+            if self.world_size == 1 or not re.search(
+                "gloo|nccl|peer|socket|connection|timed out", str(error), re.IGNORECASE
+            ):
                 raise
             missing = self._missing(told)
             if missing is not None:
                 names = ", ".join(map(str, missing))
-                who = f"rank {names} of {self.world_size} is gone" if missing else "the ranks lost each other"
+                who = (
+                    f"rank {names} of {self.world_size} is gone"
+                    if missing
+                    else "the ranks lost each other"
+                )
                 words = f"{who} ({first_line(error)}); the same command goes on from the last checkpoint"
-                print(f"{program()}: error: {words}", file=sys.stderr, flush=True)
+                print(f"{program_name()}: error: {words}", file=sys.stderr, flush=True)
             os._exit(1)  # at once: what NCCL waits for will never come
         finally:
             over.set()
             if self.world_size > 1:
-                answering.join(GRACE)  # Python aborts where its end finds a thread inside of the store
+                answering.join(
+                    GRACE
+                )  # Python aborts where its end finds a thread inside of the store
 
     def _answer(self, told, over):
         """Marks this process as alive when another rank has noticed a death, and sets `told`: a thread of its own, as the main one may
@@ -147,18 +169,22 @@ class Ranks:
                 return None
             time.sleep(GRACE)
             return [rank for rank in range(self.world_size) if not store.check([f"alive {rank}"])]
-        except RuntimeError:  # the store is gone with the rank that held it; then one or two speak for each machine
+        except (
+            RuntimeError
+        ):  # the store is gone with the rank that held it; then one or two speak for each machine
             return [0] if os.environ.get("LOCAL_RANK", "0") in ("0", "1") else None
 
 
-def _meet(address, port, rank, world_size, timeout):
+def meet(address, port, rank, world_size, timeout):
     """A store in which the ranks of this start, and none of an earlier one, find each other. Raises RuntimeError where some do not come.
 
     torchrun's agent keeps one store over all restarts, and in it the addresses of ranks that are dead: who believes those hangs. Agents do
     not agree on the number of restarts, either. So each rank calls under a name of its own, and the first answers all with one prefix.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    keeper = dict(is_master=rank == 0 and not agents, wait_for_workers=False, multi_tenant=not agents)
+    keeper = dict(
+        is_master=rank == 0 and not agents, wait_for_workers=False, multi_tenant=not agents
+    )
     store = dist.TCPStore(address, port, world_size, timeout=timedelta(seconds=timeout), **keeper)
     me = uuid.uuid4().hex
     store.set(f"call {rank}", me)
@@ -169,7 +195,9 @@ def _meet(address, port, rank, world_size, timeout):
     missing, deadline = set(range(1, world_size)), time.monotonic() + timeout
     while missing:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} of {world_size} did not come in {timeout} s")
+            raise RuntimeError(
+                f"rank {', '.join(map(str, sorted(missing)))} of {world_size} did not come in {timeout} s"
+            )
         for other in [other for other in missing if store.check([f"call {other}"])]:
             store.set("answer " + store.get(f"call {other}").decode(), me)
             if store.check([f"{me} {other}"]):

@@ -1,39 +1,13 @@
-"""Training data for a PII detector: real code, into which personal data and secrets are written where they really occur. It is synthetic.
+"""TODO."""
 
-    python pii.py synthesize [SOURCE...] --out DIR        DIR/train.jsonl, validation.jsonl, test.jsonl
-
-The annotated set that StarPII was trained on may not be redistributed, so here labels are made by construction: excerpts of real files get
-author lines, addresses, keys, passwords and so on, whose values are drawn from the `faker` library and from the formats of real keys, and
-as many things that only look like them: hashes, version numbers, placeholders, public keys, images, loopback addresses. A line that
-mentions an author or an address before is left out of the excerpt. A model is tested on files, values *and* templates (but for some
-forms that two of them share) that it has never seen; all the same, what it reaches here says how well it knows these templates' kin, not
-how well it would do on your repository.
-
-A line of JSON is a document, as in the annotated set: its `text`, and `fragments` with `category`, `position` (start and end in characters)
-and `value`.
-
-References: Li et al., StarCoder, 2023, section 4 (the categories); Allal et al., SantaCoder, 2023, section 4.1.
-"""
-
-import base64
 import hashlib
-import ipaddress
-import json
-import os
-import random
 import re
 import string
-import sysconfig
-import uuid
-from collections import Counter
 
-from tqdm import tqdm
+from pii.labels import CATEGORIES
 
-from corpus import documents, text_of
-from data import write_whole
-
-CATEGORIES = ("NAME", "EMAIL", "KEY", "PASSWORD", "IP_ADDRESS", "USERNAME")
 SPLITS = {"train": 0.75, "validation": 0.05, "test": 0.2}  # of files, templates and values alike
+
 
 # Each line is a template: [[a|b]] is a choice, {NAME} an entity, {lowercase} something harmless, {{ a brace, \n a new line, {c} the sign
 # that begins a comment.
@@ -86,6 +60,7 @@ COMMENTS = r"""
 {c} use {KEY} as the token [[for now|in staging]]
 {c} {ident} needs {KEY}
 """
+
 
 CODE = r"""
 __author__ = "{NAME}"
@@ -191,6 +166,7 @@ nameserver {IP_ADDRESS}
 allow {IP_ADDRESS}/[[24|32|16]];
 """
 
+
 DATA = r"""
 [[username|user|login]]: {USERNAME}\n[[password|passwd|pass]]: {PASSWORD}
 [[DB_USER|POSTGRES_USER]]={USERNAME}\n[[DB_PASSWORD|POSTGRES_PASSWORD|DB_PASS]]={PASSWORD}\nDB_HOST={IP_ADDRESS}
@@ -269,6 +245,7 @@ server {{\n  listen {IP_ADDRESS}:{port};\n  server_name {host};\n}}
 ssh-rsa {public} {USERNAME}@{word}
 dn: uid={USERNAME},ou=people\ncn: {NAME}\nmail: {EMAIL}
 """
+
 
 HARMLESS = r"""
 {c} version {quad} of {ident}
@@ -352,6 +329,7 @@ def [[set_password|check_token|get_key]]({ident}, {word}):
 token = {ident}.next_token("{word}")
 """
 
+
 # Assignments: each kind of value under each name in each style is a template of its own.
 NAMES = {
     "NAME": "name full_name author customer owner contact_name display_name recipient employee assignee signed_by reviewer patient manager",
@@ -372,9 +350,13 @@ NAMES = {
     "words": "description message comment summary help hint reason",
     "ident": "key field column table type kind sort_key primary_key token_type password_field user_role",
 }
+
+
 NAMES |= {fake: NAMES[like] for fake, like in [
     ("fake_password", "PASSWORD"), ("fake_key", "KEY"), ("fake_email", "EMAIL"), ("fake_user", "USERNAME"), ("local", "IP_ADDRESS")
 ]}  # fmt: skip
+
+
 STYLES = r"""
 {snake} = "{value}"
 {snake} = '{value}'
@@ -412,6 +394,7 @@ if {snake} == "{value}":
 ?{snake}={value}&{word}={number}
 """
 
+
 # The same in prose: what leads to a value, and around it. {lead} is one of these.
 LEADS = {
     "NAME": """written by|author|thanks to|reviewed by|maintained by|contributed by|suggested by|copyright {year}|reported by|designed by|
@@ -432,7 +415,16 @@ LEADS = {
     "words": "note|returns|the user|the password|the key|the address|user|password|token|author|by|see|mail|name|host|contact|by default",
     "ident": "see|calls|user|key|password|token|by|from|the|returns|sets|name|login|owner|host|email|cc",
 }
-LEADS |= {"local": LEADS["IP_ADDRESS"], "fake_email": LEADS["EMAIL"], "fake_password": LEADS["PASSWORD"], "fake_user": LEADS["USERNAME"]}
+
+
+LEADS |= {
+    "local": LEADS["IP_ADDRESS"],
+    "fake_email": LEADS["EMAIL"],
+    "fake_password": LEADS["PASSWORD"],
+    "fake_user": LEADS["USERNAME"],
+}
+
+
 PROSE = r"""
 {c} {lead} {value}
 {c} {lead}: {value}
@@ -459,11 +451,14 @@ log.info("{Lead} {value}, {words}")
 {words}\n{Lead} {value}\n{words}
 """
 
+
 # Rows of tables and lists; {} are the fields, of which there may be more than two.
 FIELDS = """NAME EMAIL|USERNAME EMAIL|NAME USERNAME EMAIL|USERNAME IP_ADDRESS|IP_ADDRESS USERNAME|USERNAME PASSWORD|EMAIL PASSWORD|
 NAME date|number NAME|USERNAME date|number USERNAME|date USERNAME IP_ADDRESS|USERNAME NAME|NAME NAME|USERNAME USERNAME USERNAME|EMAIL EMAIL|
 IP_ADDRESS IP_ADDRESS|word IP_ADDRESS|word KEY|USERNAME KEY|number word|word word word|version hash|ident number|date version|word title|
 quad date|uuid word|title number"""
+
+
 ROWS = r"""
 | {} | {} |
 |{}|{}|
@@ -482,56 +477,6 @@ ROWS = r"""
 {c} {}, {}
 """
 
-LOCALES = """en_US en_GB en_IN en_US de_DE fr_FR es_ES it_IT nl_NL pt_BR pl_PL cs_CZ sv_SE da_DK fi_FI no_NO hu_HU ro_RO tr_TR hr_HR id_ID
-vi_VN es_MX fr_CA ru_RU uk_UA el_GR zh_CN ja_JP ko_KR""".split()
-MAILERS = "gmail.com yahoo.com hotmail.com outlook.com gmx.de web.de mail.ru protonmail.com 163.com qq.com icloud.com free.fr".split()
-FAKE = {
-    "fake_password": """password changeme your_password ******** xxxxxxxx <password> ${PASSWORD} secret test 123456 CHANGE_ME none example
-                        yourpassword {{password}} %(password)s passw0rd hunter2 foobar""".split(),
-    "fake_key": """your-api-key YOUR_API_KEY <token> xxxxxxxxxxxxxxxx abc123 INSERT_KEY_HERE ${TOKEN} {{api_key}} dummy test-token
-                   ...""".split(),
-    "fake_email": """user@example.com john@example.org name@domain.com you@example.net foo@bar.com noreply@example.com email@example.com
-                     test@test.com someone@localhost me@example.co.uk""".split(),
-    "fake_user": "user username root admin test guest postgres anonymous nobody default".split(),
-}
-NOT_GLOBAL = [
-    "127.0.0.1",
-    "0.0.0.0",
-    "::1",
-    "localhost",
-    "255.255.255.0",
-    "10.0.0.1",
-    "192.168.0.1",
-    "192.168.1.10",
-    "172.16.0.5",
-    "10.1.2.3",
-]
-COMMENT_SIGNS = {
-    "//": """c cpp c-sharp java javascript typescript go rust scala kotlin swift dart php groovy solidity systemverilog verilog cuda glsl
-             protocol-buffer zig thrift f-sharp stan""".split(),
-    "--": "sql haskell lua ada elm vhdl agda idris applescript".split(),
-    "%": "tex erlang prolog matlab".split(),
-    ";;": "common-lisp clojure scheme racket emacs-lisp".split(),
-    "<!--": "html xslt markdown java-server-pages".split(),
-    "'": ["visual-basic"],
-}
-COMMENT_SIGN = {language: sign for sign, languages in COMMENT_SIGNS.items() for language in languages}
-# Lines of real files that may hold personal data already, which nobody has labelled.
-PERSONAL = re.compile(
-    r"author|copyright|\(c\)|written by|contribut|maintain|thanks|credit|[\w.]@\w|patch by|bug report|\b[A-Z][a-z]+ [A-Z][a-z]+\b|"
-    r"password|passwd|secret|token|api.?key|\d+\.\d+\.\d+\.\d+|/home/|github\.com/|-----BEGIN|[A-Za-z0-9+/]{40}",
-    re.IGNORECASE,
-)
-
-
-def is_public(address):
-    """Whether a text is an IPv4 or IPv6 address that belongs to somebody: none of a private network, of this machine, or of many."""
-    try:
-        address = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return address.is_global and not address.is_multicast
-
 
 def split_of(value):
     """The split in which a value, a template or a file may appear, by its hash."""
@@ -541,184 +486,6 @@ def split_of(value):
         if share < 0:
             return split
     return split
-
-
-class Values:
-    """Draws the values of one split. generator: a random.Random."""
-
-    def __init__(self, split, generator):
-        import faker  # takes a second
-
-        self.split, self.random = split, generator
-        self.faker = {locale: faker.Faker(locale, use_weighting=False) for locale in dict.fromkeys(LOCALES)}
-        for fake in self.faker.values():
-            fake.seed_instance(generator.getrandbits(64))
-
-    def draw(self, kind):
-        """A value of a category, or of something harmless (lowercase). Values of a category are those of this split alone."""
-        while True:
-            value = getattr(self, kind)()
-            if kind not in CATEGORIES or split_of(value) == self.split:
-                return value
-
-    def some(self, alphabet, low, high=None):
-        """A random string of low to high letters of an alphabet."""
-        return "".join(self.random.choices(alphabet, k=self.random.randint(low, high or low)))
-
-    # -- entities --
-
-    def NAME(self):
-        """A person's, from one of LOCALES."""
-        locale = self.random.choice(LOCALES)
-        fake = self.faker[locale]
-        if locale in ("zh_CN", "ja_JP", "ko_KR"):
-            return fake.name()
-        first, last = fake.first_name(), fake.last_name()
-        middle = self.random.choice(["", "", "", f" {self.random.choice(string.ascii_uppercase)}."])
-        return f"{first}{middle} {last}"
-
-    def USERNAME(self):
-        """A login name."""
-        fake, random = self.faker[self.random.choice(LOCALES[:20])], self.random
-        name = fake.user_name()
-        ways = [name, name, f"{name}{random.randint(1, 99)}", f"{name[0]}_{name[1:]}", f"{fake.word()}-{name}".lower(), name.capitalize()]
-        return re.sub(r"[^\w-]", "", random.choice(ways))
-
-    def EMAIL(self):
-        """An address that is no example."""
-        fake, random = self.faker[self.random.choice(LOCALES[:20])], self.random
-        name = random.choice([fake.user_name(), f"{fake.user_name()}.{fake.user_name()}", f"{fake.user_name()}+{random.randint(1, 99)}"])
-        domain = random.choice([random.choice(MAILERS), fake.domain_name(), f"{fake.domain_word()}.{random.choice(['edu', 'org', 'io'])}"])
-        return f"{re.sub(r'[^A-Za-z0-9.+_-]', '', name)}@{domain.encode('ascii', 'ignore').decode()}"
-
-    def IP_ADDRESS(self):
-        """A public IPv4 or IPv6 address."""
-        while True:
-            if self.random.random() < 0.75:
-                address = ipaddress.IPv4Address(self.random.getrandbits(32))
-            else:
-                address = ipaddress.IPv6Address(
-                    (0x2000 + self.random.getrandbits(12) << 112) + self.random.getrandbits(self.random.choice([16, 64, 112]))
-                )
-            if is_public(str(address)):
-                return str(address)
-
-    def PASSWORD(self):
-        """As people choose them, and as programs do."""
-        random, words = self.random, self.faker["en_US"]
-        word = lambda: random.choice([str.lower, str.capitalize, str.lower])(
-            random.choice([words.word, words.first_name, words.city])().replace(" ", "")
-        )
-        way = random.randrange(5)
-        if way == 0:
-            return self.some(string.ascii_letters + string.digits + "!#$%^&*-_=+.?", 8, 20)
-        if way == 1:
-            return self.some(string.ascii_letters + string.digits, 8, 16)
-        if way == 2:
-            return f"{word()}{random.randint(1, 9999)}{random.choice(['', '!', '#', '$'])}"
-        if way == 3:
-            return random.choice(["-", "_", "", "."]).join([word(), word(), str(random.randint(1, 99))])
-        return f"{word()}{random.choice('!@#$%&*')}{random.randint(1, 9999)}"
-
-    def KEY(self):
-        """In the formats of some twenty services, or without one."""
-        some, digits, letters, hexadecimal = self.some, string.digits, string.ascii_letters + string.digits, "0123456789abcdef"
-        upper, url, base = string.ascii_uppercase + digits, letters + "-_", letters + "+/"
-        jwt = lambda part: base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=")
-        return self.random.choice([
-            lambda: self.random.choice(["AKIA", "ASIA"]) + some(upper, 16),
-            lambda: some(base, 40),
-            lambda: self.random.choice(["ghp_", "gho_", "ghs_"]) + some(letters, 36),
-            lambda: "github_pat_" + some(letters, 22) + "_" + some(letters, 59),
-            lambda: "glpat-" + some(url, 20),
-            lambda: "AIza" + some(url, 35),
-            lambda: self.random.choice(["xoxb-", "xoxp-"]) + some(digits, 12) + "-" + some(digits, 12) + "-" + some(letters, 24),
-            lambda: "https://hooks.slack.com/services/T" + some(upper, 8) + "/B" + some(upper, 8) + "/" + some(letters, 24),
-            lambda: self.random.choice(["sk_live_", "rk_live_", "sk_test_"]) + some(letters, 24),
-            lambda: "SG." + some(url, 22) + "." + some(url, 43),
-            lambda: "SK" + some(hexadecimal, 32),
-            lambda: "npm_" + some(letters, 36),
-            lambda: "pypi-AgEIcHlwaS5vcmc" + some(url, 60, 100),
-            lambda: "dop_v1_" + some(hexadecimal, 64),
-            lambda: "sk-" + some(letters, 48),
-            lambda: "key-" + some(hexadecimal, 32),
-            lambda: some(digits, 9) + ":AA" + some(url, 33),
-            lambda: ".".join([jwt({"alg": "HS256", "typ": "JWT"}), jwt({"sub": some(letters, 9), "iat": 1_600_000_000}), some(url, 43)]),
-            lambda: some(base, 86) + "==",
-            lambda: some(hexadecimal, self.random.choice([32, 40, 64])),
-            lambda: some(letters, 20, 44),
-            lambda: some(url, 24, 48),
-        ])()  # fmt: skip
-
-    def private_key(self):
-        """What lies between the lines of a PEM file."""
-        return "\n".join(self.some(string.ascii_letters + string.digits + "+/", 64) for _ in range(self.random.randint(3, 12)))
-
-    # -- what is harmless --
-
-    def word(self):
-        """From a dictionary of English."""
-        return self.faker["en_US"].word()
-
-    def Word(self):
-        """One that begins with a capital."""
-        return self.word().capitalize()
-
-    def WORD(self):
-        """In capitals."""
-        return self.word().upper()
-
-    def title(self):
-        """Two words that begin with capitals."""
-        return f"{self.Word()} {self.Word()}"
-
-    def words(self):
-        """A phrase."""
-        return " ".join(self.word() for _ in range(self.random.randint(2, 7)))
-
-    def ident(self):
-        """An identifier."""
-        parts = [self.word() for _ in range(self.random.randint(1, 3))]
-        return self.random.choice(["_".join(parts), parts[0] + "".join(p.capitalize() for p in parts[1:])])
-
-    def host(self):
-        """A host's name."""
-        return f"{self.word()}.{self.random.choice(['internal', 'local', f'{self.word()}.com', f'{self.word()}.io'])}"
-
-    def base64(self):
-        """Of what nobody reads."""
-        return self.some(string.ascii_letters + string.digits + "+/", 60, 300)
-
-    def public(self):
-        """A public key or a certificate."""
-        return "AAAAB3NzaC1yc2EAAAADAQAB" + self.some(string.ascii_letters + string.digits + "+/", 100, 300)
-
-    def local(self):
-        """An address of no one in particular."""
-        return self.random.choice(NOT_GLOBAL)
-
-    def uuid(self):
-        """A UUID."""
-        return str(uuid.UUID(int=self.random.getrandbits(128), version=4))
-
-    def __getattr__(self, kind):
-        random, digits = self.random, lambda n: self.some("0123456789abcdef", n)
-        simple = {
-            "number": lambda: str(random.randint(1, 9999)), "port": lambda: str(random.randint(80, 65535)),
-            "year": lambda: str(random.randint(1985, 2025)), "month": lambda: random.choice("January March June August October".split()),
-            "date": lambda: f"{random.randint(1990, 2025)}-{random.randint(1, 12):02}-{random.randint(1, 28):02}",
-            "time": lambda: f"{random.randint(0, 23):02}:{random.randint(0, 59):02}:{random.randint(0, 59):02}",
-            "version": lambda: ".".join(str(random.randint(0, 20)) for _ in range(3)),
-            "quad": lambda: ".".join(str(random.randint(0, 20)) for _ in range(4)),
-            "md5": lambda: digits(32), "sha1": lambda: digits(40), "sha256": lambda: digits(64),
-            "hexnumber": lambda: "0x" + digits(random.choice([8, 16, 32])),
-            "hash": lambda: digits(random.choice([32, 40, 64])), "kind": lambda: random.choice(["", " RSA", " EC", " OPENSSH"]),
-        }  # fmt: skip
-        if kind in FAKE:
-            return lambda: random.choice(FAKE[kind])
-        if kind in simple:
-            return simple[kind]
-        raise AttributeError(kind)
 
 
 def templates(split):
@@ -739,7 +506,12 @@ def templates(split):
         of_kind = []
         for name in names.split():
             first, *rest = name.split("_")
-            cases = {"snake": name, "UPPER": name.upper(), "kebab": name.replace("_", "-"), "camel": first + "".join(map(str.title, rest))}
+            cases = {
+                "snake": name,
+                "UPPER": name.upper(),
+                "kebab": name.replace("_", "-"),
+                "camel": first + "".join(map(str.title, rest)),
+            }
             for style in STYLES.strip("\n").split("\n"):
                 template = style.replace("{value}", f"{{{kind}}}")
                 for case, spelled in cases.items():
@@ -757,7 +529,11 @@ def templates(split):
         of_kind = []
         for lead in re.split(r"\|\s*", leads):
             for around in PROSE.strip("\n").split("\n"):
-                template = around.replace("{lead}", lead).replace("{Lead}", lead[0].upper() + lead[1:]).replace("{value}", f"{{{kind}}}")
+                template = (
+                    around.replace("{lead}", lead)
+                    .replace("{Lead}", lead[0].upper() + lead[1:])
+                    .replace("{value}", f"{{{kind}}}")
+                )
                 of_kind += [template] * in_split(template)
         found["assignments"].append(of_kind)
     return found
@@ -766,13 +542,19 @@ def templates(split):
 def render(template, values, sign="#"):
     """(text, [(category, start, end), ...]) of a template."""
     while choice := re.search(r"\[\[(.*?)\]\]", template):
-        template = template[: choice.start()] + values.random.choice(choice[1].split("|")) + template[choice.end() :]
+        template = (
+            template[: choice.start()]
+            + values.random.choice(choice[1].split("|"))
+            + template[choice.end() :]
+        )
     if template.startswith("-----BEGIN{kind} PRIVATE"):
         kind = values.draw("kind")
         text = f"-----BEGIN{kind} PRIVATE KEY-----\n{values.private_key()}\n-----END{kind} PRIVATE KEY-----"
         return text, [("KEY", 0, len(text))]
     text, found = "", []
-    for literal, kind, *_ in string.Formatter().parse(template.replace(r"\n", "\n").replace(r"\t", "\t")):
+    for literal, kind, *_ in string.Formatter().parse(
+        template.replace(r"\n", "\n").replace(r"\t", "\t")
+    ):
         text += literal
         if kind is not None:
             value = sign if kind == "c" else values.draw(kind)
@@ -780,68 +562,3 @@ def render(template, values, sign="#"):
                 found.append((kind, len(text), len(text) + len(value)))
             text += value
     return text + (" -->" if sign == "<!--" and template.startswith("{c}") else ""), found
-
-
-def excerpt(text, generator):
-    """Some neighbouring lines of a real file, without those that may hold personal data."""
-    lines = text.split("\n")
-    size = generator.randint(4, 24)
-    begin = generator.randrange(max(1, len(lines) - size))
-    return [line for line in lines[begin : begin + size] if len(line) < 200 and not PERSONAL.search(line)]
-
-
-def compose(host, language, values, groups):
-    """A document: an excerpt with some templates rendered into it, or, one time in four, templates alone."""
-    random, sign = values.random, COMMENT_SIGN.get(language, "#")
-    lines = excerpt(host, random) if random.random() < 0.75 else []
-    for _ in range(random.randint(2, 7)):
-        group = random.choice(["comments", "code", "data", "harmless", "harmless", "assignments", "assignments", "assignments"])
-        kind = groups[group] if group != "assignments" else random.choice(groups[group])
-        lines.insert(random.randint(0, len(lines)), (random.choice(kind), group))
-    text, fragments, indent = "", [], ""
-    for line in lines:
-        if isinstance(line, str):
-            indent = line[: len(line) - len(line.lstrip())] if line.strip() else indent
-            text += line + "\n"
-            continue
-        template, group = line
-        rendered, found = render(template, values, sign)
-        begin = len(text) + (len(indent) if group != "data" else 0)
-        text += (indent if group != "data" else "") + rendered + "\n"
-        fragments += [{"category": c, "position": [begin + a, begin + b], "value": rendered[a:b]} for c, a, b in found]
-    return {"text": text, "fragments": fragments}
-
-
-def synthesize(sources, out, count=16_000, seed=0):
-    """Writes `out`/train.jsonl, validation.jsonl and test.jsonl with `count` documents made from the files of `sources`, as `corpus` reads
-    them; without any, of the standard library of the running Python.
-
-    Returns {split: documents}. Raises ValueError for sources without files, and for an `out` that holds such files already."""
-    sources = sources or [sysconfig.get_paths()["stdlib"]]
-    paths = {split: os.path.join(out, f"{split}.jsonl") for split in SPLITS}
-    for path in paths.values():
-        if os.path.exists(path):
-            raise ValueError(f"{path}: exists already; choose another directory or remove it")
-    hosts = {split: [] for split in SPLITS}
-    for _, _, document in documents(sources, Counter(), description="reading"):
-        pieces, reason = text_of(document)
-        if not reason and len(pieces) == 1 and not pieces[0][0]:
-            hosts[split_of(pieces[0][1])].append((pieces[0][1], document.language))
-        if sum(map(len, hosts.values())) >= 20_000:
-            break
-    if not all(hosts.values()):
-        raise ValueError(f"too few files in {', '.join(sources)}: train, validation and test need some each")
-    if not all(round(count * part) for part in SPLITS.values()):
-        raise ValueError(f"{count} documents are too few: train, validation and test need some each")
-    made = {}
-    for split, part in SPLITS.items():
-        values, groups = Values(split, random.Random(f"{seed} {split}")), templates(split)
-        lines = []
-        for _ in tqdm(range(round(count * part)), desc=f"writing {split}", unit=" documents"):
-            host, language = values.random.choice(hosts[split])
-            lines.append(json.dumps(compose(host, language, values, groups)))
-        made[split] = lines
-    os.makedirs(out, exist_ok=True)
-    for split, lines in made.items():
-        write_whole(paths[split], "\n".join(lines) + "\n")
-    return {split: len(lines) for split, lines in made.items()}

@@ -1,12 +1,4 @@
-"""What a run costs, before it is paid for: FLOPs, memory, communication and time, from the shape of the model alone.
-
-    FLOPs    6 for each weight of a matrix and token (2 forward, 4 backward), 12 L H for a token's attention in a layer of length L
-    memory   fp32 weights, gradients and both moments of AdamW, a bf16 copy of the weights, and what the backward pass needs of each token
-    traffic  a ring all-reduce sends and receives 2 (n - 1) / n of the gradient on each of n GPUs
-    time     FLOPs / (MFU x peak): model FLOPs utilization as in Chowdhery et al., PaLM, 2022, appendix B
-
-`train.py --plan` prints them; `train.py` shows its MFU by the same formula. Tests hold the counts to what PyTorch itself counts.
-"""
+"""TODO."""
 
 import re
 
@@ -33,8 +25,14 @@ GPUS = {
     "L40S": (362e12, 48e9, 32e9),
     "RTX 4090": (165e12, 24e9, 32e9),
 }
+
+
 NETWORK = 25e9  # bytes/s of each GPU to other machines: 200 Gbit/s InfiniBand, as in the published run's kind of cluster
+
+
 GPUS_PER_MACHINE = 8
+
+
 MASKED = 0.15  # share of the tokens that are predicted
 
 
@@ -57,7 +55,11 @@ def model_flops(config, lengths, masked):
     As they are computed here: the head on the masked positions only, and in the last layer nothing but the attention on others than
     those and the sequences' first. Elementwise work and recomputation are not counted.
     """
-    H, layers, lengths = config.hidden_size, config.num_hidden_layers, np.asarray(lengths, np.float64)
+    H, layers, lengths = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        np.asarray(lengths, np.float64),
+    )
     tokens, rows = lengths.sum(), masked + len(lengths)
     after_attention = H * H + 2 * H * config.intermediate_size  # weights of a layer
     linear = 6 * (layers * 3 * H * H * tokens + after_attention * ((layers - 1) * tokens + rows))
@@ -83,7 +85,9 @@ def step_memory(config, tokens, sequences, masked):
     # of the attention's last matrix and the LayerNorm of that, the input and output of GELU, the output of the feed-forward layer.
     attention, after = 5 * H, 3 * H + 2 * config.intermediate_size
     kept = 2 * (attention * layers * tokens + after * ((layers - 1) * tokens + rows) + 2 * H * rows)
-    kept += 4 * (config.num_attention_heads + 2) * layers * tokens  # log-sum-exp; mean and 1 / deviation
+    kept += (
+        4 * (config.num_attention_heads + 2) * layers * tokens
+    )  # log-sum-exp; mean and 1 / deviation
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
@@ -115,7 +119,9 @@ def describe(config, gpus, name, steps, batch_size, micro_batch_size, max_length
     pairs = -(-batch_size // gpus)  # of a GPU and step
     micro_batch = min(micro_batch_size, pairs)
     tokens, parameters = batch_size * max_length, count_parameters(config)
-    parts = step_memory(config, micro_batch * max_length, micro_batch, round(MASKED * micro_batch * max_length))
+    parts = step_memory(
+        config, micro_batch * max_length, micro_batch, round(MASKED * micro_batch * max_length)
+    )
     flops = model_flops(config, np.full(batch_size, max_length), MASKED * tokens)
     seconds = flops / gpus / peak / mfu
     bandwidth = link if gpus <= GPUS_PER_MACHINE else NETWORK

@@ -1,0 +1,1 @@
+"""Command lines and files; knows nothing of the project."""

@@ -1,0 +1,5 @@
+"""Text to tokens on disk."""
+
+from corpus.build import prepare
+
+__all__ = ["prepare"]

@@ -1,0 +1,1 @@
+"""StarPII: find and redact personal data and secrets in code."""
