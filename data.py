@@ -52,6 +52,10 @@ class Batch(NamedTuple):
     next_sentence_label: torch.Tensor  # (B,) int64
     masked_positions: torch.Tensor  # (M,) int64, rows of input_ids
 
+    def to(self, device):
+        """The same batch on a device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
 
 def mix(x):
     """A 64-bit hash of a 64-bit int (the finalizer of SplitMix64)."""

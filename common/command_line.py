@@ -1,4 +1,4 @@
-"""TODO."""
+"""Programs that end with one line and an exit status instead of a traceback."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class CommandLine(argparse.ArgumentParser):
-    """The argument parser of all programs here: a bad flag is one line and exit status 2, not a page of usage."""
+    """An argument parser whose errors are one line and exit status 2, not a page of usage."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -19,13 +19,15 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Runs a program_name: bad input, which is a ValueError or an OSError everywhere here, becomes one line and exit status 2."""
+    """Runs `main`. Bad input (a ValueError or an OSError) ends it with one line and status 2."""
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output has enough, as `| head` does
+    except BrokenPipeError:
+        # The reader of the output has seen enough, as in `... | head`. Nothing more can be written,
+        # not even by the interpreter as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)  # as of a process that SIGPIPE ends
+        sys.exit(141)  # the status of a process that SIGPIPE ends
     except (ValueError, OSError) as error:
         print(f"{program_name()}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -34,16 +36,17 @@ def run_command(main):
 
 
 def program_name():
-    """The name under which this was started."""
+    """The name under which this program was started: `train.py`, or `python -m corpus`."""
     directory, name = os.path.split(sys.argv[0])
     return f"python -m {os.path.basename(directory)}" if name == "__main__.py" else name
 
 
 def first_line(error):
-    """The first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+    """The first line of an error's message, or its type if it has none."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0][:100]
 
 
 def warn(text):
-    """Says what went wrong and is tried again."""
+    """Prints a warning above the progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -1,14 +1,13 @@
-"""TODO."""
+"""Files: checked JSON, writing whole or not at all, and directories that one process locks."""
 
 import contextlib
 import errno
 import json
 import os
 import socket
-import sys
 import uuid
 
-from common.command_line import first_line
+from common.command_line import first_line, warn
 
 try:
     import fcntl
@@ -17,7 +16,7 @@ except ImportError:  # Windows
 
 
 def read_json(path, kind=dict):
-    """The dict (or list, by `kind`) in a JSON file. Raises ValueError that names the file where it holds none."""
+    """The dict in a JSON file, or list if `kind` is list. Raises ValueError that names the file."""
     with open(path, encoding="utf-8") as f:
         try:
             content = json.load(f)
@@ -28,26 +27,37 @@ def read_json(path, kind=dict):
     return content
 
 
-def write_whole(path, content):
-    """Writes text or bytes to `path` such that a reader finds the old content or the new, never half."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # several machines may write the same file
+@contextlib.contextmanager
+def written_whole(path):
+    """A binary file that appears at `path` when the block ends, whole; not at all if it raises.
+
+    A reader finds the old content or the new one, never half. The temporary file is removed, since
+    on a full disk somebody else may need its room.
+    """
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # other machines may write the same file
     try:
         with open(temporary, "wb") as f:
-            f.write(content if isinstance(content, bytes) else content.encode())
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
 
 
-def lock_directory(path, name=".lock"):
-    """Takes the lock `path`/`name`, which one process at a time can hold; returns an ExitStack whose `close` gives it back.
+def write_whole(path, content):
+    """Writes text or bytes to `path`, whole or not at all."""
+    with written_whole(path) as f:
+        f.write(content if isinstance(content, bytes) else content.encode())
 
-    The lock dies with its process, and also holds on NFS. It is fcntl's and not flock's, as the worker processes of a trainer that is
-    killed would inherit the latter. Raises ValueError where another process holds it.
+
+def lock_directory(path, name=".lock"):
+    """Takes the lock `path`/`name`. Returns an ExitStack; closing it gives the lock back.
+
+    The lock dies with its process, and works on NFS. It is fcntl's and not flock's, which the
+    workers of a killed trainer would inherit. Raises ValueError if another process holds it.
     """
     held = contextlib.ExitStack()
     if fcntl is None:
@@ -64,24 +74,23 @@ def lock_directory(path, name=".lock"):
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 words = f"{holder} is writing there; wait for its end, or choose another directory"
                 raise ValueError(f"{path}: {words}") from None
-            print(
-                f"warning: {path}: cannot be locked ({error}); start nothing else there",
-                file=sys.stderr,
-            )
+            warn(f"{path}: cannot be locked ({error}); start nothing else there")
             return held
-        # Who held the lock before may have removed its file since it was opened here.
+        # The previous holder may have removed the file after it was opened here: then try again.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(f.fileno()), os.stat(file)):
                 break
         f.close()
+
     f.truncate(0)
     f.write(f"process {os.getpid()} on {socket.gethostname()}")
     f.flush()
     held.enter_context(f)
-    held.callback(_remove, file)  # before it is closed
+    held.callback(remove_quietly, file)  # runs before the file is closed
     return held
 
 
-def _remove(path):
+def remove_quietly(path):
+    """Removes a file if that can be done."""
     with contextlib.suppress(OSError):
         os.remove(path)

@@ -1,30 +1,34 @@
-"""TODO."""
+"""Asking a program to stop: Ctrl-C, a scheduler's SIGTERM, Slurm's SIGUSR1 before time is up."""
 
 import signal
 import threading
 
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-]  # Windows has two
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    STOP_SIGNALS.append(signal.SIGUSR1)
 
 
 def ignore_stop_signals(worker):
-    """A signal to the whole process group asks the trainer to save and stop; its workers serve until it has."""
+    """For a worker process. A signal to the whole group asks the main process to save and stop; its
+    workers serve it until it has.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def until_signal(iterable, stop):
-    """Iterates; meanwhile the first SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) puts its number into the list `stop` and does nothing else."""
+    """Iterates. Meanwhile a first stop signal is only noted: its number goes into the list `stop`.
+
+    A second one does what it always did.
+    """
 
     def note(number, frame):
         stop.append(number)
-        signal.signal(number, before[number])  # a second one does what it always did
+        signal.signal(number, before[number])
 
-    main_thread = (
-        threading.current_thread() is threading.main_thread()
-    )  # only there may handlers be set
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS} if main_thread else {}
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         yield from iterable
     finally:

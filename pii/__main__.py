@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from common.command_line import CommandLine, run_command
 from pii.detector import Detector
-from pii.finetune import PII_PRESETS, PIIConfig, train_detector
+from pii.finetune import PII_PRESETS, PIIConfig, train
 from pii.labels import CATEGORIES
 from pii.peers import compare
 from pii.redact import redact, redacted
@@ -230,7 +230,7 @@ def main(argv=None):
     command, arguments = parse_arguments(argv)
     if command == "train":
         try:
-            if train_detector(arguments) is not None and os.environ.get("RANK", "0") == "0":
+            if train(arguments) is not None and os.environ.get("RANK", "0") == "0":
                 show_at_work(Detector.from_pretrained(arguments.out, arguments.device, rules=True))
                 print(f"Try: python pii.py detect --rules --model {arguments.out} PATH")
         finally:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""curves.png: how a run has gone so far, drawn from its metrics.jsonl."""
 
 import contextlib
 import json
@@ -8,25 +8,21 @@ import os
 import numpy as np
 
 from common.command_line import warn
-from pii.labels import CATEGORIES
 
 
 def draw_curves(run, draw):
-    """Draws RUN/curves.png from RUN/metrics.jsonl, whole or not at all; warns where it cannot be written.
+    """Draws RUN/curves.png from RUN/metrics.jsonl, whole or not at all; a full disk is a warning.
 
-    draw(figure, steps, lines): fills a matplotlib Figure; steps: the lines (dicts) of optimizer steps, at least one; lines: all of them.
+    draw(figure, steps, lines): fills a matplotlib Figure. steps: the lines (dicts) of optimizer
+    steps, at least one. lines: all of them.
     """
     from matplotlib.figure import Figure  # not pyplot, whose state is the caller's
 
-    path, temporary = os.path.join(run, "curves.png"), os.path.join(run, "curves.tmp.png")
+    path = os.path.join(run, "curves.png")
+    temporary = os.path.join(run, "curves.tmp.png")
     try:
-        with open(os.path.join(run, "metrics.jsonl")) as f:
-            lines = [json.loads(line) for line in f]
-        lines = [
-            {name: math.nan if value is None else value for name, value in line.items()}
-            for line in lines
-        ]
-        steps = [m for m in lines if "loss" in m]  # skipped steps have no loss
+        lines = read_metrics(run)
+        steps = [line for line in lines if "loss" in line]  # skipped steps have none
         if not steps:
             return
         figure = Figure(layout="tight")
@@ -35,70 +31,83 @@ def draw_curves(run, draw):
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.remove(temporary)  # half of it may take the room that the metrics need
+            os.remove(temporary)  # the metrics may need its room
         warn(f"{path} cannot be drawn ({error})")
 
 
-def draw_pretraining(figure, train, lines):
-    """The curves of a pretraining, for `draw_curves`."""
-    held_out = [m for m in lines if "mlm_accuracy" in m]
+def read_metrics(run):
+    """The lines of RUN/metrics.jsonl as dicts; NaN for null."""
+    with open(os.path.join(run, "metrics.jsonl")) as f:
+        lines = [json.loads(line) for line in f]
+    for line in lines:
+        for name, value in line.items():
+            if value is None:
+                line[name] = math.nan
+    return lines
+
+
+def column(lines, name):
+    """The values of one figure in all lines that have it."""
+    return [line[name] for line in lines if name in line]
+
+
+def draw_pretraining(figure, steps, lines):
+    """Losses, held-out accuracies, learning rate and gradient norm, speed: for `draw_curves`."""
     figure.set_size_inches(11, 7)
-    (losses, accuracies), (rate, speed) = figure.subplots(2, 2, sharex=True)
-    steps = [m["step"] for m in train]
-    width = max(
-        1, len(train) // 100
-    )  # the curve of single steps is noise: a running mean over 1 % of them
-    smooth = lambda name: np.convolve([m[name] for m in train], np.ones(width) / width, "valid")  # noqa: E731
-    losses.plot(steps[width - 1 :], smooth("mlm_loss"), label="MLM, training", color="0.2")
-    losses.plot(steps[width - 1 :], smooth("nsp_loss"), label="NSP, training", color="0.6")
-    losses.plot(
-        [m["step"] for m in held_out],
-        [m["mlm_loss"] for m in held_out],
-        "o--",
-        label="MLM, held out",
-        color="0.2",
-    )
+    (losses, accuracies), (rates, speeds) = figure.subplots(2, 2, sharex=True)
+    at = column(steps, "step")
+    held_out = [line for line in lines if "mlm_accuracy" in line]
+    held_out_at = column(held_out, "step")
+
+    # Single steps are noise: show a running mean over 1 % of them.
+    width = max(1, len(steps) // 100)
+    mean_at = at[width - 1 :]
+
+    def running_mean(name):
+        return np.convolve(column(steps, name), np.ones(width) / width, "valid")
+
+    losses.plot(mean_at, running_mean("mlm_loss"), label="MLM, training", color="0.2")
+    losses.plot(mean_at, running_mean("nsp_loss"), label="NSP, training", color="0.6")
+    held_out_loss = column(held_out, "mlm_loss")
+    losses.plot(held_out_at, held_out_loss, "o--", label="MLM, held out", color="0.2")
     losses.set(ylabel="loss (nats)", ylim=(0, None))
-    for name, style, label in [
+    losses.legend()
+
+    for name, style, label in (
         ("mlm_accuracy", "o-", "MLM"),
         ("majority_accuracy", ":", "most frequent token"),
         ("nsp_accuracy", "s-", "NSP"),
         ("coin_flip", "--", "coin flip"),
-    ]:
-        accuracies.plot(
-            [m["step"] for m in held_out],
-            [m[name] for m in held_out],
-            style,
-            label=label,
-            color="0.3",
-        )
+    ):
+        accuracies.plot(held_out_at, column(held_out, name), style, label=label, color="0.3")
     accuracies.set(ylabel="held-out accuracy", ylim=(0, 1))
-    rate.plot(steps, [m["learning_rate"] for m in train], label="learning rate", color="0.2")
-    rate.set(xlabel="step", ylabel="learning rate")
-    norm = rate.twinx()
-    norm.plot(steps[width - 1 :], smooth("grad_norm"), label="gradient norm", color="0.6")
-    norm.set(ylabel="gradient norm (grey)", ylim=(0, None))
-    speed.plot(steps, [m["tokens_per_second"] for m in train], color="0.2")
-    speed.set(xlabel="step", ylabel="tokens / s", ylim=(0, None))
-    losses.legend()
     accuracies.legend()
 
+    rates.plot(at, column(steps, "learning_rate"), color="0.2")
+    rates.set(xlabel="step", ylabel="learning rate")
+    norms = rates.twinx()
+    norms.plot(mean_at, running_mean("grad_norm"), color="0.6")
+    norms.set(ylabel="gradient norm (grey)", ylim=(0, None))
 
-def draw_fine_tuning(figure, train_detector, lines):
-    """The curves of a fine-tuning, for `draw_curves`: the loss of each step, and the F1 of each category in the validation documents."""
-    held_out = [m for m in lines if "f1" in m]
+    speeds.plot(at, column(steps, "tokens_per_second"), color="0.2")
+    speeds.set(xlabel="step", ylabel="tokens / s", ylim=(0, None))
+
+
+def draw_fine_tuning(figure, steps, lines):
+    """The loss, and F1 in total and of each category: for `draw_curves`."""
     figure.set_size_inches(11, 4)
-    losses, figures = figure.subplots(1, 2)
-    losses.semilogy(
-        [m["step"] for m in train_detector],
-        [m["loss"] for m in train_detector],
-        color="0.5",
-        linewidth=0.8,
-    )
+    losses, scores = figure.subplots(1, 2)
+    losses.semilogy(column(steps, "step"), column(steps, "loss"), color="0.5", linewidth=0.8)
     losses.set(xlabel="step", ylabel="loss (nats)")
-    for name, marker in zip(("f1", *(f"f1/{category}" for category in CATEGORIES)), "osv^Dx+"):
-        points = [(m["step"], m[name]) for m in held_out if name in m]
-        style = dict(color="0", linewidth=2) if name == "f1" else dict(color="0.5", linewidth=0.8)
-        figures.plot(*zip(*points), marker=marker, label=name[3:] or "macro", **style)
-    figures.set(xlabel="step", ylabel="F1, validation", ylim=(0, 1))
-    figures.legend()
+
+    held_out = [line for line in lines if "f1" in line]
+    names = dict.fromkeys(name for line in held_out for name in line if name.startswith("f1"))
+    for name, marker in zip(names, "osv^Dx+"):
+        at = [line["step"] for line in held_out if name in line]
+        style = {"color": "0.5", "linewidth": 0.8}
+        if name == "f1":
+            style = {"color": "0", "linewidth": 2}
+        label = name.removeprefix("f1/") if name != "f1" else "macro"
+        scores.plot(at, column(held_out, name), marker=marker, label=label, **style)
+    scores.set(xlabel="step", ylabel="F1, validation", ylim=(0, 1))
+    scores.legend()

@@ -1,4 +1,8 @@
-"""TODO."""
+"""The processes of a run: which of them this is, what they agree on, and how they end together.
+
+torchrun starts them (or any launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT). Without a launcher there is one.
+"""
 
 import contextlib
 import os
@@ -15,73 +19,77 @@ import torch.distributed as dist
 
 from common.command_line import first_line, program_name
 
-GRACE = 5  # seconds that the ranks which are left have to answer
+GRACE = 5  # seconds that the surviving ranks have to answer after one has died
+
+LOST = re.compile("gloo|nccl|peer|socket|connection|timed out", re.IGNORECASE)
 
 
 @dataclass
 class Ranks:
-    """Which process this is among those that torchrun started; alone without it."""
+    """Which process this is among those of the run."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
-    control: object = (
-        None  # a gloo group: small sums on the CPU, for which no GPU has to be waited for
-    )
-
+    control: object = None  # a gloo group: sums of a few numbers on the CPU, no GPU involved
     timeout: float = 600  # seconds
+
+    @property
+    def lead(self):
+        """True for the one rank that prints and writes."""
+        return self.rank == 0
+
+    def say(self, text):
+        """Prints on the first rank only."""
+        if self.lead:
+            print(text, flush=True)
 
     @classmethod
     def start(cls, device, timeout=600):
-        """Joins the process group where torchrun asks for one. device: auto, cpu or cuda. timeout: seconds.
+        """Joins the other ranks, if a launcher started any.
 
-        Raises ValueError for a device that is not there, and for half of torchrun's variables.
+        device: auto, cpu or cuda. timeout: seconds. Raises ValueError for a device that is not
+        there, and if only some of the launcher's variables are set.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, and torch sees none; use --device cpu")
-        device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        use_gpu = device != "cpu" and torch.cuda.is_available()
         if "RANK" not in os.environ:
-            return cls(device=torch.device(device, 0 if device == "cuda" else None))
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-        values = [os.environ.get(name, "") for name in names]
-        if not all(value.isdecimal() for value in values[:4]) or not values[4]:
+            return cls(device=torch.device("cuda", 0) if use_gpu else torch.device("cpu"))
+
+        rank, local_rank, world_size, address, port = launcher_variables()
+        if use_gpu and local_rank >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
             raise ValueError(
-                f"RANK is set: then {', '.join(names)} must all be, as torchrun does, not {', '.join(map(repr, values))}"
+                f"rank {rank} has no GPU: it is number {local_rank + 1} on a machine with {gpus}"
             )
-        rank, local_rank, world_size, port = map(int, values[:4])
-        if device == "cuda" and local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"rank {rank} has no GPU: it is number {local_rank + 1} on a machine with {torch.cuda.device_count()}"
-            )
-        device = torch.device(device, local_rank if device == "cuda" else None)
+        device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
         patience = timedelta(seconds=timeout)
+        backend = {"backend": "gloo", "timeout": patience}
+        if use_gpu:
+            torch.cuda.set_device(device)
+            # NCCL's own patience is longer: `wait` ends with a sentence, NCCL with a page.
+            longer = 2 * patience + timedelta(minutes=1)
+            backend = {"backend": "nccl", "device_id": device, "timeout": longer}
         try:
-            store = meet(values[4], port, rank, world_size, timeout)
-            if device.type == "cuda":
-                torch.cuda.set_device(
-                    device
-                )  # NCCL's own patience is longer: `wait` ends with a sentence, NCCL with a page
-                backend = dict(
-                    backend="nccl", device_id=device, timeout=2 * patience + timedelta(minutes=1)
-                )
-            else:
-                backend = dict(backend="gloo", timeout=patience)
+            store = meet(address, port, rank, world_size, timeout)
             dist.init_process_group(store=store, rank=rank, world_size=world_size, **backend)
-            return cls(
-                rank, world_size, device, dist.new_group(backend="gloo", timeout=patience), timeout
-            )
+            control = dist.new_group(backend="gloo", timeout=patience)
         except RuntimeError as error:
-            print(
-                f"{program_name()}: error: the ranks did not find each other at {values[4]}:{port} ({first_line(error)})",
-                file=sys.stderr,
-            )
+            words = f"the ranks did not find each other at {address}:{port} ({first_line(error)})"
+            print(f"{program_name()}: error: {words}", file=sys.stderr)
             raise SystemExit(1) from None
+        return cls(rank, world_size, device, control, timeout)
 
     def wait(self):
-        """Until the device has done all that it was given. Raises RuntimeError where a rank that died or hangs keeps it from that."""
+        """Waits until the GPU has done all that it was given.
+
+        Raises RuntimeError if a rank that died or hangs keeps it from that.
+        """
         if self.device.type != "cuda" or self.world_size == 1:
             return
-        (done := torch.cuda.Event()).record()
+        done = torch.cuda.Event()
+        done.record()
         deadline = time.monotonic() + self.timeout
         while not done.query():
             if time.monotonic() > deadline:
@@ -89,7 +97,7 @@ class Ranks:
             time.sleep(1e-4)
 
     def sum(self, values):
-        """The sum over ranks of a list of numbers, or of a CPU tensor."""
+        """The sum over the ranks of a list of numbers, or of a CPU tensor, as a list."""
         values = torch.as_tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(values, group=self.control)
@@ -97,110 +105,142 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self):
-        """A part of the set-up that fails on all ranks where it fails on one: the first of those raises, the others end in silence."""
+        """A part of the set-up that fails on all ranks if it fails on one.
+
+        The first of those that failed raises its error; the others end in silence.
+        """
         failure = None
         try:
             yield
         except (ValueError, OSError) as error:
             failure = error
-        failed = self.sum(
-            [float(rank == self.rank and failure is not None) for rank in range(self.world_size)]
-        )
+        failed_here = [0.0] * self.world_size
+        failed_here[self.rank] = float(failure is not None)
+        failed = self.sum(failed_here)
         if any(failed):
             raise failure if failed.index(1.0) == self.rank else SystemExit(2)
 
     @contextlib.contextmanager
     def watched(self):
-        """A rank that dies or hangs in here ends the others with status 1 and one sentence that names it, by the first that noticed."""
-        told = threading.Event()
+        """A rank that dies or hangs in here ends all others, with status 1.
+
+        The first that notices says which rank it was.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        asked = threading.Event()
         over = threading.Event()
-        answering = threading.Thread(target=self._answer, args=(told, over), daemon=True)
-        if self.world_size > 1:
-            answering.start()
+        answering = threading.Thread(target=self._answer, args=(asked, over), daemon=True)
+        answering.start()
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or not re.search(
-                "gloo|nccl|peer|socket|connection|timed out", str(error), re.IGNORECASE
-            ):
+            if not LOST.search(str(error)):
                 raise
-            missing = self._missing(told)
+            missing = self._missing(asked)
             if missing is not None:
                 names = ", ".join(map(str, missing))
-                who = (
-                    f"rank {names} of {self.world_size} is gone"
-                    if missing
-                    else "the ranks lost each other"
-                )
-                words = f"{who} ({first_line(error)}); the same command goes on from the last checkpoint"
+                who = f"rank {names} of {self.world_size} is gone"
+                if not missing:
+                    who = "the ranks lost each other"
+                again = "the same command goes on from the last checkpoint"
+                words = f"{who} ({first_line(error)}); {again}"
                 print(f"{program_name()}: error: {words}", file=sys.stderr, flush=True)
-            os._exit(1)  # at once: what NCCL waits for will never come
+            os._exit(1)  # at once: NCCL waits for what will never come
         finally:
             over.set()
-            if self.world_size > 1:
-                answering.join(
-                    GRACE
-                )  # Python aborts where its end finds a thread inside of the store
+            answering.join(GRACE)  # Python aborts if it exits while a thread is inside the store
 
-    def _answer(self, told, over):
-        """Marks this process as alive when another rank has noticed a death, and sets `told`: a thread of its own, as the main one may
-        wait for a rank that waits, too."""
-        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that held it
+    def _answer(self, asked, over):
+        """Says that this process is alive once another rank has noticed a death; sets `asked`.
+
+        A thread of its own, since the main one may be waiting for a rank that is waiting too.
+        """
+        with contextlib.suppress(RuntimeError):  # the store died with the rank that held it
             store = dist.distributed_c10d._get_default_store()
             while not over.wait(GRACE / 10):
                 if store.check(["noticed"]):
                     store.set(f"alive {self.rank}", "")
-                    told.set()
+                    asked.set()
                     return
 
-    def _missing(self, told):
-        """The ranks that do not answer, or None where another rank says so.
+    def _missing(self, asked):
+        """The ranks that do not answer; None if it is for another rank to say so.
 
-        Such another rank is waited for: this one may hold the store, and a launcher may end all ranks when the first ends.
+        Then this one waits for that one: it may hold the store, and a launcher may kill all ranks
+        as soon as the first has ended.
         """
-        second = told.is_set()
         try:
-            if not second:
+            another_speaks = asked.is_set()
+            if not another_speaks:
                 store = dist.distributed_c10d._get_default_store()
                 store.set(f"alive {self.rank}", "")
-                second = store.add("noticed", 1) > 1
-            if second:
+                another_speaks = store.add("noticed", 1) > 1
+            if another_speaks:
                 time.sleep(GRACE + 1)
                 return None
             time.sleep(GRACE)
             return [rank for rank in range(self.world_size) if not store.check([f"alive {rank}"])]
-        except (
-            RuntimeError
-        ):  # the store is gone with the rank that held it; then one or two speak for each machine
+        except RuntimeError:
+            # The store died with rank 0, which held it. One or two ranks speak for each machine.
             return [0] if os.environ.get("LOCAL_RANK", "0") in ("0", "1") else None
 
 
-def meet(address, port, rank, world_size, timeout):
-    """A store in which the ranks of this start, and none of an earlier one, find each other. Raises RuntimeError where some do not come.
+def launcher_variables():
+    """(rank, local rank, world size, address, port) as torchrun sets them.
 
-    torchrun's agent keeps one store over all restarts, and in it the addresses of ranks that are dead: who believes those hangs. Agents do
-    not agree on the number of restarts, either. So each rank calls under a name of its own, and the first answers all with one prefix.
+    Raises ValueError if one of the variables is missing.
     """
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    keeper = dict(
-        is_master=rank == 0 and not agents, wait_for_workers=False, multi_tenant=not agents
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    values = [os.environ.get(name, "") for name in names]
+    numbers = values[:4]
+    address = values[4]
+    if not address or not all(number.isdecimal() for number in numbers):
+        given = ", ".join(map(repr, values))
+        raise ValueError(
+            f"RANK is set: then {', '.join(names)} must all be, as torchrun does, not {given}"
+        )
+    rank, local_rank, world_size, port = map(int, numbers)
+    return rank, local_rank, world_size, address, port
+
+
+def meet(address, port, rank, world_size, timeout):
+    """A store in which the ranks of this start, and none of an earlier one, find each other.
+
+    torchrun's store survives restarts and still lists dead ranks; connecting to them hangs. Nor do
+    torchrun's agents agree on the number of restarts. So each rank calls under a fresh name, and
+    rank 0 answers all of them with one prefix, which is its own name.
+
+    Raises RuntimeError if some ranks do not come within `timeout` seconds.
+    """
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=rank == 0 and not by_torchrun,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        multi_tenant=not by_torchrun,
     )
-    store = dist.TCPStore(address, port, world_size, timeout=timedelta(seconds=timeout), **keeper)
-    me = uuid.uuid4().hex
-    store.set(f"call {rank}", me)
-    if rank:
-        prefix = store.get(f"answer {me}").decode()
+    name = uuid.uuid4().hex
+    store.set(f"call {rank}", name)
+    if rank != 0:
+        prefix = store.get(f"answer {name}").decode()
         store.set(f"{prefix} {rank}", "came")
         return dist.PrefixStore(prefix, store)
-    missing, deadline = set(range(1, world_size)), time.monotonic() + timeout
+
+    missing = set(range(1, world_size))
+    deadline = time.monotonic() + timeout
     while missing:
         if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"rank {', '.join(map(str, sorted(missing)))} of {world_size} did not come in {timeout} s"
-            )
-        for other in [other for other in missing if store.check([f"call {other}"])]:
-            store.set("answer " + store.get(f"call {other}").decode(), me)
-            if store.check([f"{me} {other}"]):
+            ranks = ", ".join(map(str, sorted(missing)))
+            raise RuntimeError(f"rank {ranks} of {world_size} did not come in {timeout} s")
+        for other in sorted(missing):
+            if store.check([f"call {other}"]):
+                store.set("answer " + store.get(f"call {other}").decode(), name)
+            if store.check([f"{name} {other}"]):
                 missing.remove(other)
         time.sleep(0.01)
-    return dist.PrefixStore(me, store)
+    return dist.PrefixStore(name, store)

@@ -1,63 +1,136 @@
-"""TODO."""
+"""One optimizer step over micro-batches and ranks, and the dtype it is computed in.
 
+    model, optimizer                     make_optimizer; the model wrapped by `distribute`
+    for each micro-batch:                with accumulating(...): (loss * world_size).backward()
+    update(...)                          clip, skip what is not finite, step
+
+The gradient of a step is that of the mean over the *global* batch. Every micro-batch's loss is a
+sum divided by the count of the whole batch, so the micro-batches of all ranks add up to it.
+DistributedDataParallel takes the mean over the ranks instead of the sum: hence `world_size`.
+"""
+
+import contextlib
 import functools
 import math
 import time
 
+import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from training.run_directory import arguments_of
 
 
+def make_optimizer(model, config):
+    """AdamW with weight decay on matrices only.
+
+    Biases and LayerNorms have one axis. Decay would pull the LayerNorms' weights away from 1.
+    """
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=0.0,  # set in every step
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def distribute(model, ranks, example_loss):
+    """The model wrapped for several ranks; the model itself if there is one.
+
+    example_loss: a function of the wrapped model that returns a loss, of any one example.
+    """
+    if ranks.world_size == 1:
+        return model
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # After its first backward pass DDP sorts its buckets by when the gradients came, and from three
+    # ranks up gloo then sums in another order. Have that pass here and drop its gradient: no step
+    # then depends on being the first after a start. (find_unused_parameters=True would keep the
+    # first buckets, at the price of a walk through the graph in every step.)
+    example_loss(wrapped).backward()
+    model.zero_grad(set_to_none=True)
+    return wrapped
+
+
+def accumulating(wrapped, last):
+    """A context for one micro-batch: the ranks add up their gradients in the last one only."""
+    if last or not isinstance(wrapped, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return wrapped.no_sync()
+
+
+def micro_batch_seed(seed, step, rank, micro_batch, device):
+    """The seed of a micro-batch's dropout masks: a 0-d int64 tensor, no two alike in a run."""
+    sequence = np.random.SeedSequence((seed, step, rank, micro_batch))
+    value = int(sequence.generate_state(1, np.uint64)[0] >> 2)
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def update(model, optimizer, max_grad_norm, learning_rate):
+    """Clips the gradient, takes the step, clears the gradient. Returns the norm before clipping.
+
+    A gradient that is not finite changes nothing.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    # Fused AdamW skips the step where found_inf is 1; no sync.
+    optimizer.found_inf = (~norm.isfinite()).float()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---- the dtype -----------------------------------------------------------------------------------
+
+
 @functools.cache
 def multiplies_bfloat16():
-    """Whether this CPU multiplies bfloat16 in at most 3/4 of float32's time: by trial, as its flags do not say what oneDNN makes of them.
+    """True if this CPU multiplies bfloat16 in at most 3/4 of float32's time.
 
-    Where oneDNN may not use a CPU's bf16 instructions it multiplies all the same, up to a hundred times slower.
+    Found by trial. A CPU's flags do not say what oneDNN makes of them: without the right
+    instructions it multiplies bfloat16 all the same, up to a hundred times slower.
     """
-    best = {torch.float32: math.inf, torch.bfloat16: math.inf}  # seconds
-    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in best}
-    begin, turns = time.perf_counter(), 0
-    while turns < 4 or time.perf_counter() - begin < 0.3:  # the first warms up
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in seconds}
+    begin = time.perf_counter()
+    turns = 0
+    while turns < 4 or time.perf_counter() - begin < 0.3:  # the first turn warms up
         for dtype, matrix in matrices.items():
-            start = (
-                time.thread_time()
-            )  # not the clock's: on a busy machine that counts what others compute
+            start = time.thread_time()  # on a busy machine perf_counter counts others' work
             matrix @ matrix
-            best[dtype] = min(best[dtype], time.thread_time() - start)
+            seconds[dtype] = min(seconds[dtype], time.thread_time() - start)
         turns += 1
-    return best[torch.bfloat16] < 0.75 * best[torch.float32]
+    return seconds[torch.bfloat16] < 0.75 * seconds[torch.float32]
 
 
 def dtype_of(config, device):
-    """The dtype of the computation, "bfloat16" or "float32": where it was left open, the former if the device multiplies it fast."""
+    """The dtype to compute in, "bfloat16" or "float32"; for "auto", whichever is faster."""
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if device.type == "cuda" or multiplies_bfloat16() else "float32"
 
 
 def dtype_of_run(config, ranks):
-    """`dtype_of` on the first rank, for all ranks; where `config` leaves it open and continues a run, that of the run, on any CPU."""
+    """`dtype_of` on the first rank, for all ranks. A run that goes on keeps its own, on any CPU."""
     chosen = None
     with ranks.together():
-        if ranks.rank == 0:
-            begun = arguments_of(config.out).get("dtype") if config.dtype == "auto" else None
-            chosen = begun or dtype_of(config, ranks.device)
-    bfloat16 = any(ranks.sum([chosen == "bfloat16"]))
-    return "bfloat16" if bfloat16 else "float32"
+        if ranks.lead:
+            before = None
+            if config.dtype == "auto":
+                before = arguments_of(config.out).get("dtype")
+            chosen = before or dtype_of(config, ranks.device)
+    any_bfloat16 = any(ranks.sum([chosen == "bfloat16"]))  # only the first rank has chosen
+    return "bfloat16" if any_bfloat16 else "float32"
 
 
-def make_optimizer(model, config):
-    """AdamW with decay on matrices only: biases and LayerNorms have one axis, and a decay would pull the latter away from 1."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=0.0,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+def autocast_to(dtype, device):
+    """A function that makes the context in which a forward pass computes in `dtype`."""
+    enabled = dtype == "bfloat16"
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)

@@ -1,0 +1,87 @@
+"""What a pretraining run says: at its start, in its progress bar, and at its end."""
+
+import os
+
+import torch
+
+import kernels
+from starencoder import fill_mask
+
+
+def announce(config, ranks, model, epoch, dtype, peak):
+    """Prints what is about to be computed, and on what. epoch: its steps. peak: FLOP/s or None."""
+    parameters = sum(p.numel() for p in model.parameters())
+    device = f"CPU with {torch.get_num_threads()} threads"
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    peak = f"{peak:.3g} FLOP/s" if peak else "unknown"
+    backend = kernels.backend(model.mlm_bias)
+    ranks.say(
+        f"{parameters / 1e6:.2f} M parameters; {config.steps:,} steps of {config.batch_size:,} "
+        f"pairs of up to {config.max_length:,} tokens\n"
+        f"({epoch:,.1f} steps an epoch), in micro-batches of up to {config.micro_batch_size} pairs "
+        f"on each of {ranks.world_size} rank(s)\n"
+        f"{device}, {dtype}, peak {peak}; kernels: {backend}"
+    )
+
+
+def progress(line):
+    """A line of the metrics for the progress bar."""
+    loss = f"{line['loss']:.3f}" if "loss" in line else "not finite"
+    mfu = f"{line['mfu']:.1%}" if "mfu" in line else "unknown"
+    return f"loss {loss}, {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}"
+
+
+def describe(figures):
+    """One line of held-out figures beside their baselines."""
+    return (
+        f"MLM loss {figures['mlm_loss']:.3f}, MLM accuracy {figures['mlm_accuracy']:.1%} "
+        f"(most frequent token: {figures['majority_accuracy']:.1%}), "
+        f"NSP accuracy {figures['nsp_accuracy']:.1%} (coin flip: {figures['coin_flip']:.0%})"
+    )
+
+
+def last_words(config, model, tokenizer, held_out, figures):
+    """Prints the held-out figures, some filled masks, and what to try next."""
+    model.eval()
+    pairs = min(config.eval_examples, len(held_out))
+    print(f"\nHeld out, {pairs:,} pairs: {describe(figures)}")
+    by_language = []
+    for name, value in figures.items():
+        if name.startswith("mlm_accuracy/"):
+            by_language.append(f"{name.removeprefix('mlm_accuracy/')} {value:.0%}")
+    if by_language:
+        print(f"MLM accuracy by language: {', '.join(by_language)}")
+    print("Masks filled in held-out code:")
+    show_filled_masks(model, tokenizer, held_out)
+    curves = os.path.join(config.out, "curves.png")
+    print(f"The model is in {config.out} (a Hugging Face directory), its curves in {curves}.")
+    print(f'Try: python starencoder.py fill-mask {config.out} "def add(a, b): return a <mask> b"')
+
+
+def show_filled_masks(model, tokenizer, dataset, count=3):
+    """Prints `count` lines of held-out code with a masked word, and what the model would write."""
+    shown = 0
+    for i in range(len(dataset)):
+        # Mask a word in the middle of the first of two windows.
+        ids = dataset.pair(i)[0].tolist()
+        pieces = [tokenizer.decode([token]) for token in ids]
+        words = []
+        for place in range(len(ids) // 4, len(ids)):
+            if len(pieces[place]) > 3 and pieces[place].strip().isalpha():
+                words.append(place)
+        if not words:
+            continue
+        place = words[len(words) // 2]
+        before = tokenizer.decode(ids[:place])
+        after = tokenizer.decode(ids[place + 1 :])
+        if "<mask>" in before + after:
+            continue
+
+        guesses = fill_mask(model, tokenizer, f"{before}<mask>{after}", top_k=3)[0]
+        line = before.split("\n")[-1][-60:] + "<mask>" + after.split("\n")[0][:40]
+        answers = ", ".join(f"{guess['token_str']!r} {guess['score']:.0%}" for guess in guesses)
+        print(f"  {line.strip()}\n      was {pieces[place]!r}; the model: {answers}")
+        shown += 1
+        if shown == count:
+            return
