@@ -1,7 +1,9 @@
-"""The tests as on other CPUs: `python tests/any_cpu.py -m "not slow"`; whatever it does not know goes to pytest.
+"""Runs the tests as on other CPUs: `python tests/any_cpu.py -m "not slow"`.
 
-PyTorch, oneDNN and OpenMP each read a variable that narrows what they use of a CPU, and so changes the order in which they add. A test
-that passes without and fails with one of them depends on how this CPU rounds. Prints a table, under each line the tests that failed.
+PyTorch, oneDNN and OpenMP each read a variable that narrows what they use of a CPU, and so changes
+the order in which they add. A test that passes without one of them and fails with it depends on how
+this CPU rounds. Prints a table, and under each line the tests that failed. Flags that it does not
+know go to pytest.
 """
 
 import argparse

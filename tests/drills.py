@@ -1,8 +1,8 @@
 """Crash drills: `python tests/drills.py [COUNT]`, 50 by default.
 
-Each starts a run of two, three or four ranks, disturbs it at a random moment in one of the ways that a
-cluster knows, starts it again by the same command, and compares the end bit for bit with that of a run
-that nobody touched. Exits with status 1 where they differ.
+Each starts a run of two, three or four ranks, disturbs it at a random moment as a cluster would,
+starts it again by the same command, and compares the end bit for bit with that of a run that nobody
+touched. Exits with status 1 if they differ.
 """
 
 import functools
@@ -33,8 +33,9 @@ WAYS = (
 WORLD_SIZES = (2, 3, 4)  # two numbers add up to the same in either order, three may not
 STEPS, SAVE_EVERY, EVAL_EVERY = 300, 20, 50
 FLAGS = (
-    "--device cpu --dtype float32 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --intermediate-size 64 --max-length 48 "
-    "--batch-size 4 --micro-batch-size 1 --learning-rate 1e-2 --warmup-steps 20 --hidden-dropout-prob 0.1 "
+    "--device cpu --dtype float32 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 "
+    "--intermediate-size 64 --max-length 48 --batch-size 4 --micro-batch-size 1 "
+    "--learning-rate 1e-2 --warmup-steps 20 --hidden-dropout-prob 0.1 "
     "--attention-probs-dropout-prob 0.1 --eval-examples 64 --log-every 7 --timeout 60 --workers 1 "
     f"--eval-every {EVAL_EVERY} --steps {STEPS} --save-every {SAVE_EVERY}"
 )
@@ -47,7 +48,7 @@ def free_port():
 
 
 def start(corpus, out, most_bytes=None, world_size=2, flags=""):
-    """The ranks as processes. most_bytes: no file can grow beyond, as on a disk that is full. flags: over those above."""
+    """The ranks as processes. most_bytes: of any file, as on a full disk. flags: over FLAGS."""
     port = str(free_port())
     limit = (
         functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
@@ -82,7 +83,7 @@ def finish(processes, timeout=120):
 
 
 def ends_of(out):
-    """All that a run leaves: the lines of its metrics without speeds, the bytes of its model, the tensors of its last checkpoint."""
+    """What a run leaves: its metrics without speeds, its model, its last checkpoint."""
     with open(os.path.join(out, "metrics.jsonl")) as f:
         lines = [
             {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in f
@@ -132,7 +133,7 @@ def last_step(out):
 
 
 def wait_for_evaluation(step, out, process):
-    """Until the metrics of a step are written, and not yet those of the evaluation after it; or until the process has ended."""
+    """Waits for the metrics of a step, after which an evaluation follows, or for the end."""
     path = os.path.join(out, "metrics.jsonl")
     while process.poll() is None and not (os.path.exists(path) and last_step(out) >= step):
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""Runs of several processes, disturbed as a cluster disturbs them. The long form: `python tests/drills.py`."""
+"""Runs of several processes, disturbed as a cluster does. The long form: tests/drills.py."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def metrics_of(out):
 
 
 def wait_for_step(step, out, processes, log=None):
-    """Until a checkpoint of this step or a later one is there; an AssertionError with what was said where it does not come."""
+    """Waits for a checkpoint of this step or a later one. AssertionError if none comes."""
     deadline = time.time() + 200
     while not any(saved >= step for saved in drills.saved_steps(out)):
         assert time.time() < deadline and all(process.poll() is None for process in processes), (
@@ -68,7 +68,10 @@ def wait_for_step(step, out, processes, log=None):
 
 def test_one_run_on_any_number_of_ranks(small_corpus, tmp_path):
     """The same losses to 1e-5 over 50 steps on 1, 2 and 4 ranks, and on 4 that become 2."""
-    flags = "--steps 50 --save-every 10 --hidden-dropout-prob 0 --attention-probs-dropout-prob 0 --eval-every 25 --batch-size 9"
+    flags = (
+        "--steps 50 --save-every 10 --hidden-dropout-prob 0 --attention-probs-dropout-prob 0 "
+        "--eval-every 25 --batch-size 9"
+    )
     runs = {}
     for name, world_sizes in {"1": [1], "2": [2], "4": [4], "4, then 2": [4, 2]}.items():
         out = runs[name] = str(tmp_path / name)
@@ -108,7 +111,7 @@ def test_a_rank_that_hangs_is_given_up(small_corpus, tmp_path):
 
 
 def test_ranks_that_do_not_find_each_other(small_corpus, tmp_path):
-    """One sentence and a status: for half of torchrun's variables, and for a rank that never comes."""
+    """One sentence and a status: for a variable that is missing, and a rank that never comes."""
     flags = [
         *drills.FLAGS.split(),
         "--data",
@@ -139,7 +142,7 @@ def test_ranks_that_do_not_find_each_other(small_corpus, tmp_path):
 
 
 def test_a_store_that_outlives_its_ranks(monkeypatch):
-    """torchrun keeps one store over restarts: ranks meet those of their own start, whatever earlier ones left in it."""
+    """torchrun keeps one store over restarts: ranks meet those of their own start only."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with ThreadPoolExecutor(6) as pool:
@@ -215,7 +218,7 @@ def ip(*words, check=True):
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces that are joined by a pair of virtual Ethernet devices, as two hosts by a cable."""
+    """Two network namespaces, joined by virtual Ethernet as two hosts are by a cable."""
     if not shutil.which("ip") or ip("netns", "add", "starencoder-a", check=False).returncode:
         pytest.skip("needs the right to make network namespaces, and the ip program")
     try:
@@ -257,7 +260,7 @@ def two_hosts():
 
 @pytest.mark.cluster
 def test_two_hosts_one_of_them_cut_off(small_corpus, tmp_path, undisturbed, two_hosts):
-    """`torchrun --nnodes 2` on both; the cable is pulled in the middle and put back; the run comes to the undisturbed end."""
+    """`torchrun --nnodes 2` on both; the cable is pulled and put back; the end is the same."""
     out, log = str(tmp_path / "run"), tmp_path / "log"
     flags = [*drills.FLAGS.split(), "--data", small_corpus, "--out", out, "--timeout", "5"]
 

@@ -1,4 +1,4 @@
-"""The loop: the same gradient however a batch is split, the same bits however often a run is stopped, and what it refuses."""
+"""The loop: one gradient however a batch is split, one end however often a run is stopped."""
 
 import errno
 import glob
@@ -91,7 +91,8 @@ def _gradient(rank, world_size, micro_batch_size, directory, out):
     _save_gradient(
         ranks.Ranks(rank, world_size, control=dist.group.WORLD), micro_batch_size, directory, out
     )
-    dist.destroy_process_group()  # DDP is gone by now: the other way round, gloo's thread and Python's lock can wait for each other
+    # DDP is gone by now. Otherwise gloo's thread and Python's lock could wait for each other.
+    dist.destroy_process_group()
 
 
 def _save_gradient(ranks, micro_batch_size, directory, out):
@@ -142,7 +143,7 @@ def _save_gradient(ranks, micro_batch_size, directory, out):
 
 @pytest.mark.slow
 def test_same_gradient_whole_in_micro_batches_and_on_ranks(small_corpus, tmp_path):
-    """Whole, in 4 micro-batches of unequal token counts, on 2 and 4 ranks: 1e-6 relative in fp64 (it is far below)."""
+    """Whole, in 4 micro-batches of unequal token counts, on 2 and 4 ranks: 1e-6 in fp64."""
     results = {}
     for name, world_size, micro in (
         ("whole", 1, 26),
@@ -170,8 +171,12 @@ def test_same_gradient_whole_in_micro_batches_and_on_ranks(small_corpus, tmp_pat
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the variable is for x86")
 def test_bfloat16_is_chosen_only_where_it_is_fast():
-    """A CPU that may use AVX2 alone multiplies bf16 a hundred times slower than fp32, whatever its flags say."""
-    code = "import argparse, torch; from training import step; print(step.dtype_of(argparse.Namespace(dtype='auto'), torch.device('cpu')))"
+    """With AVX2 alone a CPU multiplies bf16 a hundred times slower than fp32."""
+    code = """if True:
+        import argparse, torch
+        from training import step
+        print(step.dtype_of(argparse.Namespace(dtype="auto"), torch.device("cpu")))
+    """
     result = command("-c", code, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert result.stdout.strip() == "float32", result
 
@@ -319,7 +324,7 @@ def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
     small_corpus, undisturbed, tmp_path, monkeypatch, step, how
 ):
-    """Weights, optimizer and metrics, with dropout on; stopped in the middle of a step (crash) or by a signal's request."""
+    """Weights, optimizer and metrics, with dropout; stopped within a step, or by a signal."""
     config, real = tiny(small_corpus, tmp_path / "run [1]"), train.learning_rate
 
     def interrupted(config, at):
@@ -337,18 +342,23 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
                 train.train(config)
         else:
             assert (train.train(config) is None) == (step < 4)  # one step later at most
-    # What concerns the machine alone may differ from start to start (but the micro-batch size, which fixes the order of the sums).
+    # What concerns the machine alone may differ from start to start (but not the micro-batch size,
+    # which fixes the order of the sums).
     train.train(replace(config, workers=1, log_every=1, keep_checkpoints=5))
     assert_same(list(finished(config)), list(finished(undisturbed)))
 
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(small_corpus, tmp_path):
-    """SIGTERM to the process, or SIGUSR1 to its group with the loader's workers, saves and ends with status 0; SIGKILL loses what came
-    after the last checkpoint; the end is the same."""
-    flags = "--device cpu --dtype float32 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --intermediate-size 64 "
-    flags += "--max-length 48 --steps 120 --batch-size 8 --eval-every 1000 --eval-examples 16 --save-every 20 --log-every 1 --workers 1 "
-    flags += "--hidden-dropout-prob 0.1 --warmup-steps 10"
+    """SIGTERM to the process, or SIGUSR1 to its group with the loader's workers, saves and ends
+    with status 0; SIGKILL loses what came after the last checkpoint. The end is the same.
+    """
+    flags = (
+        "--device cpu --dtype float32 --hidden-size 32 --num-hidden-layers 2 "
+        "--num-attention-heads 4 --intermediate-size 64 --max-length 48 --steps 120 "
+        "--batch-size 8 --eval-every 1000 --eval-examples 16 --save-every 20 --log-every 1 "
+        "--workers 1 --hidden-dropout-prob 0.1 --warmup-steps 10"
+    )
     arguments = [sys.executable, "train.py", "--data", small_corpus, *flags.split()]
 
     def steps_written(out):
@@ -385,7 +395,7 @@ def test_a_killed_process_goes_on(small_corpus, tmp_path):
 
 @pytest.mark.slow
 def test_three_ranks_that_go_on_end_with_the_same_bits(small_corpus, tmp_path):
-    """The sum of two numbers is the same in either order; that of three is not, and DDP and gloo must keep to one."""
+    """Three numbers add up differently in another order; DDP and gloo must keep to one."""
     config = tiny(small_corpus, tmp_path / "run", batch_size=9)
     result = on_ranks(3, config)
     assert result.returncode == 0, result.stderr
@@ -442,7 +452,7 @@ def test_no_two_dropout_masks_of_a_run_are_alike(small_corpus, tmp_path, monkeyp
 
 
 def test_the_gradient_is_clipped(small_corpus, tmp_path):
-    """A gradient of norm 1e-12, far below Adam's epsilon, moves nothing; the norm before clipping is what is reported."""
+    """A norm of 1e-12, far below Adam's epsilon, moves nothing; the norm before is reported."""
     config = tiny(small_corpus, tmp_path / "run", steps=2, max_grad_norm=1e-12, weight_decay=0.0)
     train.train(config)
     torch.manual_seed(config.seed)
@@ -610,7 +620,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_set_aside_or_is_the_same(tmp_path_fa
         step: {"step": step, "model": {"w": torch.ones(3)}, "optimizer": {"m": torch.ones(2)}}
         for step in (1, 2)
     }
-    for step, state in states.items():
+    for at, state in states.items():
         torch.save(state, os.path.join(folder, f"{step:08d}.pt"))
     newest = os.path.join(folder, "00000002.pt")
     with open(newest, "r+b") as f:
@@ -803,7 +813,7 @@ def test_a_line_of_metrics_without_its_end(undisturbed, tmp_path):
 
 
 def test_metrics_are_strict_json(tmp_path):
-    """NaN and infinity, which no other reader knows, are null, also in the lines of an earlier start; curves leave them out."""
+    """NaN and infinity are null, also in lines of an earlier start; curves leave them out."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": NaN}\n')
     Metrics(str(path), 1, ranks.Ranks(), None).write(
@@ -848,7 +858,7 @@ def test_checkpoints_that_are_kept(small_corpus, undisturbed, tmp_path):
 
 
 def test_a_full_disk_costs_a_warning(small_corpus, undisturbed, tmp_path, monkeypatch, capsys):
-    """Neither the run nor what was saved before; lines that could not be written come later, each once and in order."""
+    """Nothing else: lines that could not be written come later, each once and in order."""
     config, real_save, real_open, failures = (
         tiny(small_corpus, tmp_path / "run"),
         torch.save,
