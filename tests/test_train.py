@@ -621,7 +621,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_set_aside_or_is_the_same(tmp_path_fa
         for step in (1, 2)
     }
     for at, state in states.items():
-        torch.save(state, os.path.join(folder, f"{step:08d}.pt"))
+        torch.save(state, os.path.join(folder, f"{at:08d}.pt"))
     newest = os.path.join(folder, "00000002.pt")
     with open(newest, "r+b") as f:
         content = bytearray(f.read())
