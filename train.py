@@ -53,7 +53,7 @@ from training.step import (
 )
 
 DEFAULT_DATA = "corpora/python"  # made from the standard library if it is missing
-DEFAULT_VOCAB_SIZE = 4096
+DEFAULT_VOCAB_SIZE = 4096  # small: the softmax over it is most of the tiny model's work
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -113,46 +113,46 @@ MACHINE_FIELDS = {
 }  # fmt: skip
 
 PRESETS = {
-    # Minutes on a CPU. No dropout, since no example comes twice. Wider initial weights, since the
-    # model is narrower. Short pairs, since a position that is seen more often is learned sooner:
-    # at length 128, all else equal, the model finds context only after twice the time.
+    # Minutes on a CPU.
     "tiny": dict(
         out="runs/tiny",
-        hidden_size=192,
+        hidden_size=192,  # 2.2 M parameters with a vocabulary of 4,096
         num_hidden_layers=3,
-        num_attention_heads=6,
-        intermediate_size=768,
-        hidden_dropout_prob=0.0,
+        num_attention_heads=6,  # of size 32
+        intermediate_size=768,  # 4 H, as in the original
+        hidden_dropout_prob=0.0,  # hardly an example comes twice: nothing to overfit
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.05,
+        initializer_range=0.05,  # wider than the original's 0.02, since the model is narrower
+        # A position that is seen more often is learned sooner: at length 128, all else equal, the
+        # model finds context only after twice the time.
         max_length=64,
-        steps=2600,
+        steps=2600,  # 5 minutes on 2 cores
         batch_size=32,
         micro_batch_size=32,
-        learning_rate=1.5e-3,
+        learning_rate=1.5e-3,  # narrow models bear a higher rate
         warmup_steps=200,
         eval_every=650,
         eval_examples=2048,
         save_every=650,
-        workers=0,
+        workers=0,  # the cores are busy enough
     ),
     # Minutes on one GPU.
     "small": dict(
         out="runs/small",
-        hidden_size=512,
+        hidden_size=512,  # 50 M parameters with the original's vocabulary
         num_hidden_layers=8,
-        num_attention_heads=8,
+        num_attention_heads=8,  # of size 64, as in the original
         intermediate_size=2048,
         max_length=512,
         steps=4000,
         batch_size=256,
-        micro_batch_size=256,
+        micro_batch_size=256,  # 131,072 tokens at once
         warmup_steps=400,
         eval_every=500,
         save_every=1000,
         workers=2,
     ),
-    # The published run: 400 B tokens.
+    # The published run: 400 B tokens, the defaults.
     "starencoder": dict(),
 }
 
@@ -181,6 +181,8 @@ def parse_arguments(argv=None):
         help="share of the peak that the plan assumes (default: 0.4)",
     )
     add_flags(parser, TrainConfig, "starencoder")
+
+    # What was given on the command line wins over the preset.
     given = vars(parser.parse_args(argv))
     preset = PRESETS[given.pop("preset")]
     gpus = given.pop("plan")
@@ -194,6 +196,7 @@ def parse_arguments(argv=None):
 
 def plan_of(config, gpus, mfu):
     """The text of `--plan`. gpus: "64xA100", or "" for this machine's. Raises ValueError."""
+    # Which GPUs, and how many?
     if not gpus and torch.cuda.is_available():
         gpus = f"{torch.cuda.device_count()}x{torch.cuda.get_device_name()}"
     number, _, name = gpus.partition("x")
@@ -202,6 +205,8 @@ def plan_of(config, gpus, mfu):
             "--plan: name the GPUs, as in 64xA100 (there is none here); "
             "--plan-mfu lies between 0 and 1"
         )
+
+    # The vocabulary: as asked for, as the corpus has it, or the original's.
     vocab_size = config.vocab_size or StarEncoderConfig.vocab_size
     if config.vocab_size is None and config.data != DEFAULT_DATA:
         vocab_size = read_meta(config.data)["vocab_size"]
@@ -213,6 +218,7 @@ def plan_of(config, gpus, mfu):
 def model_config(config, vocab_size, **more):
     """The `StarEncoderConfig` that the arguments of a run describe."""
     shared = {f.name for f in fields(StarEncoderConfig)} & {f.name for f in fields(TrainConfig)}
+    # The two classes have these fields in common, by name.
     shape = {name: getattr(config, name) for name in shared}
     shape["vocab_size"] = vocab_size
     shape["max_position_embeddings"] = config.max_length
@@ -229,7 +235,7 @@ def loss_on(model, batch, masked, pairs, seed=None):
     all micro-batches add up to the mean over the global batch. Returns the loss, and its two terms
     without gradient.
     """
-    out = model(*batch, seed=seed)
+    out = model(*batch, seed=seed)  # labels (M,) and (B,), so two losses ()
     mlm = out.mlm_loss * (len(batch.labels) / max(masked, 1))
     nsp = out.nsp_loss * (len(batch.next_sentence_label) / pairs)
     return mlm + nsp, mlm.detach(), nsp.detach()
@@ -237,8 +243,8 @@ def loss_on(model, batch, masked, pairs, seed=None):
 
 def learning_rate(config, step):
     """Linear warm-up, then linear decay to 0: the rate of step `step` (the first is 0)."""
-    rise = (step + 1) / max(config.warmup_steps, 1)
-    fall = (config.steps - step) / max(config.steps - config.warmup_steps, 1)
+    rise = (step + 1) / max(config.warmup_steps, 1)  # not 0 in the first step
+    fall = (config.steps - step) / max(config.steps - config.warmup_steps, 1)  # not 0 in the last
     return config.learning_rate * min(rise, fall, 1.0)
 
 
@@ -254,15 +260,18 @@ def evaluate(model, dataset, examples, micro_batch_size, ranks, autocast=context
     If the corpus has several languages, also mlm_accuracy/LANGUAGE, over the masked tokens in
     documents of that language. The pairs are shared out over the ranks.
     """
-    model.eval()
+    model.eval()  # without dropout
     V = model.config.vocab_size
     languages = sorted(dataset.languages)
+
+    # Sums over all pairs. In fp64, so that they do not depend on how the pairs are split.
     totals = torch.zeros(5, dtype=torch.float64)  # loss, MLM hits, masked, NSP hits, pairs
     label_counts = torch.zeros(V, dtype=torch.float64)
-    masked_in = torch.zeros(len(languages), dtype=torch.float64)
+    masked_in = torch.zeros(len(languages), dtype=torch.float64)  # each language
     hits_in = torch.zeros(len(languages), dtype=torch.float64)
 
-    count = min(examples, len(dataset))
+    # This rank's share, in micro-batches.
+    count = min(examples, len(dataset))  # pairs
     parts = share(0, count, ranks.rank, ranks.world_size, micro_batch_size)
     for part in tqdm(parts, desc="evaluating", leave=False, disable=not ranks.lead):
         drawn = [dataset[i] for i in part]
@@ -271,12 +280,18 @@ def evaluate(model, dataset, examples, micro_batch_size, ranks, autocast=context
             out = model(
                 batch.input_ids, batch.cu_seqlens, masked_positions=batch.masked_positions
             )  # (M, V) and (B, 2) logits
+
+        # In fp32: a sum of bf16 losses would be rounded away.
         loss = F.cross_entropy(out.mlm_logits.float(), batch.labels, reduction="sum")
         hits = out.mlm_logits.argmax(-1) == batch.labels  # (M,)
         nsp_hits = out.nsp_logits.argmax(-1) == batch.next_sentence_label  # (B,)
         sums = [loss.item(), hits.sum().item(), len(hits), nsp_hits.sum().item(), len(nsp_hits)]
         totals += torch.tensor(sums, dtype=torch.float64)
+
+        # How often each token was masked, for the majority baseline.
         label_counts += batch.labels.cpu().bincount(minlength=V)
+
+        # The language of the document that each masked token is from.
         if len(languages) > 1:
             names = [name for i, e in zip(part, drawn) for name in dataset.languages_of_masks(i, e)]
             language = torch.tensor([languages.index(name) for name in names], dtype=torch.int64)
@@ -284,6 +299,7 @@ def evaluate(model, dataset, examples, micro_batch_size, ranks, autocast=context
             hits_in += language.bincount(hits.double().cpu(), minlength=len(languages))
     model.train()
 
+    # A corpus of tiny documents may have no masked token: 0 then, not 0 / 0.
     loss, mlm_hits, masked, nsp_hits, pairs = ranks.sum(totals)
     figures = {
         "mlm_loss": loss / max(masked, 1),
@@ -293,7 +309,7 @@ def evaluate(model, dataset, examples, micro_batch_size, ranks, autocast=context
         "coin_flip": 0.5,
     }
     for name, masked, hits in zip(languages, ranks.sum(masked_in), ranks.sum(hits_in)):
-        if masked:
+        if masked:  # it came up
             figures[f"mlm_accuracy/{name}"] = hits / masked
     return figures
 
@@ -315,12 +331,17 @@ def train(config):
 
 def pretrain(config, ranks):
     """`train`, by ranks that have met already."""
+    # Set up.
     make_default_corpus(config, ranks)
     dtype = dtype_of_run(config, ranks)
     with ranks.together():
         setup = set_up(config, ranks, dtype)
+
+    # The directory is locked from here on: nobody else may write there.
     with RunDirectory(config, ranks, setup.resolved, MACHINE_FIELDS) as run:
         done, figures = training_loop(config, ranks, setup, run)
+
+        # The last words.
         if done < config.steps:
             ranks.say(
                 f"Stopped after step {done} of {config.steps}; the same command goes on from there."
@@ -355,6 +376,7 @@ class Setup(NamedTuple):
 
 def set_up(config, ranks, dtype):
     """Data, model and optimizer. Raises ValueError if they do not fit together."""
+    # Do the arguments fit the corpus and the ranks?
     meta = read_meta(config.data)
     vocab_size = meta["vocab_size"]
     if config.vocab_size not in (None, vocab_size):
@@ -366,8 +388,9 @@ def set_up(config, ranks, dtype):
         raise ValueError(
             f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without a pair"
         )
+
     train_set = PairDataset(config.data, "train", config.max_length, config.seed)
-    held_out = PairDataset(config.data, "validation", config.max_length, seed=0)
+    held_out = PairDataset(config.data, "validation", config.max_length, seed=0)  # for all runs
     tokenizer = Tokenizer.from_pretrained(config.data)
 
     # For the initial weights. Nothing after this draws from torch's generators.
@@ -395,14 +418,15 @@ def training_loop(config, ranks, setup, run):
     """
     model = setup.model
     device = ranks.device
-    first = run.resume(model, setup.optimizer)
-    peak = plan.peak_flops(device)
+    first = run.resume(model, setup.optimizer)  # the step that was done last, or 0
+    peak = plan.peak_flops(device)  # None if unknown: better no MFU than a wrong one
     metrics = Metrics(os.path.join(config.out, "metrics.jsonl"), first, ranks, peak)
 
     def example_loss(wrapped):
         with setup.autocast():
             return loss_on(wrapped, collate([setup.train_set[0]]).to(device), 1, 1, seed=0)[0]
 
+    # `wrapped` adds up the gradients of all ranks; `model` is this rank's.
     wrapped = distribute(model, ranks, example_loss)
     epoch = len(setup.train_set) / config.batch_size  # steps
     announce(config, ranks, model, epoch, setup.resolved["dtype"], peak)
@@ -411,6 +435,7 @@ def training_loop(config, ranks, setup, run):
         size = config.micro_batch_size
         return evaluate(model, setup.held_out, config.eval_examples, size, ranks, setup.autocast)
 
+    # This rank's micro-batches of each step, made ahead of time by background processes.
     steps = range(first, config.steps)
     source = batches(
         setup.train_set, steps, config.batch_size, config.micro_batch_size,
@@ -421,7 +446,7 @@ def training_loop(config, ranks, setup, run):
     )
     model.train()
     done = first
-    figures = None
+    figures = None  # of the last evaluation
     stop = []  # the signal that asked this rank to stop
     for step, micro_batches in until_signal(zip(steps, source), stop):
         # What the whole global batch has to predict: every micro-batch's loss is divided by it.
@@ -433,17 +458,17 @@ def training_loop(config, ranks, setup, run):
         # Forward and backward.
         losses = torch.zeros(2, device=device)  # MLM and NSP
         for i, batch in enumerate(micro_batches):
-            lengths = batch.cu_seqlens.diff().numpy()
+            lengths = batch.cu_seqlens.diff().numpy()  # (B,), still on the CPU
             flops = plan.model_flops(model.config, lengths, len(batch.labels))
             metrics.count(len(batch.input_ids), flops)
-            batch = batch.to(device)
+            batch = batch.to(device)  # without waiting
             seed = micro_batch_seed(config.seed, step, ranks.rank, i, device)
             with accumulating(wrapped, last=i == len(micro_batches) - 1):
                 with setup.autocast():
                     loss, mlm_loss, nsp_loss = loss_on(wrapped, batch, masked, pairs, seed=seed)
                 # DDP takes the mean over the ranks; the loss is a sum over them.
                 (loss * ranks.world_size).backward()
-            losses += torch.stack([mlm_loss, nsp_loss])
+            losses += torch.stack([mlm_loss, nsp_loss])  # for the metrics; read later
 
         # The step.
         rate = learning_rate(config, step)
@@ -453,11 +478,12 @@ def training_loop(config, ranks, setup, run):
         bar.update()
 
         # What is said, measured and saved.
+        # Reading the figures waits for the GPU, so it is not done in every step.
         ending = stopping or done == config.steps
         evaluating = done == config.steps or done % config.eval_every == 0
         saving = ending or done % config.save_every == 0
         if evaluating or saving or done % config.log_every == 0:
-            bar.set_postfix_str(progress(metrics.flush()))
+            bar.set_postfix_str(progress(metrics.flush()))  # on all ranks: it adds up theirs
         if evaluating:
             figures = held_out_figures()
             metrics.write({"step": done} | figures)
@@ -467,7 +493,7 @@ def training_loop(config, ranks, setup, run):
         if saving:
             run.save(done, model, setup.optimizer, setup.tokenizer, metrics, final=ending)
         if evaluating or saving:
-            metrics.start_clock()
+            metrics.start_clock()  # their time is not the training's
         if stopping:
             break
     bar.close()
@@ -483,6 +509,7 @@ def main():
     try:
         train(parse_arguments())
     finally:
+        # Or PyTorch complains at the exit.
         if dist.is_initialized():
             dist.destroy_process_group()
 
