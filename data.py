@@ -1,7 +1,7 @@
 """From documents on disk to masked pairs to batches.
 
-    example i    <cls> A <sep> B <sep>, masked: a pure function of (seed, i), and so the same on every
-                 rank, on every machine and after every restart. Training saves no state of its data
+    example i    <cls> A <sep> B <sep>, masked: a pure function of (seed, i), the same on every
+                 rank, on every machine and after every restart; training saves no state of its data
     batch        examples laid end to end, without padding
 
 **Next-sentence pairs that cannot be cheated.** The model has to tell whether B follows A. If a
@@ -30,42 +30,42 @@ from common.signals import ignore_stop_signals
 from corpus.store import open_parts, read_meta
 from corpus.tokenizer import Tokenizer, train_tokenizer  # noqa: F401  also found here
 
-MASKED = 0.15  # of the ordinary tokens; of these,
-REPLACED_BY_MASK = 0.8
-REPLACED_BY_RANDOM = 0.1
+MASKED = 0.15  # of the ordinary tokens are to be predicted; of these,
+REPLACED_BY_MASK = 0.8  # become <mask>,
+REPLACED_BY_RANDOM = 0.1  # become a random token, and the rest stay (Devlin et al., section 3.1)
 
 
 class Window(NamedTuple):
     """Neighbouring tokens of a document: document[start:end]."""
 
-    document: int
-    start: int
-    end: int
+    document: int  # counted through all parts of the split
+    start: int  # tokens from the document's beginning
+    end: int  # one behind its last token
 
 
 class Draw(NamedTuple):
-    """Where a pair is to be found."""
+    """Where the tokens of a pair are."""
 
-    a: Window
-    b: Window
+    a: Window  # c tokens
+    b: Window  # L - c tokens
     next_sentence_label: int  # 1: B follows A; 0: B is from another document
 
 
 class Pair(NamedTuple):
     """The tokens of a pair, before masking."""
 
-    a: np.ndarray  # (c,)
-    b: np.ndarray  # (L - c,)
-    next_sentence_label: int
+    a: np.ndarray  # (c,) uint16 or uint32, as on disk
+    b: np.ndarray  # (L-c,)
+    next_sentence_label: int  # as in Draw
 
 
 class Example(NamedTuple):
-    """A masked pair of L tokens, M of them to be predicted."""
+    """A masked pair of n = L + 3 tokens, M of them to be predicted."""
 
-    input_ids: np.ndarray  # (L,) int64: <cls> A <sep> B <sep>
+    input_ids: np.ndarray  # (n,) int64: <cls> A <sep> B <sep>
     masked_positions: np.ndarray  # (M,) int64, rising
     labels: np.ndarray  # (M,) int64: the tokens that stood there
-    next_sentence_label: int
+    next_sentence_label: int  # as in Draw
 
 
 class Batch(NamedTuple):
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
     masked_positions: torch.Tensor  # (M,) int64, rows of input_ids
 
 
-# ---- numbers from numbers ------------------------------------------------------------------------
+# ---- shuffling without a list --------------------------------------------------------------------
 
 
 def mix(x):
@@ -92,8 +92,8 @@ def permute(i, n, key):
     """The place of i in a keyed shuffle of range(n), in O(1) memory: no list of a billion windows.
 
     A Feistel network permutes the numbers of an even count of bits. If it leads out of range(n), it
-    is applied again until it is back (cycle walking), which permutes range(n). There are less than
-    4 n such numbers, so it is applied less than 4 times on average.
+    is applied again until it is back (cycle walking), which permutes range(n). There are at most
+    4 n such numbers, so it is applied at most 4 times on average.
 
     >>> sorted(permute(i, 10, key=7) for i in range(10)) == list(range(10))
     True
@@ -103,7 +103,7 @@ def permute(i, n, key):
     while True:
         left = i >> bits
         right = i & low
-        for turn in range(6):
+        for turn in range(6):  # each scrambles one half by a hash of the other
             left, right = right, left ^ (mix(mix(key + turn) ^ right) & low)
         i = left << bits | right
         if i < n:
@@ -111,21 +111,23 @@ def permute(i, n, key):
 
 
 def starts_of(lengths):
-    """Where each of these lengths starts if laid end to end, and where the last one ends."""
-    return np.concatenate([[0], np.cumsum(lengths)])
+    """Where things of these lengths (n,), laid end to end, start; and where the last one ends."""
+    starts = np.zeros(len(lengths) + 1, np.int64)  # (n+1,), from 0
+    np.cumsum(lengths, out=starts[1:])
+    return starts
 
 
 # ---- masks ---------------------------------------------------------------------------------------
 
 
 def mask_tokens(ids, generator, special, ordinary, mask_id):
-    """Dynamic masking of `ids` (L,) int64, in place (Devlin et al., section 3.1).
+    """Masks `ids` (n,) int64 in place. Each epoch masks other tokens, as in RoBERTa (Liu, 2019).
 
     generator: a numpy Generator. special: (V,) bool, tokens that are never masked. ordinary: the
     other ids, from which random replacements are drawn.
     Returns masked_positions (M,) and labels (M,).
     """
-    chosen = generator.random(len(ids)) < MASKED  # (L,), each token on its own
+    chosen = generator.random(len(ids)) < MASKED  # (n,) bool: each token on its own
     positions = np.flatnonzero(chosen & ~special[ids])
     labels = ids[positions]
 
@@ -174,8 +176,8 @@ class PairDataset:
         # Documents and windows are numbered through all parts of the split.
         self.parts = open_parts(directory, split, meta)
         self.first_document = starts_of([len(part.offsets) - 1 for part in self.parts])
-        lengths = np.concatenate([np.diff(part.offsets) for part in self.parts])  # of each document
-        windows = -(-lengths // self.room)  # of each document: ceil(n / C)
+        windows = [-(-np.diff(part.offsets) // self.room) for part in self.parts]  # ceil(n / C)
+        windows = np.concatenate(windows)  # (documents,)
         check_pairs(directory, split, windows)
         self.first_window = starts_of(windows)
 
@@ -188,21 +190,21 @@ class PairDataset:
         return int(self.first_window[-1])
 
     def __getitem__(self, i):
-        generator = self._generator(i)
-        a, b, next_sentence_label = self._read(self._draw(i, generator))
-
+        generator = self.generator(i)
+        a, b, follows = self.pair(i, generator)
+        # Tokens on disk are uint16 or uint32; PyTorch indexes an embedding with int64.
         ids = np.empty(len(a) + len(b) + 3, np.int64)
         ids[0] = self.cls_id
         ids[1 : 1 + len(a)] = a
         ids[1 + len(a)] = self.sep_id
         ids[2 + len(a) : -1] = b
         ids[-1] = self.sep_id
-        if ids.max() >= len(self.special):
+        if ids.max() >= len(self.special):  # an overwritten file; a GPU would only say "assert"
             words = f"a token of example {i} is beyond the vocabulary; prepare the corpus again"
             raise ValueError(f"{self.arguments[0]}: {words}")
-
+        # The same generator goes on from the pair to its masks.
         positions, labels = mask_tokens(ids, generator, self.special, self.ordinary, self.mask_id)
-        return Example(ids, positions, labels, next_sentence_label)
+        return Example(ids, positions, labels, follows)
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))  # one epoch; `dataset[i]` itself has no end
@@ -240,44 +242,26 @@ class PairDataset:
     # Examples.
 
     def proposal(self, i):
-        """The number of the window that example i begins with, unless its partner is of the same
-        document. Each window is proposed once in an epoch."""
+        """The number of the window that example i begins with, unless `draw` has to draw again."""
         epoch, place = divmod(i, len(self))
-        return permute(place, len(self), key=mix(mix(self.seed) + epoch))
+        return permute(place, len(self), key=mix(mix(self.seed) + epoch))  # each once an epoch
 
-    def draw(self, i):
-        """The `Draw` of example i: which tokens are A and B, and whether B follows A."""
-        return self._draw(i, self._generator(i))
-
-    def pair(self, i):
-        """The `Pair` of example i: the same, with the tokens themselves."""
-        return self._read(self.draw(i))
-
-    def languages_of_masks(self, i, example):
-        """The language of the document of each masked token of `example`, which is example i."""
-        draw = self.draw(i)
-        language_of_a = self.language(draw.a.document)
-        language_of_b = self.language(draw.b.document)
-        end_of_a = 1 + draw.a.end - draw.a.start  # where the first <sep> is
-        return [
-            language_of_a if position < end_of_a else language_of_b
-            for position in example.masked_positions
-        ]
-
-    def _generator(self, i):
-        """The random numbers of example i: a stream of their own, by its number and the seed."""
+    def generator(self, i):
+        """The random numbers of example i: a stream of its own, by its number and the seed."""
         if i < 0:
             raise IndexError(f"examples are numbered from 0, got {i}")
         return np.random.Generator(np.random.Philox(key=self.seed | i << 64))
 
-    def _draw(self, i, generator):
+    def draw(self, i, generator=None):
+        """The `Draw` of example i. generator: `self.generator(i)`, which the masks go on with."""
+        generator = generator or self.generator(i)
         first = self.window(self.proposal(i))
-        second = self._any_window(generator)
-        # Redraw both: redrawing only the second would under-sample large documents there, so that
-        # a B from a large document would tell that it follows A.
+        second = self.window(int(generator.integers(len(self))))
+        # Redraw both. Redrawing only the second would under-sample large documents there: B from
+        # a large document would then be a sign that it follows A.
         while second.document == first.document:
-            first = self._any_window(generator)
-            second = self._any_window(generator)
+            first = self.window(int(generator.integers(len(self))))
+            second = self.window(int(generator.integers(len(self))))
 
         # Trim both to the shorter one's length L, and cut both at the same place, not too near an
         # end. Then the coin decides which of the two B is taken from.
@@ -294,13 +278,20 @@ class PairDataset:
             next_sentence_label=follows,
         )
 
-    def _any_window(self, generator):
-        return self.window(int(generator.integers(len(self))))
-
-    def _read(self, draw):
+    def pair(self, i, generator=None):
+        """The `Pair` of example i: its tokens before masking. generator: as for `draw`."""
+        draw = self.draw(i, generator)
         a = self.document(draw.a.document)[draw.a.start : draw.a.end]
         b = self.document(draw.b.document)[draw.b.start : draw.b.end]
         return Pair(a, b, draw.next_sentence_label)
+
+    def languages_of_masks(self, i, example):
+        """The language of each masked token's document. example: `self[i]`. Returns M names."""
+        draw = self.draw(i)
+        of_a = self.language(draw.a.document)
+        of_b = self.language(draw.b.document)
+        sep = 1 + draw.a.end - draw.a.start  # the position of the first <sep>, between A and B
+        return [of_a if position < sep else of_b for position in example.masked_positions]
 
 
 def trim(window, length, generator):
@@ -317,7 +308,7 @@ def check_tokenizer(directory, tokenizer, meta):
 
 
 def check_pairs(directory, split, windows):
-    """Raises ValueError if a second document is hard to draw. windows: (documents,), of each."""
+    """Raises ValueError if two different documents can hardly be drawn. windows: (documents,)."""
     if len(windows) < 2:
         words = f"{split} has {len(windows)} documents; pairs need 2 or more, so prepare more text"
         raise ValueError(f"{directory}: {words}")
@@ -344,10 +335,10 @@ def collate(examples):
 
 
 def share(first, count, rank, world_size, micro_batch_size):
-    """This rank's part of the examples [first, first + count): a list of micro-batches (ranges).
+    """This rank's share of the examples [first, first + count), as micro-batches (ranges).
 
     Ranks hold neighbouring stretches whose lengths differ by at most one; together they hold every
-    example once. No micro-batch is empty. Every rank has one if count >= world_size.
+    example once. No micro-batch is empty, and every rank has one if count >= world_size.
 
     >>> share(0, 8, rank=1, world_size=2, micro_batch_size=3)
     [range(4, 6), range(6, 8)]
@@ -356,7 +347,7 @@ def share(first, count, rank, world_size, micro_batch_size):
     end = first + count * (rank + 1) // world_size
     # Micro-batches of about equal size use the device better than full ones and a small rest.
     parts = -(-(end - begin) // micro_batch_size)
-    cuts = [begin + (end - begin) * p // parts for p in range(parts)] + [end]
+    cuts = [begin + (end - begin) * p // parts for p in range(parts)] + [end]  # none: [end]
     return [range(a, b) for a, b in zip(cuts, cuts[1:])]
 
 
@@ -398,8 +389,8 @@ def batches(
 
 
 def next_batch(loader):
-    """The next batch of a loader. An error is raised as the worker raised it, without the worker's
-    traceback, which PyTorch makes part of the message."""
+    """The next batch of a loader. PyTorch puts a worker's whole traceback into the message of its
+    error; this raises the error with the worker's own message."""
     try:
         return next(loader)
     except (ValueError, OSError) as error:
