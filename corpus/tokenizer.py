@@ -159,12 +159,13 @@ class Tokenizer:
 
         Tokens that share a character, each with some of its bytes, all span it.
         """
-        # A byte 10xxxxxx goes on with the character of the byte before it.
-        character = np.cumsum([byte & 0xC0 != 0x80 for byte in text.encode()]) - 1  # of each byte
+        # The bytes of the text: to which character each belongs. All but a character's first byte
+        # are 10xxxxxx in UTF-8.
+        character = np.cumsum([byte & 0xC0 != 0x80 for byte in text.encode()]) - 1  # (bytes,)
         tokens = self._tiktoken.decode_tokens_bytes(self.encode(text))
-        ends = np.cumsum([len(token) for token in tokens], dtype=np.int64)  # in bytes
-        starts = ends - [len(token) for token in tokens]
-        first = character[starts]
+        lengths = np.array([len(token) for token in tokens], np.int64)  # in bytes
+        ends = np.cumsum(lengths)
+        first = character[ends - lengths]
         last = character[ends - 1]
         return list(zip(first.tolist(), (last + 1).tolist()))
 
