@@ -22,7 +22,6 @@ import io
 import json
 import os
 import re
-import uuid
 from collections import Counter
 
 import numpy as np
@@ -35,16 +34,16 @@ try:
 except ImportError:  # Windows, which has no such limits
     resource = None
 
-FORMAT = 3
+FORMAT = 3  # one more whenever an older reader or an older corpus would no longer do
 SPLITS = ("train", "validation")
 INDEX = np.dtype([("offset", np.int64), ("language", np.uint32)])  # its last entry is the end
 
 COUNTS = {"documents": int, "tokens": int}
-META = {
+META = {  # the entries of meta.json and their shapes; `fits` reads them
     "tokenizer_sha256": str,  # of tokenizer.json
-    "vocab_size": int,
+    "vocab_size": int,  # of the same
     "dtype": {"uint16", "uint32"},  # of the tokens
-    "splits": {split: COUNTS for split in SPLITS},
+    "splits": {split: COUNTS for split in SPLITS},  # the sums over the parts
     "languages": {str: COUNTS | {"bytes": int}},  # the one with most tokens first
     "skipped": {str: int},  # why documents were left out, and how many
     "parts": [{split: COUNTS for split in SPLITS}],  # part 0 first
@@ -88,21 +87,20 @@ def read_meta(directory):
 
 
 def fits(value, shape):
-    """True if a JSON value has this shape: int (a count), str, {strings, to choose from},
-    [shape of each item], {str: shape of each value}, or {name: shape of this value, ...}."""
-    if shape is int:
+    """True if a value read from JSON has this shape. META shows how shapes are written."""
+    if shape is int:  # a count
         return type(value) is int and 0 <= value < 2**63  # to isinstance, True is an int as well
     if shape is str:
         return isinstance(value, str)
-    if isinstance(shape, set):
+    if isinstance(shape, set):  # one of these strings
         return isinstance(value, str) and value in shape
-    if isinstance(shape, list):
+    if isinstance(shape, list):  # any number of items of the one shape in it
         return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
     if not isinstance(value, dict):
         return False
-    if str in shape:
+    if str in shape:  # any names, whose values have the one shape in it
         return all(fits(item, shape[str]) for item in value.values())
-    return all(fits(value.get(name), inner) for name, inner in shape.items())
+    return all(fits(value.get(name), inner) for name, inner in shape.items())  # these names
 
 
 def write_meta(out, count, skipped, tokenizer, dtype, sources):
@@ -118,12 +116,13 @@ def write_meta(out, count, skipped, tokenizer, dtype, sources):
         print(f"{there} of {count} parts are there; {wait}")
         return None
 
+    # Add up the parts: `update` of a Counter adds.
     parts = [read_json(path) for path in paths]
     skipped = Counter(skipped)
     splits = {split: Counter(documents=0, tokens=0) for split in SPLITS}
-    languages = {}
+    languages = {}  # name -> Counter of documents, bytes and tokens
     for part in parts:
-        skipped.update(part["skipped"])  # a Counter's update adds
+        skipped.update(part["skipped"])
         for split in SPLITS:
             splits[split].update(part["splits"][split])
         for language, counts in part["languages"].items():
@@ -131,7 +130,7 @@ def write_meta(out, count, skipped, tokenizer, dtype, sources):
     if not languages:
         raise ValueError(f"no documents in {', '.join(sources)} (skipped: {reasons(skipped)})")
 
-    # Largest first, and equal ones by name, so that the order of the parts does not show.
+    # People read this file: largest first. Equal ones by name, whatever the order of the parts.
     languages = sorted(languages.items(), key=lambda item: (-item[1]["tokens"], item[0]))
     skipped = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     meta = {
@@ -145,9 +144,11 @@ def write_meta(out, count, skipped, tokenizer, dtype, sources):
         "parts": [part["splits"] for part in parts],
     }
     content = json.dumps(meta, indent=1)
+
+    # First remove what runs that were killed have left. Another shard that ends at this moment does
+    # the same, and may take our half-written meta.json for such a leftover: then write it again.
     while True:
-        remove_ours(out, is_temporary)  # left by runs that were killed
-        # Another shard that ends now may take our half-written file for such a leftover.
+        remove_ours(out, is_temporary)
         with contextlib.suppress(FileNotFoundError):
             write_whole(os.path.join(out, "meta.json"), content)
             return json.loads(content)
@@ -158,7 +159,7 @@ def reasons(skipped):
     return ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "none"
 
 
-def _damaged(path, words):
+def _damaged(path, words):  # an error to be raised
     return ValueError(f"{path}: damaged ({words}); prepare the corpus again")
 
 
@@ -175,9 +176,9 @@ def open_parts(directory, split, meta):
 
     Raises ValueError, which names the file, if one of them is damaged.
     """
+    # NumPy keeps a descriptor open for each mapped file: two files of each part in each split, and
+    # 1,024, the usual limit, for everything else.
     dtype = np.dtype(meta["dtype"])
-    # NumPy keeps a descriptor for each mapped file: two of each part in each split. The usual soft
-    # limit, 1,024, is for programs that call select(2); Python does not need it.
     allow_open_files(4 * len(meta["parts"]) + 1024)
     return [
         PartReader(directory, number, split, part[split], dtype)
@@ -190,7 +191,7 @@ def allow_open_files(count):
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY  # -1 on Linux: not to be compared by size
+    unlimited = resource.RLIM_INFINITY  # which is -1 on Linux, and must not be compared by size
     wanted = count if hard == unlimited else min(count, hard)
     if soft != unlimited and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -212,7 +213,7 @@ class PartReader:
         self.index = map_index(self.index_path, counts["documents"] + 1)
         self.offsets = self.index["offset"]
 
-        # Documents that lie end to end in this file: after this, no offset leads out of it.
+        # After this check no offset leads out of the file: documents lie in it end to end.
         ends = (self.offsets[0], self.offsets[-1])
         shortest = np.diff(self.offsets).min(initial=2)
         if ends != (0, counts["tokens"]) or shortest < 2:
@@ -220,7 +221,7 @@ class PartReader:
 
     def language(self, document):
         """The name of the language of a document of this part."""
-        number = int(self.index["language"][document])
+        number = int(self.index["language"][document])  # counted within this part
         if number >= len(self.languages):
             raise _damaged(self.index_path, f"language {number} is not in {self.json_path}")
         return self.languages[number]
@@ -240,7 +241,7 @@ def map_tokens(path, count, dtype):
         raise ValueError(f"{path}: {words}; prepare the corpus again")
     if count == 0:
         return np.zeros(0, dtype)  # an empty file cannot be mapped
-    return np.memmap(path, dtype, mode="r").view(np.ndarray)  # a plain array is sliced faster
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)  # plain arrays are sliced faster
 
 
 def map_index(path, length):
@@ -260,61 +261,51 @@ def map_index(path, length):
 
 
 class PartWriter:
-    """A part that is being written. Two processes that write the same one do not disturb each
-    other: each has temporary files of its own, and in the end their contents are the same."""
+    """A part that is being made, in memory until it is closed: about 70 MB of tokens.
+
+    Two processes may write the same part: what they write is the same.
+    """
 
     def __init__(self, directory, number, dtype):
         self.directory = directory
         self.number = number
         self.dtype = np.dtype(dtype)
-        self.unique = uuid.uuid4().hex[:8]
-        self.files = {split: open(self.temporary(split), "wb") for split in SPLITS}
-        self.lengths = {split: [] for split in SPLITS}  # of each document, in tokens
+        self.tokens = {split: [] for split in SPLITS}  # an array for each document
         self.numbers = {split: [] for split in SPLITS}  # of each document's language
         self.languages = {}  # name -> counts; its number is its place
         self.skipped = Counter()  # reason -> documents that the caller left out
 
-    def path(self, name):
-        """The path of a file of this part."""
-        return part_file(self.directory, self.number, name)
-
-    def temporary(self, split):
-        """The path of a file of tokens until it is whole."""
-        return self.path(f"{split}.bin.{self.unique}.tmp")
-
     def add(self, split, language, size, tokens):
         """Adds a document: its split, its language, its size in bytes, and tokens (2 or more)."""
-        self.files[split].write(np.asarray(tokens, self.dtype))
         counts = self.languages.setdefault(language, {"documents": 0, "bytes": 0, "tokens": 0})
         counts["documents"] += 1
         counts["bytes"] += size
         counts["tokens"] += len(tokens)
-        self.lengths[split].append(len(tokens))
+        self.tokens[split].append(np.asarray(tokens, self.dtype))
         self.numbers[split].append(list(self.languages).index(language))
 
     def close(self, read=""):
-        """Gives the files their names. read: a digest of the documents that the part is made of."""
+        """Writes the part. read: a digest of the documents that it is made of."""
         splits = {}
-        for split, file in self.files.items():
-            # Tokens reach the disk before their name does.
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(self.temporary(split), self.path(f"{split}.bin"))
-
-            lengths = self.lengths[split]
-            index = np.zeros(len(lengths) + 1, INDEX)
+        for split in SPLITS:
+            lengths = [len(tokens) for tokens in self.tokens[split]]
+            splits[split] = {"documents": len(lengths), "tokens": sum(lengths)}
+            index = np.zeros(len(lengths) + 1, INDEX)  # (documents+1,)
             index["offset"][1:] = np.cumsum(lengths)
             index["language"][:-1] = self.numbers[split]
-            content = io.BytesIO()
-            np.save(content, index)
-            write_whole(self.path(f"{split}.index.npy"), content.getvalue())
-            splits[split] = {"documents": len(lengths), "tokens": sum(lengths)}
+            npy = io.BytesIO()
+            np.save(npy, index)
+            self.write(f"{split}.index.npy", npy.getvalue())
+            self.write(f"{split}.bin", b"".join(self.tokens[split]))
 
         # Last: with its JSON, the part is there.
         skipped = dict(sorted(self.skipped.items()))
         facts = {"splits": splits, "languages": self.languages, "skipped": skipped, "read": read}
-        write_whole(self.path("json"), json.dumps(facts))
+        self.write("json", json.dumps(facts))
+
+    def write(self, name, content):
+        """Writes a file of this part."""
+        write_whole(part_file(self.directory, self.number, name), content)
 
 
 def check_read(out, number, digest):

@@ -31,8 +31,7 @@ SPECIAL_TOKENS = """
     <issue_start> <issue_comment> <issue_closed> <jupyter_start> <jupyter_text> <jupyter_code>
     <jupyter_output> <empty_output> <commit_before> <commit_msg> <commit_after> <reponame>
 """.split()
-# StarEncoder adds four at the end.
-ENCODER_TOKENS = ["<pad>", "<sep>", "<cls>", "<mask>"]
+ENCODER_TOKENS = ["<pad>", "<sep>", "<cls>", "<mask>"]  # StarEncoder's, at the end
 
 # What cuts a text into pieces. The alternatives that need no look ahead stand in one atomic group,
 # (?>...), which tiktoken's regex library runs as an automaton: the same pieces in half the time.
@@ -45,11 +44,10 @@ GPT2_PATTERN = _WORDS % (r" ?\p{N}+", r"(?!\S)")
 _DIGIT = "\\p{N}\U00011de0-\U00011de9\U00016ff4-\U00016ff6"
 DIGITS_PATTERN = _WORDS.replace(r"\p{N}", _DIGIT) % (f"[{_DIGIT}]", rf"(?=[{_DIGIT}])|(?!\S)")
 
-
 # Fields of a BPE model that a plain byte-level one leaves empty.
-UNSUPPORTED = (
-    "dropout continuing_subword_prefix end_of_word_suffix byte_fallback ignore_merges".split()
-)
+UNSUPPORTED = """
+    dropout continuing_subword_prefix end_of_word_suffix byte_fallback ignore_merges
+""".split()
 
 
 class Tokenizer:
@@ -63,6 +61,7 @@ class Tokenizer:
     long_run = 500_000  # blanks in a row; at a million, tiktoken's regex panics
 
     def __init__(self, text):
+        # Read it, and add what an encoder needs.
         check_readable(text)
         self._library = tokenizers.Tokenizer.from_str(text)
         missing = [t for t in ENCODER_TOKENS if self._library.token_to_id(t) is None]
@@ -70,8 +69,9 @@ class Tokenizer:
             self._library.add_special_tokens(missing)
             text = self._library.to_str(pretty=True)
         self.json = text
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()  # by which a corpus knows it
 
+        # Make sure that tiktoken will do what the library would do.
         spec = json.loads(self._library.to_str())  # as the library understood it
         pattern = pattern_of(spec)
         vocabulary = spec["model"]["vocab"]  # token -> id
@@ -81,9 +81,10 @@ class Tokenizer:
         check_vocabulary(vocabulary, merged, self.special_tokens)
         check_merges(self._library, merged)
 
-        # A token of a byte-level vocabulary is spelled in printable characters, one for each byte.
+        # Hand it to tiktoken, which has tokens as bytes. A byte-level vocabulary spells them in
+        # printable characters, one for each byte.
         byte_of = byte_characters()
-        ordinary = [*byte_of, *merged]
+        ordinary = [*byte_of, *merged]  # all tokens but the special ones
         ranks = {bytes(byte_of[c] for c in token): vocabulary[token] for token in ordinary}
         self._tiktoken = tiktoken.Encoding(
             "starencoder",
@@ -92,7 +93,7 @@ class Tokenizer:
             special_tokens=self.special_tokens,
         )
 
-        # The library also runs, in `encode`, and is to treat text as tiktoken does.
+        # The library itself runs only in `encode`, and there is to do what tiktoken does.
         self._library.encode_special_tokens = True
         self._library.no_padding()
         self._library.no_truncation()
@@ -119,7 +120,8 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            # The library raises a bare Exception if it cannot parse, and a panic is not even that.
+            # The library's parse errors are bare Exceptions; panics of its Rust code are not even
+            # that.
             words = f"this tokenizer cannot be used: {first_line(error)}"
             raise ValueError(f"{file}: {words}") from None
 
@@ -145,7 +147,8 @@ class Tokenizer:
         """
         blanks = re.findall(r"\s+", text) if len(text) > self.long_run else []
         if any(len(run) > self.long_run for run in blanks):
-            # The library refuses half a surrogate pair. To tiktoken it is U+FFFD.
+            # The library gives the same ids, slowly. It refuses half a surrogate pair, which is
+            # U+FFFD to tiktoken.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return self._library.encode(text, add_special_tokens=False).ids
         return self._tiktoken.encode_ordinary(text)
@@ -159,8 +162,7 @@ class Tokenizer:
 
         Tokens that share a character, each with some of its bytes, all span it.
         """
-        # The bytes of the text: to which character each belongs. All but a character's first byte
-        # are 10xxxxxx in UTF-8.
+        # To which character each byte belongs: in UTF-8 all but its first byte are 10xxxxxx.
         character = np.cumsum([byte & 0xC0 != 0x80 for byte in text.encode()]) - 1  # (bytes,)
         tokens = self._tiktoken.decode_tokens_bytes(self.encode(text))
         lengths = np.array([len(token) for token in tokens], np.int64)  # in bytes
@@ -181,15 +183,19 @@ def train_tokenizer(texts, vocab_size):
     if not least <= vocab_size < 2**31:
         words = f"at least {least} (the bytes and the special tokens)"
         raise ValueError(f"vocab_size must be {words}, got {vocab_size}")
+
+    # How a text is cut into pieces; pairs are merged only within a piece.
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, byte_level])
     library.decoder = tokenizers.decoders.ByteLevel()
+
+    # Ids: special tokens, bytes, merges, and the encoder's tokens at the end, as in StarEncoder.
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - len(ENCODER_TOKENS),
         special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=sorted(byte_level.alphabet()),
+        initial_alphabet=sorted(byte_level.alphabet()),  # all bytes, so that nothing is unknown
     )
     library.train_from_iterator(texts, trainer)
     library.add_special_tokens(ENCODER_TOKENS)
@@ -197,7 +203,8 @@ def train_tokenizer(texts, vocab_size):
 
 
 def byte_characters():
-    """GPT-2's printable character for each byte -> the byte. "A" stands for itself, "Ġ" for " "."""
+    """GPT-2's printable characters -> the bytes they stand for: "A" for itself, "Ġ" for " "."""
+    # 173 is the soft hyphen, which cannot be seen; from 256 up come letters for such bytes.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
@@ -226,6 +233,7 @@ def pattern_of(spec):
         step.pop("trim_offsets", None)  # does not touch the ids
     digits = {"type": "Digits", "individual_digits": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    # A normalizer would change the text before it is cut.
     if spec["model"]["type"] == "BPE" and spec["normalizer"] is None:
         if steps == [byte_level]:
             return GPT2_PATTERN
@@ -247,18 +255,21 @@ def check_vocabulary(vocabulary, merged, special):
 
     vocabulary, special: token -> id. merged: the token that each merge makes, in order.
     """
+    # tiktoken merges the pair of the lowest id first, the library the first in its list of merges.
     made = byte_characters().keys() | {*merged}
     ids = [vocabulary.get(token, -1) for token in merged]
     rising = all(a < b for a, b in zip(ids, ids[1:]))
     if not rising or not made <= vocabulary.keys():
         words = "the ids do not follow the order of the merges, or some of the 256 bytes have none"
         raise ValueError(words)
+    # Text can become any token that has a rank: exactly the bytes and what the merges make.
     unmade = vocabulary.keys() - made - special.keys()
     if unmade:
         raise ValueError(f"no merge makes its token {min(unmade)!r}")
     both = made & special.keys()
     if both:
         raise ValueError(f"its special token {min(both)!r} may come of ordinary text")
+    # The model's embedding has a row for each id from 0 up.
     everything = vocabulary | special
     if sorted(everything.values()) != list(range(len(everything))):
         words = "do not have the ids from 0 up, each once: there are gaps or doubles"
