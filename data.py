@@ -175,11 +175,12 @@ class PairDataset:
 
         # Documents and windows are numbered through all parts of the split.
         self.parts = open_parts(directory, split, meta)
-        self.first_document = starts_of([len(part.offsets) - 1 for part in self.parts])
+        documents = [len(part.offsets) - 1 for part in self.parts]
+        self.first_document = starts_of(documents)  # (parts+1,): the first one of each part
         windows = [-(-np.diff(part.offsets) // self.room) for part in self.parts]  # ceil(n / C)
         windows = np.concatenate(windows)  # (documents,)
         check_pairs(directory, split, windows)
-        self.first_window = starts_of(windows)
+        self.first_window = starts_of(windows)  # (documents+1,): the first one of each document
 
     def __reduce__(self):
         # A worker process opens the files itself: a pickled map would carry their contents.

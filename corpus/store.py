@@ -187,7 +187,10 @@ def open_parts(directory, split, meta):
 
 
 def allow_open_files(count):
-    """Raises the soft limit of open files to `count`, or as far as the hard limit allows."""
+    """Raises the soft limit of open files to `count`, or as far as the hard limit allows.
+
+    Above it, opening a file is an OSError, one line like all others.
+    """
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -200,18 +203,17 @@ def allow_open_files(count):
 class PartReader:
     """The documents of one split of one part, mapped.
 
-    Document d is tokens[offsets[d] : offsets[d + 1]]. tokens (tokens,) are read from disk when
-    they are first used; offsets (documents + 1,) are checked once, here.
-    Raises ValueError, which names the file, if either file is damaged.
+    Document d is tokens[offsets[d] : offsets[d + 1]]. The system reads tokens from disk when they
+    are first used. Raises ValueError, which names the file, if one of its two files is damaged.
     """
 
     def __init__(self, directory, number, split, counts, dtype):
         self.json_path = part_file(directory, number, "json")
         self.index_path = part_file(directory, number, f"{split}.index.npy")
         tokens_path = part_file(directory, number, f"{split}.bin")
-        self.tokens = map_tokens(tokens_path, counts["tokens"], dtype)
-        self.index = map_index(self.index_path, counts["documents"] + 1)
-        self.offsets = self.index["offset"]
+        self.tokens = map_tokens(tokens_path, counts["tokens"], dtype)  # (tokens,)
+        self.index = map_index(self.index_path, counts["documents"] + 1)  # (documents+1,) of INDEX
+        self.offsets = self.index["offset"]  # (documents+1,)
 
         # After this check no offset leads out of the file: documents lie in it end to end.
         ends = (self.offsets[0], self.offsets[-1])
@@ -236,7 +238,8 @@ def map_tokens(path, count, dtype):
     """The tokens (count,) of a .bin file. Raises ValueError if its size is another."""
     size = os.path.getsize(path)
     expected = count * dtype.itemsize
-    if size != expected:  # beyond its end, reading a mapped file ends the process (SIGBUS)
+    # Reading a mapped file beyond its end would end the process (SIGBUS).
+    if size != expected:
         words = f"{size:,} bytes instead of {expected:,}"
         raise ValueError(f"{path}: {words}; prepare the corpus again")
     if count == 0:
@@ -298,7 +301,7 @@ class PartWriter:
             self.write(f"{split}.index.npy", npy.getvalue())
             self.write(f"{split}.bin", b"".join(self.tokens[split]))
 
-        # Last: with its JSON, the part is there.
+        # Last: with its JSON, the part is complete.
         skipped = dict(sorted(self.skipped.items()))
         facts = {"splits": splits, "languages": self.languages, "skipped": skipped, "read": read}
         self.write("json", json.dumps(facts))
@@ -319,7 +322,7 @@ _check_read = check_read  # build.py's old name for it
 
 
 def is_temporary(name):
-    """True for a file that this program began to write."""
+    """True for the name of a file that this program began to write."""
     return OURS.fullmatch(name) and re.search(TEMPORARY + "$", name)
 
 

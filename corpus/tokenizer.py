@@ -68,7 +68,7 @@ class Tokenizer:
         if missing:
             self._library.add_special_tokens(missing)
             text = self._library.to_str(pretty=True)
-        self.json = text
+        self.json = text  # the content of a tokenizer.json
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()  # by which a corpus knows it
 
         # Make sure that tiktoken will do what the library would do.
@@ -89,7 +89,7 @@ class Tokenizer:
         self._tiktoken = tiktoken.Encoding(
             "starencoder",
             pat_str=pattern,
-            mergeable_ranks=ranks,
+            mergeable_ranks=ranks,  # bytes -> id
             special_tokens=self.special_tokens,
         )
 
@@ -129,7 +129,7 @@ class Tokenizer:
         """Writes tokenizer.json, and tokenizer_config.json for `transformers.AutoTokenizer`."""
         os.makedirs(directory, exist_ok=True)
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "PreTrainedTokenizerFast",  # the one that runs a tokenizer.json
             "clean_up_tokenization_spaces": False,  # decode gives back the very text
             "pad_token": "<pad>",
             "sep_token": "<sep>",
@@ -155,7 +155,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """list of ids -> str. Bytes that are not UTF-8 (half a character) become U+FFFD."""
-        return self._tiktoken.decode([int(i) for i in ids])
+        return self._tiktoken.decode([int(i) for i in ids])  # also of NumPy's ints
 
     def offsets(self, text):
         """[(start, end), ...] in characters of `text`, one for each token of encode(text).
@@ -166,9 +166,9 @@ class Tokenizer:
         character = np.cumsum([byte & 0xC0 != 0x80 for byte in text.encode()]) - 1  # (bytes,)
         tokens = self._tiktoken.decode_tokens_bytes(self.encode(text))
         lengths = np.array([len(token) for token in tokens], np.int64)  # in bytes
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths)  # (tokens,)
         first = character[ends - lengths]
-        last = character[ends - 1]
+        last = character[ends - 1]  # (tokens,)
         return list(zip(first.tolist(), (last + 1).tolist()))
 
 
@@ -179,7 +179,7 @@ def train_tokenizer(texts, vocab_size):
     StarEncoder); fewer come out if the texts hold too few pairs.
     Raises ValueError for a size without room for the bytes and the special tokens.
     """
-    least = len(SPECIAL_TOKENS) + 256 + len(ENCODER_TOKENS)
+    least = len(SPECIAL_TOKENS) + 256 + len(ENCODER_TOKENS)  # without a single merge
     if not least <= vocab_size < 2**31:
         words = f"at least {least} (the bytes and the special tokens)"
         raise ValueError(f"vocab_size must be {words}, got {vocab_size}")
@@ -227,6 +227,7 @@ def pattern_of(spec):
 
     Raises ValueError if that is neither StarCoder's way nor GPT-2's.
     """
+    # One step, or a sequence of steps.
     step = spec["pre_tokenizer"] or {}
     steps = [dict(step) for step in step.get("pretokenizers", [step])]
     for step in steps:
