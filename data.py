@@ -171,7 +171,7 @@ class PairDataset:
         self.mask_id = tokenizer.mask_id
         self.special = np.zeros(tokenizer.vocab_size, bool)  # (V,)
         self.special[list(tokenizer.special_tokens.values())] = True
-        self.ordinary = np.flatnonzero(~self.special)
+        self.ordinary = np.flatnonzero(~self.special)  # (V - special ones,)
 
         # Documents and windows are numbered through all parts of the split.
         self.parts = open_parts(directory, split, meta)
@@ -210,8 +210,6 @@ class PairDataset:
     def __iter__(self):
         return (self[i] for i in range(len(self)))  # one epoch; `dataset[i]` itself has no end
 
-    # Documents and windows.
-
     def documents(self):
         """The number of documents."""
         return int(self.first_document[-1])
@@ -239,8 +237,6 @@ class PairDataset:
         start = (w - int(self.first_window[d])) * self.room
         start = max(0, min(start, length - self.room))  # the last one is moved back
         return Window(d, start, min(start + self.room, length))
-
-    # Examples.
 
     def proposal(self, i):
         """The number of the window that example i begins with, unless `draw` has to draw again."""

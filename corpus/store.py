@@ -17,7 +17,6 @@ become examples (../data.py).
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -187,10 +186,7 @@ def open_parts(directory, split, meta):
 
 
 def allow_open_files(count):
-    """Raises the soft limit of open files to `count`, or as far as the hard limit allows.
-
-    Above it, opening a file is an OSError, one line like all others.
-    """
+    """Raises the soft limit of open files to `count`, or as far as the hard limit allows."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -204,34 +200,30 @@ class PartReader:
     """The documents of one split of one part, mapped.
 
     Document d is tokens[offsets[d] : offsets[d + 1]]. The system reads tokens from disk when they
-    are first used. Raises ValueError, which names the file, if one of its two files is damaged.
+    are first used. Raises ValueError, which names the file, if one of its files is damaged.
     """
 
     def __init__(self, directory, number, split, counts, dtype):
-        self.json_path = part_file(directory, number, "json")
-        self.index_path = part_file(directory, number, f"{split}.index.npy")
+        index_path = part_file(directory, number, f"{split}.index.npy")
+        index = map_index(index_path, counts["documents"] + 1)
         tokens_path = part_file(directory, number, f"{split}.bin")
+        facts = read_json(part_file(directory, number, "json"))
         self.tokens = map_tokens(tokens_path, counts["tokens"], dtype)  # (tokens,)
-        self.index = map_index(self.index_path, counts["documents"] + 1)  # (documents+1,) of INDEX
-        self.offsets = self.index["offset"]  # (documents+1,)
+        self.offsets = index["offset"]  # (documents+1,)
+        self.language_numbers = index["language"][:-1]  # (documents,)
+        self.languages = list(facts.get("languages", ()))  # names, in the order of their numbers
 
-        # After this check no offset leads out of the file: documents lie in it end to end.
+        # After this check nothing leads out of the file: documents lie in it end to end.
         ends = (self.offsets[0], self.offsets[-1])
         shortest = np.diff(self.offsets).min(initial=2)
         if ends != (0, counts["tokens"]) or shortest < 2:
-            raise _damaged(self.index_path, f"it does not fit {tokens_path}")
+            raise _damaged(index_path, f"it does not fit {tokens_path}")
+        if np.any(self.language_numbers >= len(self.languages)):
+            raise _damaged(index_path, "it has languages that the part's JSON does not name")
 
     def language(self, document):
         """The name of the language of a document of this part."""
-        number = int(self.index["language"][document])  # counted within this part
-        if number >= len(self.languages):
-            raise _damaged(self.index_path, f"language {number} is not in {self.json_path}")
-        return self.languages[number]
-
-    @functools.cached_property
-    def languages(self):
-        """The names of this part's languages, in the order of their numbers."""
-        return list(read_json(self.json_path).get("languages", ()))
+        return self.languages[self.language_numbers[document]]
 
 
 def map_tokens(path, count, dtype):
