@@ -232,8 +232,7 @@ class PairDataset:
     def window(self, w):
         """The `Window` number `w`, of len(dataset)."""
         d = int(np.searchsorted(self.first_window, w, side="right")) - 1
-        part, d_in_part = self._part_of(d)
-        length = int(part.offsets[d_in_part + 1] - part.offsets[d_in_part])
+        length = len(self.document(d))
         start = (w - int(self.first_window[d])) * self.room
         start = max(0, min(start, length - self.room))  # the last one is moved back
         return Window(d, start, min(start + self.room, length))
@@ -254,8 +253,8 @@ class PairDataset:
         generator = generator or self.generator(i)
         first = self.window(self.proposal(i))
         second = self.window(int(generator.integers(len(self))))
-        # Redraw both. Redrawing only the second would under-sample large documents there: B from
-        # a large document would then be a sign that it follows A.
+        # Redraw both. Redrawing only the second would under-sample large documents there, and a B
+        # from a large document would be a sign that it follows A.
         while second.document == first.document:
             first = self.window(int(generator.integers(len(self))))
             second = self.window(int(generator.integers(len(self))))
