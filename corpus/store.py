@@ -265,7 +265,7 @@ CHANGED = (
 )
 
 
-def _check_read(out, number, digest):
+def check_read(out, number, digest):
     """Raises ValueError where a part is there that was made of documents with another digest."""
     path = part_file(out, number, "json")
     if not os.path.exists(path):
