@@ -14,6 +14,7 @@ def shard(text):
     """The pair (2, 8) that "2/8" stands for."""
     i, slash, n = text.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal()):
+        # argparse puts the name of the flag in front of it.
         raise argparse.ArgumentTypeError(f"give i/n, as in 0/8, not {text}")
     return int(i), int(n)
 
@@ -67,7 +68,7 @@ def main(argv=None):
     if "out" not in arguments:
         parser.error("the following arguments are required: --out")
     begin = time.perf_counter()
-    meta = prepare(**arguments)
+    meta = prepare(**arguments)  # every other flag has the name of one of its arguments
     seconds = time.perf_counter() - begin
     if meta:  # None: other shards have yet to finish
         print(summary(meta))

@@ -18,14 +18,11 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
+import operator
 import os
 import re
 import sysconfig
-import threading
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +30,7 @@ import numpy as np
 from common.files import lock_directory, read_json, write_whole
 from corpus.clean import NearDuplicates
 from corpus.documents import documents, text_of
+from corpus.encode import Encoder, chunks_of, encode_in_order
 from corpus.git_history import read_commits
 from corpus.languages import LANGUAGE_OF
 from corpus.records import RECORDS
@@ -40,19 +38,18 @@ from corpus.sources import TABLES, readers
 from corpus.store import PartWriter, check_read, is_temporary, reasons, remove_ours, write_meta
 from corpus.tokenizer import Tokenizer, train_tokenizer
 
-PART_BYTES = 128_000_000  # of text in a part: about 35 M tokens
-CHUNK_BYTES = 1_000_000  # of text in a chunk: handing it over costs little beside the work on it
+PART_BYTES = 128_000_000  # of text: about 35 M tokens
 TOKENIZER_BYTES = 1_000_000_000  # of text for a tokenizer: more takes memory and changes little
 
 
 class Recipe(NamedTuple):
     """All that decides what the files of a corpus hold. prepare.json keeps it."""
 
-    sources: list  # paths
+    sources: list  # of paths
     tokenizer: str | int  # the hash of one that is given, or the vocabulary of one to train
-    validation: float
+    validation: float  # this and the others are as for `prepare`
     commits: bool
-    languages: list | None
+    languages: list | None  # sorted
     limit_per_language: int | None
     clean: bool
     near_dedup: bool
@@ -78,7 +75,7 @@ def prepare(
     clean=False,  # leave out what StarCoder's basic filters do
     near_dedup=False,  # leave out near duplicates
     shard=(0, 1),  # (i, n): write every n-th part from the i-th
-    part_bytes=PART_BYTES,
+    part_bytes=PART_BYTES,  # of text in a part
 ):
     """Makes a corpus directory; returns its meta.json, or None if other shards have yet to finish.
 
@@ -128,9 +125,10 @@ def check_arguments(sources, tokenizer, validation, languages, shard):
     """Raises ValueError for arguments of `prepare` that are wrong whatever the sources hold."""
     if not 0 < validation < 1:
         raise ValueError(f"validation must lie between 0 and 1, got {validation}")
-    if not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard must be i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
-    if shard[1] > 1 and tokenizer is None:
+    i, n = shard
+    if not 0 <= i < n:
+        raise ValueError(f"shard must be i/n with 0 <= i < n, got {i}/{n}")
+    if n > 1 and tokenizer is None:
         words = "train it beforehand, on a part of the sources, and give it with --tokenizer"
         raise ValueError(f"shards need one tokenizer: {words}")
     known = {*LANGUAGE_OF.values(), *RECORDS}
@@ -146,6 +144,7 @@ def check_sources(sources, out, commits):
     if commits and not any(reader is read_commits for _, reader, _ in found):
         raise ValueError("--commits: none of the sources is a git repository or holds one")
     for source in sources:
+        # It would be read while it is written.
         if os.path.isdir(source) and out.startswith(os.path.join(os.path.realpath(source), "")):
             words = "choose a directory outside of it"
             raise ValueError(f"{out} lies inside the source {source}; {words}")
@@ -160,17 +159,18 @@ def corpus_directory(out, recipe, shard):
 
     Raises ValueError if something else is there, or if another process writes there.
     """
-    existed = os.path.lexists(out)
+    existed = os.path.lexists(out)  # then only what is in it is removed
     check_directory(out, recipe)
     os.makedirs(out, exist_ok=True)
-    # Shards that start together may all write it; they write the same.
+    # Before the lock is taken: shards that start together may all write it, and write the same.
     write_whole(os.path.join(out, "prepare.json"), json.dumps(recipe._asdict(), indent=1))
     with lock_corpus(out, shard):
         try:
             yield
         finally:
-            trained = isinstance(recipe.tokenizer, int)  # and not given
+            trained = isinstance(recipe.tokenizer, int)  # which takes minutes
             kept = trained and os.path.exists(os.path.join(out, "tokenizer.json"))
+            # One of several shards cannot know what the others are about to write.
             if not kept and not parts_in(out) and shard[1] == 1:
                 remove_ours(out)
                 if not existed:
@@ -201,42 +201,30 @@ def lock_corpus(out, shard):
 
     Raises ValueError if another process has locked it for the same shard, or for another n.
     """
-    with lock_directory(out, f".{shard[0]}-of-{shard[1]}.lock") as lock:
+    i, n = shard
+    with lock_directory(out, f".{i}-of-{n}.lock") as lock:
         # With this lock held: of two processes that start together, one at least sees the other.
         for name in os.listdir(out):
             other = re.fullmatch(r"\.\d+-of-(\d+)\.lock", name)
-            if other and int(other[1]) != shard[1]:
-                lock_directory(out, name).close()
+            if other and int(other[1]) != n:
+                lock_directory(out, name).close()  # raises, unless its process has died
         return lock.pop_all()
 
 
 def parts_in(out):
     """The numbers of the parts that a corpus directory holds."""
+    # A part is there once its JSON is: its other files are written before.
     names = (re.fullmatch(r"(\d{5,})\.json", name) for name in os.listdir(out))
     return {int(name[1]) for name in names if name}
 
 
 def is_wanted(part, shard, done):
-    """True for a part that this shard has to write. done: the parts that were there at first."""
-    return part % shard[1] == shard[0] and part not in done
+    """True for a part that this shard has to write. done: the parts that were there before."""
+    i, n = shard
+    return part % n == i and part not in done
 
 
-# ---- documents to tokens ------------------------------------------------------------------------
-
-
-class Chunk(NamedTuple):
-    """The items that a worker process is handed at once."""
-
-    part: int  # that all of them belong to
-    items: list
-
-
-class Encoded(NamedTuple):
-    """What becomes of a document; all None if it was only read over."""
-
-    tokens: np.ndarray | None = None
-    reason: str | None = None  # why it is left out
-    signature: object = None  # for `NearDuplicates.seen`
+# ---- documents to parts -------------------------------------------------------------------------
 
 
 def training_texts(recipe):
@@ -252,141 +240,43 @@ def training_texts(recipe):
             size += item.size
             if size > TOKENIZER_BYTES:
                 return
-    if not size:
+    if not size:  # a tokenizer of nothing would be worth nothing
         words = f"no documents for training in {', '.join(recipe.sources)}"
         raise ValueError(f"{words} (skipped: {reasons(skipped)})")
 
 
-def chunks_of(stream, part_bytes):
-    """Cuts a stream of items into chunks of about CHUNK_BYTES, none of which spans two parts."""
-    part = 0
-    part_size = 0  # bytes of text in the part up to here
-    chunk_size = 0
-    items = []
-    for item in stream:
-        items.append(item)
-        part_size += item.size
-        chunk_size += item.size
-        full = part_size >= part_bytes
-        if full or chunk_size >= CHUNK_BYTES:
-            yield Chunk(part, items)
-            items = []
-            chunk_size = 0
-        if full:
-            part += 1
-            part_size = 0
-    if items:
-        yield Chunk(part, items)
+def write_parts(
+    out,
+    encoded,  # (part, item, `Encoded`), in order
+    wanted,  # a function of a part's number: True if the part is to be written
+    validation,
+    near,  # a `NearDuplicates`, or None
+    dtype,  # of tokens
+):
+    """Writes the parts that are wanted, checks the others, and returns a digest of each.
 
-
-class Encoder(NamedTuple):
-    """How documents become tokens. It goes to a worker process along with each chunk."""
-
-    directory: str  # holds the tokenizer
-    clean: bool
-    near_dedup: bool
-    dtype: np.dtype
-
-    def encode_all(self, items, tokenize):
-        """The `Encoded` of each item. tokenize: False if their part is not wanted."""
-        return [self.encode(item.document, tokenize) for item in items]
-
-    def encode(self, document, tokenize):
-        """The `Encoded` of a document."""
-        pieces, reason = text_of(document, self.clean)
-        if reason:
-            return Encoded(reason=reason)
-        signature = None
-        if self.near_dedup:
-            signature = NearDuplicates.signature("\n".join(text for _, text in pieces))
-        if not tokenize:
-            return Encoded(signature=signature)
-
-        tokenizer = _tokenizer(self.directory)
-        ids = []
-        for token, text in pieces:
-            ids += [tokenizer.special_tokens[token]] if token else []
-            ids += tokenizer.encode(text)
-        if len(ids) < 2:  # nothing that could be cut into a pair
-            return Encoded(reason="under 2 tokens", signature=signature)
-        return Encoded(np.array(ids, self.dtype), signature=signature)
-
-
-@functools.cache
-def _tokenizer(directory):
-    """The one state of a worker process: a tokenizer takes too long to load for every chunk."""
-    return Tokenizer.from_pretrained(directory)
-
-
-def _end_with_parent():
-    """Makes a worker process end when its parent is killed; else it would wait for work forever."""
-
-    def wait_and_end():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait_and_end, daemon=True).start()
-
-
-def encode_in_order(chunks, encoder, wanted, workers):
-    """Yields (chunk, [Encoded, ...]) in order, while the workers are at the chunks behind.
-
-    Raises ValueError if a worker process dies.
-    """
-    # Without this, each worker warns of the threads that trained the tokenizer before it was made.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    in_flight = deque()  # of (chunk, the future of its results; None: there is nothing to do)
-
-    def land():
-        chunk, future = in_flight.popleft()
-        return chunk, future.result() if future else [Encoded()] * len(chunk.items)
-
-    try:
-        with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-            for chunk in chunks:
-                future = None
-                if wanted(chunk.part) or encoder.near_dedup:
-                    future = pool.submit(encoder.encode_all, chunk.items, wanted(chunk.part))
-                in_flight.append((chunk, future))
-                if len(in_flight) > 3 * workers:  # enough that nobody waits while a part is closed
-                    yield land()
-            while in_flight:
-                yield land()
-    except BrokenProcessPool:
-        words = "a worker process was killed (for the memory it took?)"
-        raise ValueError(f"{words}; the same command goes on from here") from None
-
-
-# ---- tokens to parts ----------------------------------------------------------------------------
-
-
-def write_parts(out, encoded, wanted, validation, near, dtype):
-    """Writes the parts that are wanted and checks the others; returns the digest of each.
-
-    A digest stands for the documents that a part is made of, those left out included.
-    encoded: (chunk, [Encoded, ...]), in order. near: a `NearDuplicates`, or None.
+    The digest stands for the documents that a part is made of, those left out included.
     Raises ValueError if a part that is there was made of other documents.
     """
     digests = []
-    for part, group in itertools.groupby(encoded, key=lambda pair: pair[0].part):
+    for part, group in itertools.groupby(encoded, key=operator.itemgetter(0)):
         writer = PartWriter(out, part, dtype) if wanted(part) else None
         digest = hashlib.sha256()
-        for chunk, results in group:
-            for item, (tokens, reason, signature) in zip(chunk.items, results):
-                # The share is 53 bits of the content's hash.
-                digest.update(f"{item.share!r} {item.size} {item.document.language}\n".encode())
-                # Each shard asks this of every document, so that all get the same answers.
-                if signature is not None and near.seen(signature):
-                    reason = "near duplicate"
-                if writer and reason:
-                    writer.skipped[reason] += 1
-                elif writer:
-                    split = "validation" if item.share < validation else "train"
-                    writer.add(split, item.document.language, item.size, tokens)
+        for _, item, (tokens, reason, signature) in group:
+            language = item.document.language
+            digest.update(f"{item.share!r} {item.size} {language}\n".encode())  # 53 bits of hash
+            # Every shard asks this of every document, so all get the same answers.
+            if signature is not None and near.seen(signature):
+                reason = "near duplicate"
+            if writer and reason:
+                writer.skipped[reason] += 1
+            elif writer:
+                split = "validation" if item.share < validation else "train"
+                writer.add(split, language, item.size, tokens)
 
         digests.append(digest.hexdigest())
         if writer:
             writer.close(digests[part])
-        else:
+        else:  # fails early: the check at the end of `prepare` may be hours away
             check_read(out, part, digests[part])
     return digests

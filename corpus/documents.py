@@ -45,11 +45,12 @@ def documents(
     Raises ValueError for a source that is missing or damaged.
     """
     seen = set()  # 8 bytes of each digest: about 70 bytes of memory for a document
-    taken = Counter()  # documents, by language
+    taken = Counter()  # documents, by their language
     for document in _read_all(sources, skipped, commits, description):
         item = _item_of(document)
         key = item.digest[8:16]  # not the bytes that decide on the share
         language, content = document
+        # In this order: a document counts against a limit only if it is taken.
         if not (content.strip() if isinstance(content, bytes) else content):
             skipped["empty"] += 1
         elif key in seen:
@@ -66,6 +67,7 @@ def documents(
 
 def _read_all(sources, skipped, commits, description):
     """Yields the `Document`s of all sources, behind a progress bar over their bytes on disk."""
+    # All are found before the first is read, so that the bar knows the end.
     found = [reader for source in sources for reader in readers(source, commits)]
     total = sum(size for _, _, size in found)
     with tqdm(total=total, unit="B", unit_scale=True, desc=description) as bar:
@@ -96,7 +98,7 @@ def text_of(document, clean=False):
     clean: leave out files that `unclean` objects to. Records were filtered when they were read.
     """
     content = document.content
-    if not isinstance(content, bytes):
+    if not isinstance(content, bytes):  # a record
         if any("\0" in text for _, text in content):
             return None, BINARY
         # JSON can spell half of a surrogate pair, which is no text: it becomes a question mark.
@@ -109,5 +111,5 @@ def text_of(document, clean=False):
         text = content.decode()
     except UnicodeDecodeError:
         return None, "not UTF-8"
-    reason = unclean(text) if clean else None
+    reason = unclean(text) if clean else None  # last, as it takes the longest
     return (None, reason) if reason else ([("", text)], None)

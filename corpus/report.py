@@ -15,11 +15,11 @@ def summary(meta):
     lines = [f"{'language':24}{'documents':>12}{'MB':>10}{'tokens':>16}{'bytes/token':>13}"]
     for name, counts in [*languages.items(), (f"all {len(languages)}", total)]:
         documents, size, tokens = (counts[column] for column in COLUMNS)
-        # No language is listed that has no tokens.
+        # Every language that is listed has tokens: see `read_meta`.
         numbers = f"{documents:12,}{size / 1e6:10.2f}{tokens:16,}{size / tokens:13.2f}"
         lines.append(f"{name:24}{numbers}")
 
-    # Small numbers stay on one line each: how much is held out, and what is missing.
+    # Then one line for each of: how much is held out, and what was left out.
     splits = []
     for split, counts in meta["splits"].items():
         splits.append(f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens")

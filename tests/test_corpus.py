@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import corpus
 import data
-from corpus import build, languages, report, store
+from corpus import build, encode, languages, report, store
 from corpus.documents import documents
 from corpus.tokenizer import Tokenizer
 
@@ -302,7 +302,7 @@ def test_documents_never_change_sides(sources, tmp_path, small_corpus):
 
 
 def test_same_bytes_whatever_the_number_of_processes(sources, tmp_path, small_corpus, monkeypatch):
-    monkeypatch.setattr(build, "CHUNK_BYTES", 20_000)  # many chunks in flight
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 20_000)  # many chunks in flight
     for workers in (1, 3):
         out = tmp_path / str(workers)
         prepare(sources, out, vocab_size=600, validation=0.34, workers=workers)
