@@ -1,17 +1,22 @@
-"""From tokens on disk to batches: the tokenizer, sentence pairs, masks, and the loader that keeps the accelerator fed.
+"""From documents on disk to masked pairs to batches.
 
-    corpus directory           tokenizer.json, meta.json, and parts. Of part p and each split: p.SPLIT.bin (the tokens of its documents, end
-                               to end) and p.SPLIT.index.npy (where each document begins, and its language, by its number in p.json)
-    example i                  <cls> A <sep> B <sep>, masked; a pure function of (seed, i): the same on every rank, on every machine and
-                               after every restart, so that training needs no data state but the number of the step
-    batch                      examples end to end, without padding
+    example i    <cls> A <sep> B <sep>, masked: a pure function of (seed, i), the same on every
+                 rank, on every machine and after every restart; training saves no state of its data
+    batch        examples laid end to end, without padding
 
-**Next-sentence pairs that cannot be cheated.** Were a negative B always the top of a file, "does B look like a top?" would solve the
-task without a look at A. Here an example draws two windows of different documents, trims both to the shorter's length L and cuts both
-at the same place c. A is first[:c]; B is first[c:L] or second[c:L], by a fair coin. The two windows are drawn alike, so the two
-candidates for B are exchangeable: whatever the coin, B alone has the same distribution, of tokens, length and place in its window.
+**Next-sentence pairs that cannot be cheated.** The model has to tell whether B follows A. If a
+negative B were always the beginning of a file, "does B look like a beginning?" would be the answer,
+without a look at A. Here an example takes two windows of different documents, trims both to the
+shorter one's length L, and cuts both at the same place c:
 
-References: Devlin et al., BERT, 2018 (the two tasks); Black & Rogaway, Ciphers with Arbitrary Finite Domains, 2002 (cycle walking).
+    A = first[:c]        B = first[c:L] or second[c:L], by a fair coin
+
+Both windows are drawn in the same way, so the two candidates for B are exchangeable: whatever the
+coin, B alone has the same distribution, of its tokens, its length and its place in the document.
+
+References: Devlin et al., BERT, 2018 (the two tasks); Black & Rogaway, Ciphers with Arbitrary
+Finite Domains, 2002 (cycle walking); Steele et al., Fast Splittable Pseudorandom Number Generators,
+2014 (SplitMix64). Left out: how text becomes tokens on disk; that is in corpus/.
 """
 
 import atexit
@@ -22,166 +27,197 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.signals import ignore_stop_signals
-from corpus.store import PartReader, read_meta
+from corpus.store import open_parts, read_meta
 from corpus.tokenizer import Tokenizer, train_tokenizer  # noqa: F401  also found here
 
-MASKED = 0.15  # of the ordinary tokens, each on its own; of these
+MASKED = 0.15  # of the ordinary tokens are to be predicted; of these,
+REPLACED_BY_MASK = 0.8  # become <mask>,
+REPLACED_BY_RANDOM = 0.1  # become a random token, and the rest stay (Devlin et al., section 3.1)
 
 
-REPLACED_BY_MASK, REPLACED_BY_RANDOM = (
-    0.8,
-    0.1,
-)  # and the rest stays as it is (Devlin et al., section 3.1)
+class Window(NamedTuple):
+    """Neighbouring tokens of a document: document[start:end]."""
+
+    document: int  # counted through all parts of the split
+    start: int  # tokens from the document's beginning
+    end: int  # one behind its last token
 
 
-class Example(NamedTuple):
-    """One masked pair of L tokens, M of them to be predicted."""
+class Draw(NamedTuple):
+    """Where the tokens of a pair are."""
 
-    input_ids: np.ndarray  # (L,) int64: <cls> A <sep> B <sep>
-    masked_positions: np.ndarray  # (M,) int64, rising
-    labels: np.ndarray  # (M,) int64: what stood there
+    a: Window  # c tokens
+    b: Window  # L - c tokens
     next_sentence_label: int  # 1: B follows A; 0: B is from another document
 
 
+class Pair(NamedTuple):
+    """The tokens of a pair, before masking."""
+
+    a: np.ndarray  # (c,) uint16 or uint32, as on disk
+    b: np.ndarray  # (L-c,)
+    next_sentence_label: int  # as in Draw
+
+
+class Example(NamedTuple):
+    """A masked pair of n = L + 3 tokens, M of them to be predicted."""
+
+    input_ids: np.ndarray  # (n,) int64: <cls> A <sep> B <sep>
+    masked_positions: np.ndarray  # (M,) int64, rising
+    labels: np.ndarray  # (M,) int64: the tokens that stood there
+    next_sentence_label: int  # as in Draw
+
+
 class Batch(NamedTuple):
-    """Examples end to end: B sequences, T tokens, M masked."""
+    """Examples end to end: B sequences, T tokens, M of them masked."""
 
     input_ids: torch.Tensor  # (T,) int64
-    cu_seqlens: torch.Tensor  # (B+1,) int32
+    cu_seqlens: torch.Tensor  # (B+1,) int32: sequence b is input_ids[cu_seqlens[b]:cu_seqlens[b+1]]
     labels: torch.Tensor  # (M,) int64
     next_sentence_label: torch.Tensor  # (B,) int64
     masked_positions: torch.Tensor  # (M,) int64, rows of input_ids
 
 
+# ---- shuffling without a list --------------------------------------------------------------------
+
+
 def mix(x):
-    """A 64-bit hash of a 64-bit int (the finalizer of SplitMix64)."""
+    """A 64-bit hash of a 64-bit int: the finalizer of SplitMix64."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
 
 
 def permute(i, n, key):
-    """Where a keyed permutation of range(n) sends i, in O(1) memory, so that an epoch of a billion windows needs no list.
+    """The place of i in a keyed shuffle of range(n), in O(1) memory: no list of a billion windows.
 
-    A Feistel network permutes the numbers of an even count of bits; where it leaves range(n) it is applied again until it is back
-    (cycle walking), which is a permutation of range(n). At most 4 rounds of walking are expected.
+    A Feistel network permutes the numbers of an even count of bits. If it leads out of range(n), it
+    is applied again until it is back (cycle walking), which permutes range(n). There are at most
+    4 n such numbers, so it is applied at most 4 times on average.
 
     >>> sorted(permute(i, 10, key=7) for i in range(10)) == list(range(10))
     True
     """
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)  # of each half
+    low = (1 << bits) - 1
     while True:
-        left, right = i >> half, i & low
-        for turn in range(6):
+        left = i >> bits
+        right = i & low
+        for turn in range(6):  # each scrambles one half by a hash of the other
             left, right = right, left ^ (mix(mix(key + turn) ^ right) & low)
-        i = left << half | right
+        i = left << bits | right
         if i < n:
             return i
 
 
-def mask_tokens(ids, generator, special, ordinary, mask_id):
-    """Dynamic masking of `ids` (L,) int64, in place: 15 % of the ordinary tokens, 80 / 10 / 10.
+def starts_of(lengths):
+    """Where things of these lengths (n,), laid end to end, start; and where the last one ends."""
+    starts = np.zeros(len(lengths) + 1, np.int64)  # (n+1,), from 0
+    np.cumsum(lengths, out=starts[1:])
+    return starts
 
-    generator: a numpy Generator. special: (V,) bool, never masked. ordinary: the other ids, of which random replacements are drawn.
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def mask_tokens(ids, generator, special, ordinary, mask_id):
+    """Masks `ids` (n,) int64 in place. Each epoch masks other tokens, as in RoBERTa (Liu, 2019).
+
+    generator: a numpy Generator. special: (V,) bool, tokens that are never masked. ordinary: the
+    other ids, from which random replacements are drawn.
     Returns masked_positions (M,) and labels (M,).
     """
-    positions = np.flatnonzero((generator.random(len(ids)) < MASKED) & ~special[ids])
+    chosen = generator.random(len(ids)) < MASKED  # (n,) bool: each token on its own
+    positions = np.flatnonzero(chosen & ~special[ids])
     labels = ids[positions]
+
     fate = generator.random(len(positions))
-    by_random = ordinary[generator.integers(len(ordinary), size=len(positions))]
-    ids[positions] = np.where(
-        fate < REPLACED_BY_MASK,
-        mask_id,
-        np.where(fate < REPLACED_BY_MASK + REPLACED_BY_RANDOM, by_random, labels),
-    )
+    random_ids = ordinary[generator.integers(len(ordinary), size=len(positions))]
+    by_mask = fate < REPLACED_BY_MASK
+    by_random = fate < REPLACED_BY_MASK + REPLACED_BY_RANDOM  # if not by_mask
+    ids[positions] = np.where(by_mask, mask_id, np.where(by_random, random_ids, labels))
     return positions, labels
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
 
 
 class PairDataset:
     """Masked sentence pairs of one split ("train" or "validation") of a corpus directory.
 
-    A document of n tokens has ceil(n / C) windows of C = max_length - 3 tokens; the last is moved back so that it is full as well, and a
-    document below C is one window. An epoch proposes every window once as the first of a pair, in the order of a keyed permutation.
-    `dataset[i]` is an `Example` for any i >= 0; the epoch is i // len(dataset).
+    A document of n tokens has ceil(n / C) windows of C = max_length - 3 tokens. The last one is
+    moved back so that it is full as well, and overlaps the one before; a document of less than C
+    tokens is one window. An epoch proposes every window once as the first of a pair, in the order
+    of a keyed shuffle. `dataset[i]` is an `Example` for any i >= 0, of epoch i // len(dataset).
 
-    Raises ValueError for a corpus that is torn, that another tokenizer made, or that is too small for pairs.
+    Raises ValueError for a corpus that is damaged, that another tokenizer made, or that is too
+    small for pairs.
     """
 
     def __init__(self, directory, split, max_length, seed):
         if max_length < 5:
-            raise ValueError(
-                f"max_length must be at least 5 (<cls> A <sep> B <sep>), got {max_length}"
-            )
-        self.arguments = directory, split, max_length, seed
+            least = "at least 5 (<cls> A <sep> B <sep>)"
+            raise ValueError(f"max_length must be {least}, got {max_length}")
+        self.arguments = (directory, split, max_length, seed)
+        self.seed = seed % 2**64
+        self.room = max_length - 3  # C: what <cls> and both <sep> leave
+
         meta = read_meta(directory)
         tokenizer = Tokenizer.from_pretrained(directory)
-        if tokenizer.sha256 != meta["tokenizer_sha256"]:
-            raise ValueError(
-                f"{directory}: its tokens were made by another tokenizer than its tokenizer.json; prepare the corpus again"
-            )
-        self.seed, self.room, dtype = seed, max_length - 3, np.dtype(meta["dtype"])
-        if meta["splits"][split]["documents"] < 2:
-            count = meta["splits"][split]["documents"]
-            raise ValueError(
-                f"{directory}: {split} has {count} documents; pairs need 2 or more, so prepare more text"
-            )
-        self.parts = [
-            PartReader(directory, p, split, splits[split], dtype, self.room)
-            for p, splits in enumerate(meta["parts"])
-        ]
-        self.first_window = np.concatenate(
-            [[0], np.cumsum([part.windows for part in self.parts])]
-        )  # of each part
-        self.first_document = np.concatenate(
-            [[0], np.cumsum([part.counts["documents"] for part in self.parts])]
-        )
-        longest = -(-max(part.counts["longest"] for part in self.parts) // self.room)
-        if longest > 0.99 * len(self):
-            raise ValueError(
-                f"{directory}: one document is {longest / len(self):.1%} of {split}; pairs need others beside it"
-            )
-        self.languages = list(meta["languages"])  # of the corpus
-        self.cls_id, self.sep_id, self.mask_id = (
-            tokenizer.cls_id,
-            tokenizer.sep_id,
-            tokenizer.mask_id,
-        )
-        self.special = np.zeros(tokenizer.vocab_size, bool)
+        check_tokenizer(directory, tokenizer, meta)
+        self.languages = list(meta["languages"])
+        self.cls_id = tokenizer.cls_id
+        self.sep_id = tokenizer.sep_id
+        self.mask_id = tokenizer.mask_id
+        self.special = np.zeros(tokenizer.vocab_size, bool)  # (V,)
         self.special[list(tokenizer.special_tokens.values())] = True
         self.ordinary = np.flatnonzero(~self.special)
 
-    def __reduce__(
-        self,
-    ):  # a worker process opens the files itself; a pickled memmap would carry its content
+        # Documents and windows are numbered through all parts of the split.
+        self.parts = open_parts(directory, split, meta)
+        documents = [len(part.offsets) - 1 for part in self.parts]
+        self.first_document = starts_of(documents)  # (parts+1,): the first one of each part
+        windows = [-(-np.diff(part.offsets) // self.room) for part in self.parts]  # ceil(n / C)
+        windows = np.concatenate(windows)  # (documents,)
+        check_pairs(directory, split, windows)
+        self.first_window = starts_of(windows)  # (documents+1,): the first one of each document
+
+    def __reduce__(self):
+        # A worker process opens the files itself: a pickled map would carry their contents.
         return PairDataset, self.arguments
 
     def __len__(self):
-        """The number of examples of an epoch."""
+        """The number of examples in an epoch."""
         return int(self.first_window[-1])
 
+    def __getitem__(self, i):
+        generator = self.generator(i)
+        a, b, follows = self.pair(i, generator)
+        # Tokens on disk are uint16 or uint32; PyTorch indexes an embedding with int64.
+        ids = np.empty(len(a) + len(b) + 3, np.int64)
+        ids[0] = self.cls_id
+        ids[1 : 1 + len(a)] = a
+        ids[1 + len(a)] = self.sep_id
+        ids[2 + len(a) : -1] = b
+        ids[-1] = self.sep_id
+        if ids.max() >= len(self.special):  # an overwritten file; a GPU would only say "assert"
+            words = f"a token of example {i} is beyond the vocabulary; prepare the corpus again"
+            raise ValueError(f"{self.arguments[0]}: {words}")
+        # The same generator goes on from the pair to its masks.
+        positions, labels = mask_tokens(ids, generator, self.special, self.ordinary, self.mask_id)
+        return Example(ids, positions, labels, follows)
+
     def __iter__(self):
-        return (self[i] for i in range(len(self)))
+        return (self[i] for i in range(len(self)))  # one epoch; `dataset[i]` itself has no end
 
-    def window(self, w):
-        """(document, start, end) of window `w`: the number of the document, and tokens of it."""
-        p = int(np.searchsorted(self.first_window, w, side="right")) - 1
-        part, w = self.parts[p], w - int(self.first_window[p])
-        d = int(np.searchsorted(part.first_window, w, side="right")) - 1
-        length = int(part.offsets[d + 1] - part.offsets[d])
-        start = max(0, min((w - int(part.first_window[d])) * self.room, length - self.room))
-        return int(self.first_document[p]) + d, start, min(start + self.room, length)
-
-    def _part_of(self, document):
-        p = int(np.searchsorted(self.first_document, document, side="right")) - 1
-        return self.parts[p], document - int(self.first_document[p])
+    # Documents and windows.
 
     def documents(self):
         """The number of documents."""
         return int(self.first_document[-1])
 
     def document(self, d):
-        """The tokens of document `d`, a view of the file."""
+        """The tokens (n,) of document `d`, a view of the file."""
         part, d = self._part_of(d)
         return part.tokens[part.offsets[d] : part.offsets[d + 1]]
 
@@ -190,135 +226,176 @@ class PairDataset:
         part, d = self._part_of(d)
         return part.language(d)
 
+    def _part_of(self, d):
+        """The part that holds document `d`, and the document's number in it."""
+        p = int(np.searchsorted(self.first_document, d, side="right")) - 1
+        return self.parts[p], d - int(self.first_document[p])
+
+    def window(self, w):
+        """The `Window` number `w`, of len(dataset)."""
+        d = int(np.searchsorted(self.first_window, w, side="right")) - 1
+        part, d_in_part = self._part_of(d)
+        length = int(part.offsets[d_in_part + 1] - part.offsets[d_in_part])
+        start = (w - int(self.first_window[d])) * self.room
+        start = max(0, min(start, length - self.room))  # the last one is moved back
+        return Window(d, start, min(start + self.room, length))
+
+    # Examples.
+
     def proposal(self, i):
-        """The window that example i begins with, unless its partner is of the same document: each window once an epoch."""
+        """The number of the window that example i begins with, unless `draw` has to draw again."""
         epoch, place = divmod(i, len(self))
-        return permute(place, len(self), mix(mix(self.seed % 2**64) + epoch))
+        return permute(place, len(self), key=mix(mix(self.seed) + epoch))  # each once an epoch
 
-    def pair(self, i, generator=None):
-        """(A, B, next_sentence_label) of example i, before masking. See the top of this file for why it is drawn so."""
-        document, other, start, other_start, cut, length, follows = self._draw(
-            i, generator or self._generator(i)
-        )
-        a, b = self.document(document), self.document(document if follows else other)
-        b_start = start if follows else other_start
-        return a[start : start + cut], b[b_start + cut : b_start + length], follows
-
-    def languages_of_masks(self, i, example):
-        """The language of the document of each masked token of example i, which is `example`."""
-        document, other, *_, follows = self._draw(i, self._generator(i))
-        a, b = self.language(document), self.language(document if follows else other)
-        end_of_a = np.flatnonzero(example.input_ids == self.sep_id)[0]
-        return [a if position < end_of_a else b for position in example.masked_positions]
-
-    def _draw(self, i, generator):
-        draw = lambda: self.window(int(generator.integers(len(self))))
-        (document, start, end), (other, other_start, other_end) = (
-            self.window(self.proposal(i)),
-            draw(),
-        )
-        while (
-            other == document
-        ):  # both anew: a second window drawn until it fits the first would come less often from large documents
-            (document, start, end), (other, other_start, other_end) = draw(), draw()
-        length = min(end - start, other_end - other_start)
-        start += int(
-            generator.integers(end - start - length + 1)
-        )  # trimmed at a random place: no token is out of reach
-        other_start += int(generator.integers(other_end - other_start - length + 1))
-        margin = max(1, length // 4)
-        cut = int(generator.integers(margin, length - margin + 1))
-        return document, other, start, other_start, cut, length, int(generator.integers(2))
-
-    def __getitem__(self, i):
-        generator = self._generator(i)
-        a, b, follows = self.pair(i, generator)
-        ids = np.empty(len(a) + len(b) + 3, np.int64)
-        ids[0], ids[1 + len(a)], ids[-1] = self.cls_id, self.sep_id, self.sep_id
-        ids[1 : 1 + len(a)], ids[2 + len(a) : -1] = a, b
-        if ids.max() >= len(self.special):
-            words = f"a token of example {i} is beyond the vocabulary; prepare the corpus again"
-            raise ValueError(f"{self.arguments[0]}: {words}")
-        positions, labels = mask_tokens(ids, generator, self.special, self.ordinary, self.mask_id)
-        return Example(ids, positions, labels, follows)
-
-    def _generator(self, i):
+    def generator(self, i):
+        """The random numbers of example i: a stream of its own, by its number and the seed."""
         if i < 0:
             raise IndexError(f"examples are numbered from 0, got {i}")
-        return np.random.Generator(np.random.Philox(key=self.seed % 2**64 | i << 64))
+        return np.random.Generator(np.random.Philox(key=self.seed | i << 64))
+
+    def draw(self, i, generator=None):
+        """The `Draw` of example i. generator: `self.generator(i)`, which the masks go on with."""
+        generator = generator or self.generator(i)
+        first = self.window(self.proposal(i))
+        second = self.window(int(generator.integers(len(self))))
+        # Redraw both. Redrawing only the second would under-sample large documents there: B from
+        # a large document would then be a sign that it follows A.
+        while second.document == first.document:
+            first = self.window(int(generator.integers(len(self))))
+            second = self.window(int(generator.integers(len(self))))
+
+        # Trim both to the shorter one's length L, and cut both at the same place, not too near an
+        # end. Then the coin decides which of the two B is taken from.
+        length = min(first.end - first.start, second.end - second.start)
+        first = trim(first, length, generator)
+        second = trim(second, length, generator)
+        margin = max(1, length // 4)
+        cut = int(generator.integers(margin, length - margin + 1))
+        follows = int(generator.integers(2))
+        source = first if follows else second
+        return Draw(
+            a=Window(first.document, first.start, first.start + cut),
+            b=Window(source.document, source.start + cut, source.end),
+            next_sentence_label=follows,
+        )
+
+    def pair(self, i, generator=None):
+        """The `Pair` of example i: its tokens before masking. generator: as for `draw`."""
+        draw = self.draw(i, generator)
+        a = self.document(draw.a.document)[draw.a.start : draw.a.end]
+        b = self.document(draw.b.document)[draw.b.start : draw.b.end]
+        return Pair(a, b, draw.next_sentence_label)
+
+    def languages_of_masks(self, i, example):
+        """The language of each masked token's document. example: `self[i]`. Returns M names."""
+        draw = self.draw(i)
+        of_a = self.language(draw.a.document)
+        of_b = self.language(draw.b.document)
+        sep = 1 + draw.a.end - draw.a.start  # the position of the first <sep>, between A and B
+        return [of_a if position < sep else of_b for position in example.masked_positions]
+
+
+def trim(window, length, generator):
+    """`length` tokens of a window from a random place in it, so that every token can be reached."""
+    start = window.start + int(generator.integers(window.end - window.start - length + 1))
+    return Window(window.document, start, start + length)
+
+
+def check_tokenizer(directory, tokenizer, meta):
+    """Raises ValueError unless this tokenizer made the tokens."""
+    if tokenizer.sha256 != meta["tokenizer_sha256"]:
+        words = "its tokens were made by another tokenizer than its tokenizer.json"
+        raise ValueError(f"{directory}: {words}; prepare the corpus again")
+
+
+def check_pairs(directory, split, windows):
+    """Raises ValueError if two different documents can hardly be drawn. windows: (documents,)."""
+    if len(windows) < 2:
+        words = f"{split} has {len(windows)} documents; pairs need 2 or more, so prepare more text"
+        raise ValueError(f"{directory}: {words}")
+    largest = windows.max() / windows.sum()
+    if largest > 0.99:
+        words = f"one document is {largest:.1%} of {split}; pairs need others beside it"
+        raise ValueError(f"{directory}: {words}")
+
+
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def collate(examples):
     """Lays examples end to end: a `Batch` of CPU tensors."""
-    lengths = [len(e.input_ids) for e in examples]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    starts = starts_of([len(example.input_ids) for example in examples])  # (B+1,)
+    positions = [example.masked_positions + start for example, start in zip(examples, starts)]
     return Batch(
-        torch.from_numpy(np.concatenate([e.input_ids for e in examples])),
-        torch.from_numpy(starts.astype(np.int32)),
-        torch.from_numpy(np.concatenate([e.labels for e in examples])),
-        torch.tensor([e.next_sentence_label for e in examples]),
-        torch.from_numpy(
-            np.concatenate([e.masked_positions + start for e, start in zip(examples, starts)])
-        ),
+        input_ids=torch.from_numpy(np.concatenate([e.input_ids for e in examples])),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        labels=torch.from_numpy(np.concatenate([e.labels for e in examples])),
+        next_sentence_label=torch.tensor([e.next_sentence_label for e in examples]),
+        masked_positions=torch.from_numpy(np.concatenate(positions)),
     )
 
 
 def share(first, count, rank, world_size, micro_batch_size):
-    """This rank's part of the examples [first, first + count), as a list of micro-batches (ranges of examples).
+    """This rank's share of the examples [first, first + count), as micro-batches (ranges).
 
-    Ranks hold neighbouring stretches that differ by at most one example; all of them together hold every example once, whatever
-    the number of ranks. No micro-batch is empty, and every rank has one where count >= world_size.
+    Ranks hold neighbouring stretches whose lengths differ by at most one; together they hold every
+    example once. No micro-batch is empty, and every rank has one if count >= world_size.
 
     >>> share(0, 8, rank=1, world_size=2, micro_batch_size=3)
     [range(4, 6), range(6, 8)]
     """
-    bounds = [first + count * r // world_size for r in (rank, rank + 1)]
-    parts = -(
-        -(bounds[1] - bounds[0]) // micro_batch_size
-    )  # of equal size, rather than full ones and a small rest
-    cuts = [bounds[0] + (bounds[1] - bounds[0]) * p // max(parts, 1) for p in range(parts + 1)]
+    begin = first + count * rank // world_size
+    end = first + count * (rank + 1) // world_size
+    # Micro-batches of about equal size use the device better than full ones and a small rest.
+    parts = -(-(end - begin) // micro_batch_size)
+    cuts = [begin + (end - begin) * p // parts for p in range(parts)] + [end]  # none: [end]
     return [range(a, b) for a, b in zip(cuts, cuts[1:])]
 
 
 def batches(
     dataset, steps, batch_size, micro_batch_size, rank=0, world_size=1, workers=1, pin_memory=False
 ):
-    """For each step of the range `steps`, the list of this rank's micro-batches, made ahead of time by background processes.
+    """Yields, for each step of the range `steps`, the list of this rank's micro-batches.
 
-    The examples of step s are [s * batch_size, (s + 1) * batch_size), whatever the world size. workers: processes; 0: none, made on demand.
+    The examples of step s are [s * batch_size, (s + 1) * batch_size), whatever the world size.
+    workers: processes that make batches ahead of time; 0: none, they are made on demand.
+    Raises ValueError or OSError if an example cannot be read, also if a worker came across it.
     """
 
     def micro_batches(step):
         return share(step * batch_size, batch_size, rank, world_size, micro_batch_size)
 
-    loader = DataLoader(
-        dataset,
-        batch_sampler=(part for step in steps for part in micro_batches(step)),
-        collate_fn=collate,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_stop_signals,
-        generator=torch.Generator(),  # or it would draw from torch's own, whose state is the caller's
+    loader = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=(examples for step in steps for examples in micro_batches(step)),
+            collate_fn=collate,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_stop_signals,
+            generator=torch.Generator(),  # without one, the caller's global generator would advance
+        )
     )
-    loader = iter(loader)
-    # At its end the interpreter terminates and joins all children, and these ignore SIGTERM:
-    # they are told to end before, even where an error ends the program.
-    stop = getattr(loader, "_shutdown_workers", lambda: None)
-    atexit.register(stop)
+    # At its end, the interpreter sends SIGTERM to all child processes and waits for them. Workers
+    # ignore SIGTERM, so they are told to end before that, even if an error ends the program.
+    stop_workers = getattr(loader, "_shutdown_workers", lambda: None)  # absent without workers
+    atexit.register(stop_workers)
     try:
         for step in steps:
-            yield [_next(loader) for _ in micro_batches(step)]
+            yield [next_batch(loader) for _ in micro_batches(step)]
     finally:
-        atexit.unregister(stop)
-        stop()
+        atexit.unregister(stop_workers)
+        stop_workers()
 
 
-def _next(loader):
-    """The next batch of a loader. A worker's error carries its traceback as text: the last line says it."""
+def next_batch(loader):
+    """The next batch of a loader. PyTorch puts a worker's whole traceback into the message of its
+    error; this raises the error with the worker's own message."""
     try:
         return next(loader)
     except (ValueError, OSError) as error:
-        if not str(error).startswith("Caught "):
+        if not str(error).startswith("Caught "):  # this process raised it: there are no workers
             raise
-        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+        last_line = str(error).strip().splitlines()[-1]  # "ValueError: what went wrong"
+        raise ValueError(last_line.partition(": ")[2]) from None

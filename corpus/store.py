@@ -1,93 +1,169 @@
-"""TODO."""
+"""Tokens on disk: the format of a corpus directory, its reader, and its writer.
+
+    tokenizer.json           the tokenizer that made the tokens
+    prepare.json             how the corpus is made; an interrupted run goes on by it
+    00007.train.bin          tokens of part 7's training documents, end to end, uint16 or uint32
+    00007.train.index.npy    (documents + 1,) of INDEX: where each document begins, its language
+    00007.validation.*       the same for the documents held out
+    00007.json               counts of part 7, and its languages in the order of their numbers
+    meta.json                what META says; the corpus is complete once it exists
+
+A part is complete once its JSON exists. Parts let many machines write one corpus, and let an
+interrupted run keep what it has written. Every file has a temporary name until it is whole.
+
+Files are mapped rather than read: the processes of a machine share one copy, and a corpus may be
+larger than memory. This file leaves out how text becomes tokens (tokenizer.py) and how tokens
+become examples (../data.py).
+"""
 
 import contextlib
 import functools
+import io
 import json
 import os
 import re
-import uuid
 from collections import Counter
 
 import numpy as np
-import torch
 
 from common.command_line import first_line
 from common.files import read_json, write_whole
 
+try:
+    import resource
+except ImportError:  # Windows, which has no such limits
+    resource = None
+
+FORMAT = 3  # one more whenever an older reader or an older corpus would no longer do
+SPLITS = ("train", "validation")
+INDEX = np.dtype([("offset", np.int64), ("language", np.uint32)])  # its last entry is the end
+
+COUNTS = {"documents": int, "tokens": int}
+META = {  # the entries of meta.json and their shapes; `fits` reads them
+    "tokenizer_sha256": str,  # of tokenizer.json
+    "vocab_size": int,  # of the same
+    "dtype": {"uint16", "uint32"},  # of the tokens
+    "splits": {split: COUNTS for split in SPLITS},  # the sums over the parts
+    "languages": {str: COUNTS | {"bytes": int}},  # the one with most tokens first
+    "skipped": {str: int},  # why documents were left out, and how many
+    "parts": [{split: COUNTS for split in SPLITS}],  # part 0 first
+}
+
+# Every file that prepare writes, and the end of its name until it is whole. Only these are removed.
+TEMPORARY = r"\.[0-9a-f]{8}\.tmp"
+OURS = re.compile(
+    r"((prepare|tokenizer|tokenizer_config|meta)\.json"
+    r"|\d{5,}\.(json|(train|validation)\.(bin|index\.npy)))"
+    rf"({TEMPORARY})?"
+    r"|\.(\d+-of-\d+\.)?lock"
+)
+
+CHANGED = (  # how prepare refuses a part that was made of other documents
+    "the sources have changed since it was made; bring them back as they were, "
+    "or begin anew in another directory"
+)
+
+# ---- meta.json -----------------------------------------------------------------------------------
+
 
 def read_meta(directory):
-    """The meta.json of a corpus directory. Raises FileNotFoundError or ValueError for a directory that holds no whole corpus."""
+    """The meta.json of a corpus directory, which fits META.
+
+    Raises FileNotFoundError or ValueError if the directory holds no complete corpus.
+    """
     path = os.path.join(directory, "meta.json")
     if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"{directory}: no corpus here (no meta.json); make one with `python corpus.py SOURCE... --out {directory}`"
-        )
+        advice = f"make one with `python -m corpus SOURCE... --out {directory}`"
+        raise FileNotFoundError(f"{directory}: no corpus here (no meta.json); {advice}")
     meta = read_json(path)
-    if not isinstance(meta, dict) or meta.get("format") != 2:
+    if meta.get("format") != FORMAT:
         raise ValueError(f"{path}: not of this version's format; prepare the corpus again")
-    if not _is_whole(meta):
-        words = "damaged (an entry is missing, or is none of its kind)"
-        raise ValueError(f"{path}: {words}; prepare the corpus again")
+
+    wrong = [name for name, shape in META.items() if not fits(meta.get(name), shape)]
+    wrong += [name for name in ("languages", "parts") if not meta.get(name)]  # empty
+    if wrong:
+        raise _damaged(path, f"{wrong[0]!r} is missing, or not what it should be")
     return meta
 
 
+def fits(value, shape):
+    """True if a value read from JSON has this shape. META shows how shapes are written."""
+    if shape is int:  # a count
+        return type(value) is int and 0 <= value < 2**63  # to isinstance, True is an int as well
+    if shape is str:
+        return isinstance(value, str)
+    if isinstance(shape, set):  # one of these strings
+        return isinstance(value, str) and value in shape
+    if isinstance(shape, list):  # any number of items of the one shape in it
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if not isinstance(value, dict):
+        return False
+    if str in shape:  # any names, whose values have the one shape in it
+        return all(fits(item, shape[str]) for item in value.values())
+    return all(fits(value.get(name), inner) for name, inner in shape.items())  # these names
+
+
+def write_meta(out, count, skipped, tokenizer, dtype, sources):
+    """Writes meta.json if all `count` parts exist, and returns it; otherwise returns None.
+
+    skipped: documents left out before they came to any part, by reason.
+    Raises ValueError, which names the sources, if the parts hold no documents.
+    """
+    paths = [part_file(out, number, "json") for number in range(count)]
+    there = sum(os.path.exists(path) for path in paths)
+    if there < count:
+        wait = "the corpus is complete when the other shards have written theirs"
+        print(f"{there} of {count} parts are there; {wait}")
+        return None
+
+    # Add up the parts: `update` of a Counter adds.
+    parts = [read_json(path) for path in paths]
+    skipped = Counter(skipped)
+    splits = {split: Counter(documents=0, tokens=0) for split in SPLITS}
+    languages = {}  # name -> Counter of documents, bytes and tokens
+    for part in parts:
+        skipped.update(part["skipped"])
+        for split in SPLITS:
+            splits[split].update(part["splits"][split])
+        for language, counts in part["languages"].items():
+            languages.setdefault(language, Counter()).update(counts)
+    if not languages:
+        raise ValueError(f"no documents in {', '.join(sources)} (skipped: {reasons(skipped)})")
+
+    # People read this file: largest first. Equal ones by name, whatever the order of the parts.
+    languages = sorted(languages.items(), key=lambda item: (-item[1]["tokens"], item[0]))
+    skipped = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    meta = {
+        "format": FORMAT,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "splits": splits,
+        "languages": dict(languages),
+        "skipped": dict(skipped),
+        "parts": [part["splits"] for part in parts],
+    }
+    content = json.dumps(meta, indent=1)
+
+    # First remove what runs that were killed have left. Another shard that ends at this moment does
+    # the same, and may take our half-written meta.json for such a leftover: then write it again.
+    while True:
+        remove_ours(out, is_temporary)
+        with contextlib.suppress(FileNotFoundError):
+            write_whole(os.path.join(out, "meta.json"), content)
+            return json.loads(content)
+
+
 def reasons(skipped):
+    """Documents left out, for people: "3 empty, 1 not UTF-8"."""
     return ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "none"
 
 
-SPLITS = ("train", "validation")
+def _damaged(path, words):  # an error to be raised
+    return ValueError(f"{path}: damaged ({words}); prepare the corpus again")
 
 
-def _is_whole(meta):
-    """True if a meta.json has all entries, of their types, and the counts of its parts add up."""
-
-    def is_table(entry, *columns):
-        """Columns: the counts that each row has."""
-        rows = entry.values() if isinstance(entry, dict) else [None]
-        for row in rows:
-            if not isinstance(row, dict) or not all(
-                is_count(row.get(column)) for column in columns
-            ):
-                return False
-        return True
-
-    def is_count(entry):
-        return type(entry) is int and 0 <= entry < 2**63
-
-    splits, parts, languages = meta.get("splits"), meta.get("parts"), meta.get("languages")
-    if not isinstance(parts, list):
-        return False
-    if not all(is_table(part, "documents", "tokens", "longest") for part in parts):
-        return False
-    if not is_table(splits, "documents", "tokens"):
-        return False
-    if not is_table(languages, "documents", "bytes", "tokens"):
-        return False
-    if not languages or any(language["tokens"] == 0 for language in languages.values()):
-        return False
-    if not all(table.keys() == set(SPLITS) for table in [splits, *parts]):
-        return False
-    for split in SPLITS:
-        for name in ("documents", "tokens"):
-            if splits[split][name] != sum(part[split][name] for part in parts):
-                return False
-    if not isinstance(meta.get("tokenizer_sha256"), str) or meta.get("dtype") not in (
-        "uint16",
-        "uint32",
-    ):
-        return False
-    skipped = meta.get("skipped")
-    return (
-        is_count(meta.get("vocab_size"))
-        and isinstance(skipped, dict)
-        and all(map(is_count, skipped.values()))
-    )
-
-
-INDEX = np.dtype([("offset", np.int64), ("language", np.uint32)])
-
-
-WINDOWS_TABLE = 4096
+# ---- the reader ----------------------------------------------------------------------------------
 
 
 def part_file(directory, number, name):
@@ -95,249 +171,163 @@ def part_file(directory, number, name):
     return os.path.join(directory, f"{number:05d}.{name}")
 
 
-def windows_table(lengths):
-    """[C] -> windows of C tokens in documents of these lengths, C < WINDOWS_TABLE: with it, opening a part need not read its index."""
-    lengths, counts = np.unique(lengths, return_counts=True)
-    table, size = np.zeros(WINDOWS_TABLE, np.int64), np.arange(1, WINDOWS_TABLE)
-    for i in range(0, len(lengths), 100):  # few at a time stay in cache
-        table[1:] += counts[i : i + 100] @ -(-lengths[i : i + 100, None] // size)
-    return table
+def open_parts(directory, split, meta):
+    """A PartReader for each part of a split. meta: from read_meta.
+
+    Raises ValueError, which names the file, if one of them is damaged.
+    """
+    # NumPy keeps a descriptor open for each mapped file: two files of each part in each split, and
+    # 1,024, the usual limit, for everything else.
+    dtype = np.dtype(meta["dtype"])
+    allow_open_files(4 * len(meta["parts"]) + 1024)
+    return [
+        PartReader(directory, number, split, part[split], dtype)
+        for number, part in enumerate(meta["parts"])
+    ]
+
+
+def allow_open_files(count):
+    """Raises the soft limit of open files to `count`, or as far as the hard limit allows.
+
+    Above it, opening a file is an OSError, one line like all others.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY  # which is -1 on Linux, and must not be compared by size
+    wanted = count if hard == unlimited else min(count, hard)
+    if soft != unlimited and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class PartReader:
-    """One part of a split. What is in its files is read when it is first asked for."""
+    """The documents of one split of one part, mapped.
 
-    def __init__(self, directory, number, split, counts, dtype, room):
-        self.directory, self.number, self.stem, self.counts, self.dtype, self.room = (
-            directory,
-            number,
-            f"{split}.",
-            counts,
-            dtype,
-            room,
-        )
-        path, count = self.path("bin"), counts["tokens"]
-        if os.path.getsize(path) != count * dtype.itemsize:
-            raise ValueError(
-                f"{path}: {os.path.getsize(path):,} bytes instead of {count * dtype.itemsize:,}; prepare the corpus again"
-            )
-        self.index = self.load("index.npy", counts["documents"] + 1, INDEX)
-        if (self.index["offset"][0], self.index["offset"][-1]) != (0, count):
-            raise ValueError(
-                f"{self.path('index.npy')} does not fit {path}; prepare the corpus again"
-            )
-        if room < WINDOWS_TABLE:
-            self.windows = int(self.load("windows.npy", WINDOWS_TABLE, np.dtype(np.int64))[room])
-        else:
-            self.windows = int(self.first_window[-1])
-        # The exact sum is looked at when the index is read.
-        if not counts["documents"] <= self.windows <= count:
-            raise ValueError(f"{self.path('windows.npy')}: damaged; prepare the corpus again")
+    Document d is tokens[offsets[d] : offsets[d + 1]]. The system reads tokens from disk when they
+    are first used. Raises ValueError, which names the file, if one of its two files is damaged.
+    """
 
-    def path(self, name):
-        return part_file(self.directory, self.number, self.stem + name)
+    def __init__(self, directory, number, split, counts, dtype):
+        self.json_path = part_file(directory, number, "json")
+        self.index_path = part_file(directory, number, f"{split}.index.npy")
+        tokens_path = part_file(directory, number, f"{split}.bin")
+        self.tokens = map_tokens(tokens_path, counts["tokens"], dtype)  # (tokens,)
+        self.index = map_index(self.index_path, counts["documents"] + 1)  # (documents+1,) of INDEX
+        self.offsets = self.index["offset"]  # (documents+1,)
 
-    def load(self, name, length, dtype):
-        """The array (length,) of a .npy file, mapped."""
-        path = self.path(name)
-        try:
-            with open(path, "rb") as f:
-                np.lib.format.read_magic(f)
-                header = np.lib.format.read_array_header_1_0(f)
-                start = f.tell()
-            if header != ((length,), False, dtype):
-                raise ValueError(f"not {length:,} entries of {dtype}")
-            if os.path.getsize(path) != start + length * dtype.itemsize:
-                raise ValueError("cut short, or longer than it says")
-        except OSError:
-            raise
-        except Exception as error:  # NumPy reads the header as Python, and raises as that does
-            words = first_line(error)
-            raise ValueError(f"{path}: damaged ({words}); prepare the corpus again") from None
-        return self.mapped(path, start).view(dtype)
-
-    @staticmethod
-    def mapped(path, offset=0):
-        """The bytes of a file, mapped. NumPy would keep a file descriptor for each, of which a process may have 1,024."""
-        size = os.path.getsize(path)
-        return (
-            torch.from_file(path, size=size, dtype=torch.uint8).numpy()[offset:]
-            if size
-            else np.zeros(0, np.uint8)
-        )
-
-    @functools.cached_property
-    def tokens(self):
-        return self.mapped(self.path("bin")).view(self.dtype)
-
-    @property
-    def offsets(self):
-        return self.index["offset"]
-
-    @functools.cached_property
-    def first_window(self):
-        lengths = np.diff(self.offsets)
-        first = np.concatenate([[0], np.cumsum(-(-lengths // self.room))])
-        if lengths.min(initial=2) < 2 or first[-1] != getattr(self, "windows", first[-1]):
-            raise ValueError(f"{self.path('index.npy')}: damaged; prepare the corpus again")
-        return first
+        # After this check no offset leads out of the file: documents lie in it end to end.
+        ends = (self.offsets[0], self.offsets[-1])
+        shortest = np.diff(self.offsets).min(initial=2)
+        if ends != (0, counts["tokens"]) or shortest < 2:
+            raise _damaged(self.index_path, f"it does not fit {tokens_path}")
 
     def language(self, document):
         """The name of the language of a document of this part."""
-        number = int(self.index["language"][document])
+        number = int(self.index["language"][document])  # counted within this part
         if number >= len(self.languages):
-            path = self.path("index.npy")
-            raise ValueError(f"{path}: damaged (language {number}); prepare the corpus again")
+            raise _damaged(self.index_path, f"language {number} is not in {self.json_path}")
         return self.languages[number]
 
     @functools.cached_property
     def languages(self):
-        path = part_file(self.directory, self.number, "json")
-        facts = read_json(path)
-        if not isinstance(facts, dict) or not isinstance(facts.get("languages"), dict):
-            raise ValueError(f"{path}: damaged (it names no languages); prepare the corpus again")
-        return list(facts["languages"])
+        """The names of this part's languages, in the order of their numbers."""
+        return list(read_json(self.json_path).get("languages", ()))
+
+
+def map_tokens(path, count, dtype):
+    """The tokens (count,) of a .bin file. Raises ValueError if its size is another."""
+    size = os.path.getsize(path)
+    expected = count * dtype.itemsize
+    # Reading a mapped file beyond its end would end the process (SIGBUS).
+    if size != expected:
+        words = f"{size:,} bytes instead of {expected:,}"
+        raise ValueError(f"{path}: {words}; prepare the corpus again")
+    if count == 0:
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)  # plain arrays are sliced faster
+
+
+def map_index(path, length):
+    """The entries (length,) of an index. Raises ValueError if the file is another, or cut short."""
+    try:
+        index = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python, and raises what Python does
+        raise _damaged(path, first_line(error)) from None
+    if index.dtype != INDEX or index.shape != (length,):
+        raise _damaged(path, f"not {length:,} entries of {INDEX}")
+    return index.view(np.ndarray)
+
+
+# ---- the writer ----------------------------------------------------------------------------------
 
 
 class PartWriter:
-    """A part that is being written. It is there when its JSON is, which comes last.
+    """A part that is being made, in memory until it is closed: about 70 MB of tokens.
 
-    Its files have names of their own until they are whole, so that two processes that write the same part do not disturb each other.
+    Two processes may write the same part: what they write is the same.
     """
 
     def __init__(self, directory, number, dtype):
-        self.directory, self.number, self.dtype, self.unique = (
-            directory,
-            number,
-            np.dtype(dtype),
-            uuid.uuid4().hex[:8],
-        )
-        self.files = {
-            split: open(self.temporary(f"{split}.bin"), "wb") for split in ("train", "validation")
-        }
-        self.index = {split: [(0, 0)] for split in self.files}
-        self.languages, self.numbers, self.skipped = {}, {}, Counter()
-
-    def temporary(self, name):
-        return part_file(self.directory, self.number, f"{name}.{self.unique}.tmp")
+        self.directory = directory
+        self.number = number
+        self.dtype = np.dtype(dtype)
+        self.tokens = {split: [] for split in SPLITS}  # an array for each document
+        self.numbers = {split: [] for split in SPLITS}  # of each document's language
+        self.languages = {}  # name -> counts; its number is its place
+        self.skipped = Counter()  # reason -> documents that the caller left out
 
     def add(self, split, language, size, tokens):
-        self.files[split].write(tokens)
+        """Adds a document: its split, its language, its size in bytes, and tokens (2 or more)."""
         counts = self.languages.setdefault(language, {"documents": 0, "bytes": 0, "tokens": 0})
-        for key, n in {"documents": 1, "bytes": size, "tokens": len(tokens)}.items():
-            counts[key] += n
-        index = self.index[split]
-        number = self.numbers.setdefault(language, len(self.numbers))
-        index[-1] = (index[-1][0], number)  # an entry: where a document begins, and its language
-        index.append((index[-1][0] + len(tokens), 0))
+        counts["documents"] += 1
+        counts["bytes"] += size
+        counts["tokens"] += len(tokens)
+        self.tokens[split].append(np.asarray(tokens, self.dtype))
+        self.numbers[split].append(list(self.languages).index(language))
 
     def close(self, read=""):
-        """read: a digest of the documents that the part was made of."""
-        splits, files = {}, {}
-        for split, file in self.files.items():
-            index = np.array(self.index[split], INDEX)
-            lengths = np.diff(index["offset"])
-            splits[split] = {
-                "documents": len(lengths),
-                "tokens": int(index["offset"][-1]),
-                "longest": int(lengths.max(initial=0)),
-            }
-            files[f"{split}.bin"] = file
-            for name, array in (
-                (f"{split}.index.npy", index),
-                (f"{split}.windows.npy", windows_table(lengths)),
-            ):
-                files[name] = open(self.temporary(name), "wb")
-                np.save(files[name], array)
-        for name, file in files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(self.temporary(name), part_file(self.directory, self.number, name))
+        """Writes the part. read: a digest of the documents that it is made of."""
+        splits = {}
+        for split in SPLITS:
+            lengths = [len(tokens) for tokens in self.tokens[split]]
+            splits[split] = {"documents": len(lengths), "tokens": sum(lengths)}
+            index = np.zeros(len(lengths) + 1, INDEX)  # (documents+1,)
+            index["offset"][1:] = np.cumsum(lengths)
+            index["language"][:-1] = self.numbers[split]
+            npy = io.BytesIO()
+            np.save(npy, index)
+            self.write(f"{split}.index.npy", npy.getvalue())
+            self.write(f"{split}.bin", b"".join(self.tokens[split]))
+
+        # Last: with its JSON, the part is complete.
         skipped = dict(sorted(self.skipped.items()))
         facts = {"splits": splits, "languages": self.languages, "skipped": skipped, "read": read}
-        write_whole(part_file(self.directory, self.number, "json"), json.dumps(facts))
+        self.write("json", json.dumps(facts))
 
-
-CHANGED = (
-    "the sources have changed since it was made; bring them back as they were, "
-    "or begin anew in another directory"
-)
+    def write(self, name, content):
+        """Writes a file of this part."""
+        write_whole(part_file(self.directory, self.number, name), content)
 
 
 def check_read(out, number, digest):
-    """Raises ValueError where a part is there that was made of documents with another digest."""
+    """Raises ValueError if a part exists that was made of documents with another digest."""
     path = part_file(out, number, "json")
-    if not os.path.exists(path):
-        return
-    before = read_json(path).get("read")
-    if before is None:
-        raise ValueError(f"{path}: was made by an earlier version; begin anew in another directory")
-    if before != digest:
+    if os.path.exists(path) and read_json(path).get("read") != digest:
         raise ValueError(f"{path}: {CHANGED}")
 
 
-def write_meta(out, count, skipped, tokenizer, dtype, sources):
-    """Writes meta.json where all parts are there, and returns it; else None."""
-    paths = [part_file(out, number, "json") for number in range(count)]
-    if missing := [path for path in paths if not os.path.exists(path)]:
-        print(
-            f"{count - len(missing)} of {count} parts are there; the corpus is whole when the other shards have written theirs"
-        )
-        return None
-    facts, skipped = [read_json(path) for path in paths], Counter(skipped)
-    languages, splits = (
-        {},
-        {split: Counter(documents=0, tokens=0) for split in ("train", "validation")},
-    )
-    for part in facts:
-        skipped.update(part["skipped"])
-        for language, counts in part["languages"].items():
-            languages.setdefault(language, Counter()).update(counts)
-        for split, counts in part["splits"].items():
-            splits[split].update(documents=counts["documents"], tokens=counts["tokens"])
-    if not languages:
-        raise ValueError(f"no documents in {', '.join(sources)} (skipped: {reasons(skipped)})")
-    meta = {
-        "format": 2,
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype.name,
-        "splits": splits,
-        "languages": dict(
-            sorted(languages.items(), key=lambda item: (-item[1]["tokens"], item[0]))
-        ),
-        "skipped": dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0]))),
-        "parts": [part["splits"] for part in facts],
-    }
-    while True:
-        remove_ours(out, is_temporary)  # of what was killed
-        # Another shard that ends at the same time takes the half-written file for such a one.
-        with contextlib.suppress(FileNotFoundError):
-            write_whole(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
-            break
-    return json.loads(json.dumps(meta))
-
-
-# The names of the files that this program writes, and how they end while they are written.
-TEMPORARY = r"\.[0-9a-f]{8}\.tmp"
-
-
-OURS = re.compile(
-    r"((prepare|tokenizer|tokenizer_config|meta)\.json"
-    r"|\d{5,}\.(json|(train|validation)\.(bin|(index|windows)\.npy)))"
-    rf"({TEMPORARY})?"
-    r"|\.(\d+-of-\d+\.)?lock"
-)
+_check_read = check_read  # build.py's old name for it
 
 
 def is_temporary(name):
-    """Whether a file is one that this program began to write."""
+    """True for the name of a file that this program began to write."""
     return OURS.fullmatch(name) and re.search(TEMPORARY + "$", name)
 
 
 def remove_ours(out, which=OURS.fullmatch):
-    """Removes the files of this program, or those for which `which` holds; nobody else's."""
+    """Removes those of this program's files for whose names `which` is true; nobody else's."""
     for name in filter(which, os.listdir(out)):
-        with contextlib.suppress(OSError):  # another shard may be doing the same
+        with contextlib.suppress(OSError):  # another shard may be removing it, too
             os.remove(os.path.join(out, name))

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,27 +15,31 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 import corpus
-from common import command_line
-from corpus import store, tokenizer
+from common.command_line import run_command
+from corpus.store import PartWriter, write_meta
 from corpus.tokenizer import Tokenizer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 
-common = dict(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+every_profile = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("default", max_examples=25, **every_profile)
+settings.register_profile("thorough", max_examples=500, **every_profile)
+settings.register_profile(  # without shrinking the first failure
+    "first_failure", max_examples=25, phases=[Phase.explicit, Phase.generate], **every_profile
 )
-settings.register_profile("default", max_examples=25, **common)
-settings.register_profile("thorough", max_examples=500, **common)
-settings.register_profile(
-    "first_failure", max_examples=25, phases=[Phase.explicit, Phase.generate], **common
-)  # without shrinking it
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STDLIB = sysconfig.get_paths()["stdlib"]
-MODULES = "abc argparse ast base64 bisect calendar cmd code codecs copy csv dataclasses difflib dis enum fractions functools glob".split()
+MODULES = """
+    abc argparse ast base64 bisect calendar cmd code codecs copy csv dataclasses difflib dis enum
+    fractions functools glob
+""".split()
 
 
 @pytest.fixture(scope="session")
@@ -70,16 +73,20 @@ def stdlib_corpus(tmp_path_factory):
 
 
 def write_corpus(directory, tokenizer, *parts):
-    """A corpus of these parts, whose "train" and "validation" splits both hold the same documents (lists of ids)."""
+    """Writes a corpus of these parts, each a list of documents (lists of ids). Returns its path.
+
+    The splits "train" and "validation" both hold all documents.
+    """
+    directory = str(directory)
     tokenizer.save_pretrained(directory)
     for number, documents in enumerate(parts):
-        part = store.PartWriter(str(directory), number, np.uint16)
+        part = PartWriter(directory, number, np.uint16)
         for split in ("train", "validation"):
             for ids in documents:
-                part.add(split, "python", len(ids), np.array(ids, np.uint16))
+                part.add(split, "python", len(ids), ids)
         part.close()
-    store.write_meta(str(directory), len(parts), {}, tokenizer, np.dtype(np.uint16), [])
-    return str(directory)
+    write_meta(directory, len(parts), {}, tokenizer, np.dtype(np.uint16), [])
+    return directory
 
 
 def command(*arguments, **kwargs):
@@ -95,24 +102,27 @@ def command(*arguments, **kwargs):
 
 
 def program(name, *arguments):
-    """The same for `python -m ROOM` or `python NAME.py`, in this process, which has all imports."""
+    """Runs `python -m ROOM` or `python NAME.py` in this process, which has all imports."""
     room = os.path.isdir(os.path.join(ROOT, name))
     module = importlib.import_module(f"{name}.__main__" if room else name)
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", [module.__file__, *arguments]):
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__file__, *arguments])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                command_line.run_command(module.main)
+                run_command(module.main)
             except SystemExit as end:
                 status = end.code
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def assert_refused(result, *words):
-    """Exit status 2 and one line that says what is wrong."""
+    """Asserts exit status 2 and one line that says what is wrong, in these words among others."""
     assert result.returncode == 2, result.stderr
-    lines = [
-        line for line in result.stderr.strip().replace("\r", "\n").split("\n") if "error:" in line
-    ]
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
-    assert all(word in lines[0] for word in words), lines[0]
+    lines = result.stderr.strip().replace("\r", "\n").split("\n")  # \r: a progress bar
+    errors = [line for line in lines if "error:" in line]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    assert all(word in errors[0] for word in words), errors[0]
