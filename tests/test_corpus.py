@@ -309,6 +309,7 @@ def test_same_bytes_whatever_the_number_of_processes(sources, tmp_path, small_co
         assert files_of(out) == files_of(small_corpus)
 
 
+@pytest.mark.slow  # 66,000 tokens are added one by one
 def test_wide_tokens_where_the_vocabulary_needs_them(sources, tmp_path, tokenizer):
     library = tokenizers.Tokenizer.from_str(tokenizer.json)
     library.add_special_tokens([f"<unused_{i}>" for i in range(66_000)])
@@ -505,35 +506,6 @@ def test_shards_that_start_together(tmp_path, small_corpus):
     options = {"tokenizer": small_corpus, "part_bytes": 200}
     assert prepare(source, out, shard=(0, 2), **options) is None
     assert prepare(source, out, shard=(1, 2), **options)
-
-
-def test_shards_that_end_together(tmp_path, sources, small_corpus, monkeypatch):
-    """One clears away temporary files while the other writes meta.json."""
-    out = tmp_path / "out"
-    fsync = os.fsync
-    cleared = []
-
-    def clear_away(descriptor):
-        fsync(descriptor)
-        if not cleared and list(out.glob("meta.json.*")):
-            cleared.extend(out.glob("meta.json.*"))
-            store.remove_ours(str(out), store.is_temporary)
-
-    monkeypatch.setattr(os, "fsync", clear_away)
-    meta = prepare(sources, out, tokenizer=small_corpus)
-    assert cleared and json.loads((out / "meta.json").read_text()) == meta
-
-
-def test_two_processes_may_write_the_same_part(tmp_path):
-    parts = [store.PartWriter(str(tmp_path), 0, np.uint16) for _ in range(2)]
-    for i in range(3):
-        for part in parts:
-            part.add("train", "python", 9, np.arange(i, 9, dtype=np.uint16))
-    parts[0].close()
-    first = {name: text for name, text in files_of(tmp_path).items() if not name.endswith(".tmp")}
-    assert {"00000.json", "00000.train.bin", "00000.train.index.npy"} <= first.keys()
-    parts[1].close()
-    assert files_of(tmp_path) == first
 
 
 # ---- what is refused ----------------------------------------------------------------------------
