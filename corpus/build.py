@@ -5,8 +5,9 @@
 A part ends where `part_bytes` of distinct documents have been read, so it depends on the sources
 and the arguments alone. That makes a corpus
 
-* restartable: stopped at any moment, the same command goes on. It reads over the parts that are
-  there; each keeps a digest of its documents, which shows if the sources have changed since;
+* restartable: stopped at any moment, the same command goes on. It reads the documents of finished
+  parts, but does not tokenize them again. Each part keeps a digest of its documents, which shows if
+  the sources have changed since;
 * divisible: shard i of n writes the parts p with p % n == i. The machines need not know of each
   other, and write the same files as one machine would.
 
@@ -43,7 +44,7 @@ TOKENIZER_BYTES = 1_000_000_000  # of text for a tokenizer: more takes memory an
 
 
 class Recipe(NamedTuple):
-    """All that decides what the files of a corpus hold. prepare.json keeps it."""
+    """Everything that decides what the files of a corpus hold. It is kept in prepare.json."""
 
     sources: list  # of paths
     tokenizer: str | int  # the hash of one that is given, or the vocabulary of one to train
@@ -77,7 +78,7 @@ def prepare(
     shard=(0, 1),  # (i, n): write every n-th part from the i-th
     part_bytes=PART_BYTES,  # of text in a part
 ):
-    """Makes a corpus directory; returns its meta.json, or None if other shards have yet to finish.
+    """Makes a corpus directory. Returns its meta.json, or None if other shards have yet to finish.
 
     Tokens are uint16, or uint32 if the vocabulary needs it. Raises ValueError for bad sources or
     arguments, for sources without documents, and for an `out` that holds something else.
@@ -115,7 +116,7 @@ def prepare(
         with contextlib.closing(encoded):  # ends the workers, also if writing fails
             digests = write_parts(out, encoded, wanted, validation, near, dtype)
 
-        # Other shards have written parts since, or the sources had more when the corpus was begun.
+        # Other shards may have written parts since, and an earlier run more parts than there are.
         for part in sorted(parts_in(out)):
             check_read(out, part, digests[part] if part < len(digests) else "no documents")
         return write_meta(out, len(digests), skipped, tokenizer, dtype, sources)
@@ -159,7 +160,7 @@ def corpus_directory(out, recipe, shard):
 
     Raises ValueError if something else is there, or if another process writes there.
     """
-    existed = os.path.lexists(out)  # then only what is in it is removed
+    existed = os.path.lexists(out)  # if so, the directory itself stays
     check_directory(out, recipe)
     os.makedirs(out, exist_ok=True)
     # Before the lock is taken: shards that start together may all write it, and write the same.
@@ -168,7 +169,7 @@ def corpus_directory(out, recipe, shard):
         try:
             yield
         finally:
-            trained = isinstance(recipe.tokenizer, int)  # which takes minutes
+            trained = isinstance(recipe.tokenizer, int)  # here, which may have taken minutes
             kept = trained and os.path.exists(os.path.join(out, "tokenizer.json"))
             # One of several shards cannot know what the others are about to write.
             if not kept and not parts_in(out) and shard[1] == 1:
@@ -240,7 +241,7 @@ def training_texts(recipe):
             size += item.size
             if size > TOKENIZER_BYTES:
                 return
-    if not size:  # a tokenizer of nothing would be worth nothing
+    if not size:  # the sources are empty, or all is held out
         words = f"no documents for training in {', '.join(recipe.sources)}"
         raise ValueError(f"{words} (skipped: {reasons(skipped)})")
 
@@ -265,7 +266,7 @@ def write_parts(
         for _, item, (tokens, reason, signature) in group:
             language = item.document.language
             digest.update(f"{item.share!r} {item.size} {language}\n".encode())  # 53 bits of hash
-            # Every shard asks this of every document, so all get the same answers.
+            # Every shard asks this about every document, so all get the same answers.
             if signature is not None and near.seen(signature):
                 reason = "near duplicate"
             if writer and reason:
