@@ -1,4 +1,19 @@
-"""Text to tokens on disk."""
+"""Text to tokens on disk. `prepare` makes a corpus directory, as `python -m corpus` does.
+
+In the order of what happens to a document:
+
+sources.py      what a source may be, and directories
+archives.py, tables.py, git_history.py      the other sources
+records.py      files, notebooks, issues and commits become documents
+languages.py    the language of a file, by its name, extension and text
+documents.py    sources to a stream of distinct documents; a document to its text
+clean.py        StarCoder's basic filters, and near duplicates
+tokenizer.py    byte-level BPE, trained by `tokenizers`, run by `tiktoken`
+encode.py       documents to tokens, on all cores
+store.py        the files of a corpus directory: their writer and their reader
+build.py        `prepare`: all of this together, restartable and divisible
+report.py       what is in a corpus, for people to read
+"""
 
 from corpus.build import prepare
 

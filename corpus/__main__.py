@@ -1,102 +1,79 @@
-"""TODO."""
+"""python -m corpus: makes a corpus of tokens from source code, or says what is in one."""
 
+import argparse
 import time
 
 from common.command_line import CommandLine, run_command
 from corpus.build import prepare
-from corpus.report import report, summary
+from corpus.report import summary
 from corpus.sources import KINDS
 from corpus.store import read_meta
 
 
-def _shard(text):
+def shard(text):
+    """The pair (2, 8) that "2/8" stands for."""
     i, slash, n = text.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal()):
-        raise ValueError(f"--shard: give i/n, as in 0/8, not {text}")
+        # argparse puts the name of the flag in front of it.
+        raise argparse.ArgumentTypeError(f"give i/n, as in 0/8, not {text}")
     return int(i), int(n)
 
 
-def main(argv=None):
-    """The command line."""
+def command_line():
+    """The arguments of `prepare`, and --report."""
     parser = CommandLine(
-        prog="python -m corpus", description="Make a corpus of tokens from source code."
+        prog="python -m corpus",
+        description="Makes a corpus of tokens from source code.",
+        argument_default=argparse.SUPPRESS,  # what is not given has the default of `prepare`
     )
-    sources_help = f"{KINDS} (default: the standard library of this Python)"
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help=sources_help)
-    parser.add_argument(
-        "--out", metavar="DIR", help="the corpus directory to make, or to go on with"
-    )
-    parser.add_argument(
-        "--report",
-        metavar="DIR",
-        help="say what is in the corpus DIR, draw DIR/report.png, and end",
-    )
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--vocab-size",
-        type=int,
-        default=49156,
-        metavar="N",
-        help="tokens of the tokenizer to train (default: 49156)",
-    )
-    choice.add_argument(
-        "--tokenizer", metavar="PATH", help="use this tokenizer.json, or the one in this directory"
-    )
-    parser.add_argument(
-        "--commits",
-        action="store_true",
-        help="take the history of git repositories among the sources, too",
-    )
-    parser.add_argument("--languages", metavar="A,B,...", help="take only these languages")
-    parser.add_argument(
-        "--limit-per-language",
-        type=int,
-        metavar="N",
-        help="take the first N distinct documents of each language (before cleaning)",
-    )
-    parser.add_argument(
-        "--clean",
-        action="store_true",
-        help="leave out what StarCoder's basic filters do: long lines, generated files, ...",
-    )
-    parser.add_argument(
-        "--near-dedup", action="store_true", help="leave out near duplicates, by MinHash"
-    )
-    parser.add_argument(
-        "--shard",
-        default="0/1",
-        metavar="I/N",
-        help="write every N-th part from the I-th: one of N machines",
-    )
-    parser.add_argument(
-        "--validation",
-        type=float,
-        default=0.05,
-        metavar="P",
-        help="share of the documents held out (default: 0.05)",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one for each core)"
-    )
+    add = parser.add_argument
+    sources = f"{KINDS} (default: the standard library of this Python)"
+    add("sources", nargs="*", metavar="SOURCE", help=sources)
+    add("--out", metavar="DIR", help="the corpus directory to make, or to go on with")
+    add("--report", metavar="DIR", help="print what is in this corpus, and do nothing else")
+
+    # The tokenizer: a new one, or one that is there.
+    either = parser.add_mutually_exclusive_group()
+    size = "tokens of a tokenizer to train (default: 49156)"
+    either.add_argument("--vocab-size", type=int, metavar="N", help=size)
+    path = "use this tokenizer.json, or the one in this directory"
+    either.add_argument("--tokenizer", metavar="PATH", help=path)
+
+    # Which documents are taken. Each of these is part of what a corpus is made by.
+    add("--commits", action="store_true", help="take the histories of git repositories too")
+    names = {"type": lambda text: text.split(","), "metavar": "A,B,..."}
+    add("--languages", **names, help="take only these languages")
+    limit = "take the first N distinct documents of each language (before cleaning)"
+    add("--limit-per-language", type=int, metavar="N", help=limit)
+    clean = "leave out what StarCoder's basic filters do: long lines, generated files, ..."
+    add("--clean", action="store_true", help=clean)
+    add("--near-dedup", action="store_true", help="leave out near duplicates, by MinHash")
+    share = "share of the documents held out (default: 0.05)"
+    add("--validation", type=float, metavar="P", help=share)
+
+    # Who does the work. The files are the same whatever these say.
+    parts = "write every N-th part from the I-th: one of N machines (default: 0/1)"
+    add("--shard", type=shard, metavar="I/N", help=parts)
+    add("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    return parser
+
+
+def main(argv=None):
+    """Runs the command."""
+    parser = command_line()
     arguments = vars(parser.parse_args(argv))
-    if report_of := arguments.pop("report"):
-        print(summary(read_meta(report_of)))
-        print(f"A picture of it is in {report(report_of)}.")
+    if "report" in arguments:
+        print(summary(read_meta(arguments["report"])))
         return
-    if arguments["out"] is None:
+    if "out" not in arguments:
         parser.error("the following arguments are required: --out")
-    arguments |= {
-        "shard": _shard(arguments["shard"]),
-        "languages": arguments["languages"] and arguments["languages"].split(","),
-    }
     begin = time.perf_counter()
-    if meta := prepare(**arguments):
-        seconds = time.perf_counter() - begin
+    meta = prepare(**arguments)  # every other flag has the name of one of its arguments
+    seconds = time.perf_counter() - begin
+    if meta:  # None: other shards have yet to finish
         print(summary(meta))
-        size = sum(counts["bytes"] for counts in meta["languages"].values())
-        print(
-            f"{seconds:,.0f} s, {size / 1e6 / seconds:.1f} MB/s; `python corpus.py --report {arguments['out']}` draws a picture of it"
-        )
+        megabytes = sum(counts["bytes"] for counts in meta["languages"].values()) / 1e6
+        print(f"{seconds:,.0f} s, {megabytes / seconds:.1f} MB/s")
 
 
 if __name__ == "__main__":
