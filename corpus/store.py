@@ -310,9 +310,6 @@ def check_read(out, number, digest):
         raise ValueError(f"{path}: {CHANGED}")
 
 
-_check_read = check_read  # build.py's old name for it
-
-
 def is_temporary(name):
     """True for the name of a file that this program began to write."""
     return OURS.fullmatch(name) and re.search(TEMPORARY + "$", name)

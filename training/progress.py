@@ -64,7 +64,7 @@ def show_filled_masks(model, tokenizer, dataset, count=3):
     shown = 0
     for i in range(len(dataset)):
         # Mask a word in the middle of the first of two windows.
-        ids = dataset.pair(i)[0].tolist()
+        ids = dataset.pair(i).a.tolist()
         pieces = [tokenizer.decode([token]) for token in ids]
         words = []
         for place in range(len(ids) // 4, len(ids)):
