@@ -63,18 +63,10 @@ IP_RUN = re.compile(r"[0-9A-Fa-f:.]+")
 # The end of what stands before a dotted number that is a version and no address: `version = "`.
 VERSION = re.compile(r"(version|release|\bv|oid|rfc|[=<>~^]=)\W{0,4}$", re.IGNORECASE)
 
-# Addresses of no one, as source files are full of them: no rule may find these.
+# What stands in source files as an address, and belongs to no one: the rules find none of these.
 NOT_GLOBAL = [
-    "127.0.0.1",
-    "0.0.0.0",
-    "::1",
-    "localhost",
-    "255.255.255.0",
-    "10.0.0.1",
-    "192.168.0.1",
-    "192.168.1.10",
-    "172.16.0.5",
-    "10.1.2.3",
+    *("127.0.0.1", "0.0.0.0", "::1", "localhost", "255.255.255.0"),
+    *("10.0.0.1", "192.168.0.1", "192.168.1.10", "172.16.0.5", "10.1.2.3"),
 ]
 
 
@@ -196,7 +188,7 @@ def join(first, second=()):
     ends = [entity.end for entity in kept]
     free = []
     for entity in second:
-        # Only the first kept entity that ends behind this one's start can overlap it first.
+        # If the first kept entity that ends behind this one's start does not overlap it, none does.
         i = bisect.bisect_right(ends, entity.start)
         if i == len(kept) or kept[i].start >= entity.end:
             free.append(entity)
