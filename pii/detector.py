@@ -122,6 +122,7 @@ def goes_on(text, words, span, w):
 
 OPENING = " \t\r\n\"'`(<[{,;:|"
 CLOSING = " \t\r\n\"'`)>]},;:|"
+ALNUM = re.compile(r"[^\W_]")
 PARTNER = {'"': '"', "'": "'", "`": "`", ">": "<"}
 
 # Signs that, with letters and digits, may be a part of it. But what stands before a = or behind a
@@ -163,13 +164,13 @@ def snap(text, start, end, category, stops):
         left, right = stops(category)
         start = left[bisect.bisect_left(left, start) - 1] + 1
         end = right[bisect.bisect_left(right, end)]
-    if text[end : end + 1] in " \n":
-        end = start + len(text[start:end].rstrip("."))
+    if text[end : end + 1] in " \n":  # or at the end of the text
+        while end > start and text[end - 1] == ".":
+            end -= 1
 
-    value = text[start:end]
-    if category == "KEY" and (len(value) < 12 or not any(c.isdigit() for c in value)):
+    if category == "KEY" and (end - start < 12 or not any(map(str.isdigit, text[start:end]))):
         return None
-    return (start, end) if any(c.isalnum() for c in value) else None
+    return (start, end) if ALNUM.search(text, start, end) else None
 
 
 def whole_address(text, start, end, category):

@@ -172,7 +172,7 @@ def redact_file(detector, path, out, encoding="utf-8", piece_size=PIECE_SIZE):
         elif version_of(path) != version:
             return None
         elif counts:
-            replace_content(path, new, spare)
+            replace_content(out, new, spare)  # where a link is named, what it names
     return counts
 
 
