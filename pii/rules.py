@@ -1,11 +1,10 @@
 """Finding by regular expressions what is regular: e-mail addresses, IP addresses, formats of keys.
 
-    found = join(candidates(text))              the rules alone
-    found = join(candidates(text), by_model)    both: what a rule and the model disagree on, the
-                                                rule decides
+    join(candidates(text))              the rules alone
+    join(candidates(text), by_model)    both: where they disagree, the rules decide
 
-Every expression takes time in proportion to the text, whatever the text is: files come from
-strangers. Rules do not know names, user names and passwords; those are left to the model.
+Every expression takes time in proportion to the text, whatever it is: files come from strangers.
+Names, user names and passwords have no format; they are left to the model.
 """
 
 import bisect
@@ -19,8 +18,8 @@ RULE_CATEGORIES = ("EMAIL", "KEY", "IP_ADDRESS")
 # ---- e-mail addresses --------------------------------------------------------------------------
 
 # A local part and a domain of at least two labels, the last one of letters: bob.smith+x@mail.org.
-# Not `user@localhost` or `a@b`, and no part of a domain that goes on with a digit, `_` or `-`.
-# The bounds on repetition keep the time proportional.
+# Not `user@localhost` or `a@b`, and no part of a domain that goes on behind it. The bounds on
+# repetition keep the time in proportion.
 EMAIL_HERE = re.compile(
     r"[\w.+-]{1,64} @ (?: [a-z0-9-]{1,63} \. ){1,8} [a-z]{2,24} (?![\w-])",
     re.ASCII | re.IGNORECASE | re.VERBOSE,
@@ -71,14 +70,12 @@ NOT_GLOBAL = [
 
 
 def is_public(address):
-    """True if a text is the IPv4 or IPv6 address of one host on the Internet.
-
-    Not of a private network, of this machine, or of a multicast group.
-    """
+    """True for the IPv4 or IPv6 address of one host on the Internet; False for any other text."""
     try:
         address = ipaddress.ip_address(address)
     except ValueError:
         return False
+    # Private networks and this machine itself are not global.
     return address.is_global and not address.is_multicast
 
 
@@ -87,9 +84,8 @@ def addresses(text):
     for run in IP_RUN.finditer(text):
         start = run.start()
         end = start + len(run[0].rstrip(".:"))  # the end of a sentence
-        before = text[start - 1 : start]
-        behind = text[end : end + 1]
-        in_a_word = before.isalnum() or before == "_" or behind.isalnum()
+        before = text[start - 1 : start].replace("_", "a")
+        in_a_word = before.isalnum() or text[end : end + 1].isalnum()
         # Below seven characters, the length of 8.8.8.8, are times, slices and `a::b` of C++.
         if in_a_word or end - start < 7:
             continue
@@ -110,16 +106,14 @@ KEYS = re.compile(
     r"""
     (?<![A-Za-z0-9_]) (?:
         (?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}                         # Amazon Web Services
-      | gh[pousr]_[A-Za-z0-9]{36,255}                               # GitHub
-      | github_pat_[A-Za-z0-9_]{60,90}
+      | gh[pousr]_[A-Za-z0-9]{36,255} | github_pat_\w{60,90}        # GitHub
       | glpat-[\w-]{20,}                                            # GitLab; more of it below
       | AIza[\w-]{35}                                               # Google
       | xox[abeoprs]-[\w-]{10,}                                     # Slack
       | https://hooks\.slack\.com/services/T\w{6,}/B\w{6,}/\w{20,}
       | [sr]k_(?:live|test)_[A-Za-z0-9]{16,}                        # Stripe
       | SG\.[\w-]{20,24}\.[\w-]{39,50}                              # SendGrid
-      | SK[0-9a-f]{32}                                              # Twilio
-      | AC[0-9a-f]{32}
+      | (?:SK|AC)[0-9a-f]{32}                                       # Twilio
       | npm_[A-Za-z0-9]{36}                                         # npm
       | pypi-AgEI[\w-]{50,}                                         # PyPI
       | do[oprt]_v1_[0-9a-f]{64}                                    # DigitalOcean
@@ -163,8 +157,7 @@ def candidates(text):
     for start, end in addresses(text):
         if not VERSION.search(text[max(0, start - 20) : start]):
             found.append(Entity(start, end, "IP_ADDRESS", 1.0))
-    found += [Entity(*match.span(), "KEY", 1.0) for match in KEYS.finditer(text)]
-    return found
+    return found + [Entity(*match.span(), "KEY", 1.0) for match in KEYS.finditer(text)]
 
 
 def by_rules(text):
@@ -172,33 +165,22 @@ def by_rules(text):
     return join(candidates(text))
 
 
-def join(first, second=()):
-    """Both lists of entities as one, sorted, without overlaps.
+def join(*lists):
+    """Lists of entities as one, sorted, without overlaps.
 
-    Nothing of `second` replaces or cuts anything of `first`: rules come first, as they know exactly
-    where an address or a key ends, and a model only about. Within a list, the entity that begins
-    first has precedence.
+    An earlier list has precedence, whole: rules know exactly where an address or a key ends, a
+    model only about. Within a list, the entity that begins first has precedence.
 
     >>> mail = Entity(3, 9, "EMAIL", 1.0)
     >>> names = [Entity(0, 5, "NAME", 0.9), Entity(12, 14, "NAME", 0.9)]
     >>> [(entity.start, entity.end) for entity in join([mail], names)]
     [(3, 9), (12, 14)]
     """
-    kept = without_overlaps(first)
-    ends = [entity.end for entity in kept]
-    free = []
-    for entity in second:
-        # If the first kept entity that ends behind this one's start does not overlap it, none does.
-        i = bisect.bisect_right(ends, entity.start)
-        if i == len(kept) or kept[i].start >= entity.end:
-            free.append(entity)
-    return sorted(kept + without_overlaps(free))
-
-
-def without_overlaps(entities):
-    """The entities sorted, without those that begin within one before them."""
     kept = []
-    for entity in sorted(entities):
-        if not kept or entity.start >= kept[-1].end:
-            kept.append(entity)
+    for entities in lists:
+        for entity in sorted(entities):
+            i = bisect.bisect_left(kept, entity[:1])  # the first that does not begin before it
+            free_before = i == 0 or kept[i - 1].end <= entity.start
+            if free_before and (i == len(kept) or entity.end <= kept[i].start):
+                kept.insert(i, entity)
     return kept

@@ -1,8 +1,6 @@
 """Finding in files and directories: reads their texts, and says where each entity stands.
 
-Small files are shown to the detector many at once, as a model on a GPU is fast on many tokens only;
-a long file comes in pieces (see `text_files`). A line that says `pii: allow` is exempted: it is how
-an author says that what stands there may be seen.
+A line that says `pii: allow` is exempted: so an author says that what stands there may be seen.
 """
 
 import bisect
@@ -12,19 +10,27 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from pii.labels import Entity
-from pii.text_files import PIECE_SIZE, files_of, line_starts, texts_of
+from pii.text_files import (
+    BYTE_ORDER_MARK,
+    LINE_END,
+    PIECE_SIZE,
+    files_of,
+    pieces,
+    readable_encoding,
+)
 
 ALLOWED = "pii: allow"
 
-GATHER = 200_000  # characters of small files that the detector sees at once
+# The detector sees small files together, up to so many characters: a GPU is fast on many tokens.
+GATHER = 200_000
 
 
 class Piece(NamedTuple):
     """A text, and where in a file it begins."""
 
     path: str
-    line: int  # lines before it
-    column: int  # characters of its first line before it
+    line: int  # how many lines are before it
+    column: int  # how many characters of its first line are before it
     text: str
 
 
@@ -35,17 +41,24 @@ class Finding(NamedTuple):
     line: int  # from 1
     column: int  # from 1, in characters
     entity: Entity
-    value: str
+    value: str  # what stands there
+
+
+def line_starts(text):
+    """[0, ...]: where the lines of a text begin."""
+    return [0] + [end.end() for end in LINE_END.finditer(text)]
 
 
 def not_allowed(text, entities):
-    """Those entities none of whose lines says that they may stay."""
+    """The entities without those of which a line says that they may stay."""
     if not entities or ALLOWED not in text:
         return entities
+    # Looked up, not walked: a text may be one line with a thousand entities.
     starts = line_starts(text)
     allowed = {bisect.bisect(starts, mark.start()) for mark in re.finditer(ALLOWED, text)}
     kept = []
     for entity in entities:
+        # From its first line to its last: a private key has many.
         first = bisect.bisect(starts, entity.start)
         last = bisect.bisect(starts, entity.end - 1)
         if allowed.isdisjoint(range(first, last + 1)):
@@ -55,43 +68,49 @@ def not_allowed(text, entities):
 
 def pieces_of(path, skipped, piece_size):
     """Yields the text of a file as `Piece`s. What cannot be read is counted in `skipped`."""
-    line = 0
+    encoding = readable_encoding(path, skipped)
+    if encoding is None:
+        return
+    line = 0  # of the next piece
     column = 0
-    for text in texts_of(path, skipped, piece_size):
-        yield Piece(path, line, column, text)
-        ends = text.count("\n") + text.count("\r") - text.count("\r\n")
-        last_line = max(text.rfind("\n"), text.rfind("\r")) + 1
-        line += ends
-        column = len(text) - last_line + (0 if ends else column)
+    try:
+        with open(path, "rb") as file:
+            for text, _ in pieces(file, encoding, piece_size):
+                if text == BYTE_ORDER_MARK:  # which has no column
+                    continue
+                yield Piece(path, line, column, text)
+                # Counted at the speed of C: a long file has a million lines.
+                ends = text.count("\n") + text.count("\r") - text.count("\r\n")
+                last_line = max(text.rfind("\n"), text.rfind("\r")) + 1
+                line += ends
+                column = len(text) - last_line + (0 if ends else column)
+    except (OSError, UnicodeDecodeError):  # a disk that fails; UTF-32 only at its beginning
+        skipped["unreadable"] += 1
 
 
-def find_in(detector, pieces):
-    """Yields a `Finding` for each entity in pieces that the detector sees together."""
-    found = detector.find([piece.text for piece in pieces])
-    for (path, line, column, text), entities in zip(pieces, found):
+def find_in(detector, batch):
+    """Yields a `Finding` for each entity in a list of `Piece`s; the detector sees them together."""
+    found = detector.find([piece.text for piece in batch])
+    for (path, line, column, text), entities in zip(batch, found):
         starts = line_starts(text) if entities else []
         for entity in not_allowed(text, entities):
-            number = bisect.bisect(starts, entity.start)  # of its line in the piece, from 1
+            number = bisect.bisect(starts, entity.start)  # of its line within the piece, from 1
             place = entity.start - starts[number - 1] + 1
-            if number == 1:
+            if number == 1:  # the line began in a piece before
                 place += column
             yield Finding(path, line + number, place, entity, text[entity.start : entity.end])
 
 
 def scan(detector, paths, skipped, piece_size=PIECE_SIZE, gather=GATHER):
-    """Yields a `Finding` for all that a detector finds in files and directories.
-
-    What is left out is counted in `skipped`, a Counter. Raises ValueError for a path that is
-    missing, and for a file named in `paths` that cannot be read.
-    """
-    waiting = []
-    characters = 0
+    """Yields a `Finding` for each entity in files and directories; `skipped` as for `files_of`."""
+    batch = []
+    characters = 0  # in the batch
     for path, _ in tqdm(files_of(paths, skipped), desc="detecting", unit=" files", leave=False):
         for piece in pieces_of(path, skipped, piece_size):
-            waiting.append(piece)
+            batch.append(piece)
             characters += len(piece.text)
             if characters >= gather:
-                yield from find_in(detector, waiting)
-                waiting.clear()
+                yield from find_in(detector, batch)
+                batch = []
                 characters = 0
-    yield from find_in(detector, waiting)
+    yield from find_in(detector, batch)

@@ -1,11 +1,11 @@
 """Any file as text, in pieces: any encoding, any size, any line; binary files are left out.
 
     for text, encoding in pieces(file, encoding_of(file)):
-        ...                       # text.encode(encoding, "surrogatepass") are the bytes of the file
+        ...                     # text.encode(encoding, "surrogatepass") are the bytes of the file
 
-A repository holds files of a gigabyte on one line, UTF-16 without a byte order mark, and Latin-1
-between two lines of UTF-8. Each is read once, in memory for a few pieces, and each piece gives back
-the bytes that it came from, so that redaction changes nothing else.
+A repository holds a gigabyte on one line, UTF-16 without a byte order mark, and Latin-1 between two
+lines of UTF-8. All of it is read with a few pieces in memory, and each piece gives back the bytes
+that it came from, so that redaction changes nothing else.
 """
 
 import codecs
@@ -19,7 +19,8 @@ LINE_END = re.compile(r"\r\n?|\n")  # as in editors and in Python's `open`
 
 SKIPPED_DIRECTORIES = {".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv"}
 
-# Byte order marks. UTF-32's comes first: one of them begins as UTF-16's does.
+# The byte order mark, decoded and in bytes. UTF-32's comes first: one begins as UTF-16's does.
+BYTE_ORDER_MARK = "\ufeff"
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -27,15 +28,22 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 
+# Unicode's categories of controls, and of unknown, private and half characters.
+ODD = {"Cc", "Cn", "Co", "Cs"}
+
+# What "surrogateescape" makes of bytes that are not UTF-8.
+ESCAPED = re.compile("[\udc80-\udcff]")
+
 
 def files_of(paths, skipped):
     """[(path, path below its root), ...] of files and of those in directories, sorted.
 
-    What is left out is counted in `skipped`. Raises ValueError for a path that is missing, and for
-    a file named in `paths` that cannot be read.
+    skipped: a Counter of what is left out. Raises ValueError for a path that is missing, and for a
+    file named in `paths` that cannot be read.
     """
     found = []
 
+    # A directory that may not be read is left out, with all that is in it.
     def unreadable(error):
         skipped["unreadable"] += 1
 
@@ -45,7 +53,7 @@ def files_of(paths, skipped):
                 raise ValueError(f"{root}: may not be read")
             found.append((root, os.path.basename(root)))
             continue
-        if not os.path.isdir(root):
+        if not os.path.isdir(root):  # or a pipe, a device
             raise ValueError(f"{root}: no such file or directory")
 
         for folder, folders, names in os.walk(root, onerror=unreadable):
@@ -53,10 +61,10 @@ def files_of(paths, skipped):
             if len(kept) < len(folders):
                 left_out = len(folders) - len(kept)
                 skipped["directories as .git, venv or node_modules"] += left_out
-            folders[:] = kept  # os.walk goes into these
+            folders[:] = kept  # os.walk goes into these, in this order
             for name in sorted(names):
                 path = os.path.join(folder, name)
-                # A link names a file that is read where it lies, or one outside of the root.
+                # A link could lead out of the directory, and a pipe would never end.
                 if os.path.isfile(path) and not os.path.islink(path):
                     found.append((path, os.path.relpath(path, root)))
                 else:
@@ -64,33 +72,28 @@ def files_of(paths, skipped):
     return found
 
 
-def is_plain(text):
-    """True if most characters are ASCII, and none is a control, private or unknown."""
-    for c in set(text):
-        if unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and not c.isspace():
-            return False
-    return 2 * sum(c.isascii() for c in text) > len(text)
-
-
 def encoding_of(file):
     """The encoding of a file open for reading bytes, by its first 8 KiB; None if it holds no text.
 
-    Text has no NUL. UTF-16 and UTF-32 have a byte order mark, or spell plain text if read as such.
-    All else is "utf-8": `pieces` sees to what is not.
+    "utf-8" may be any other encoding but UTF-16 and UTF-32: `pieces` sees to that.
     """
+    # Text has no NUL. UTF-16 and UTF-32 have many, in bytes, and mostly a mark.
     head = file.read(8192)
     file.seek(0)
-    marked = [encoding for mark, encoding in MARKS.items() if head.startswith(mark)][:1]
+    marked = [encoding for mark, encoding in MARKS.items() if head.startswith(mark)]
     if not marked and b"\0" not in head:
         return "utf-8"
 
-    for encoding in marked or MARKS.values():
+    for encoding in marked[:1] or MARKS.values():
         try:
             # An incremental decoder does not mind that the head may end within a character.
             text = codecs.getincrementaldecoder(encoding)("surrogatepass").decode(head)
         except UnicodeDecodeError:
             continue
-        if "\0" not in text and (marked or text and is_plain(text)):
+        # Without a mark it may be binary, of which UTF-16 makes odd characters, and Chinese ones.
+        odd = any(unicodedata.category(c) in ODD and not c.isspace() for c in set(text))
+        plain = not odd and 2 * sum(map(str.isascii, text)) > len(text)
+        if "\0" not in text and (marked or plain):
             return encoding
     return None
 
@@ -101,14 +104,12 @@ def readable_encoding(path, skipped):
         with open(path, "rb") as file:
             encoding = encoding_of(file)
             empty = not file.peek(1)
-    except OSError:
+    except OSError:  # no permission, or removed since it was listed
         skipped["unreadable"] += 1
         return None
-    if empty:
-        skipped["empty"] += 1
+    if empty or not encoding:
+        skipped["empty" if empty else "binary"] += 1
         return None
-    if encoding is None:
-        skipped["binary"] += 1
     return encoding
 
 
@@ -117,12 +118,12 @@ def place_to_cut(text, size):
     # Behind the last line. A \r at the end does not count yet: it may be half of a \r\n.
     cut = text.rfind("\n") + 1 or text.rfind("\r", 0, -1) + 1
 
-    # A private key stays whole, if it is one: nothing is found of half a key.
+    # A private key stays whole: nothing is found of half a key.
     key = text.rfind("-----BEGIN")
     if key >= 0 and len(text) - key < 50_000 and "-----END" not in text[key:]:
         cut = min(cut, key)
 
-    # A line without end is cut behind a word, or in the end anywhere.
+    # A line without end is cut behind a word; in the end, anywhere.
     if not cut and len(text) > 2 * size:
         cut = max(text.rfind(" "), text.rfind(",")) + 1
     if not cut and len(text) > 4 * size:
@@ -133,14 +134,11 @@ def place_to_cut(text, size):
 def pieces(file, encoding="utf-8", size=PIECE_SIZE):
     """Yields (text, encoding) of a file open for reading bytes, cut behind lines.
 
-    A piece has about `size` characters, of a line without end up to five times as many. All pieces,
-    each encoded in its encoding with "surrogatepass", are the bytes of the file. A byte order mark
-    is a piece of its own. A piece that is not UTF-8 is Latin-1, in which any bytes are text.
-
-    Raises UnicodeDecodeError for a file that began as UTF-32 and does not go on so.
+    A piece has about `size` characters; of a line without end, up to five times as many. A byte
+    order mark is a piece of its own. Where UTF-8 fails, a piece is Latin-1, in which any bytes are
+    text. Raises UnicodeDecodeError for a file that began as UTF-32 and does not go on so.
     """
-    # Bytes that are not UTF-8 become halves of surrogate pairs, which UTF-8 cannot hold. UTF-16 may
-    # hold them itself.
+    # Only UTF-16 may hold halves of surrogate pairs; in UTF-8 they stand for bytes that are not.
     errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     text = ""
@@ -149,50 +147,23 @@ def pieces(file, encoding="utf-8", size=PIECE_SIZE):
     while not ended:
         block = file.read(size)
         ended = not block
+        # The end of UTF-8 may be the beginning of a character, as any other byte that is not.
         text += decoder.decode(block, final=ended and encoding == "utf-8")
-        if at_begin and text.startswith("\ufeff"):
-            yield "\ufeff", encoding
+        if at_begin and text.startswith(BYTE_ORDER_MARK):
+            yield BYTE_ORDER_MARK, encoding
             text = text[1:]
         at_begin = False
 
+        # What is behind the cut waits for the next block.
         cut = len(text) if ended else place_to_cut(text, size)
-        if cut:
-            piece = text[:cut]
-            yield utf8_or_latin1(piece) if encoding == "utf-8" else (piece, encoding)
+        piece = text[:cut]
         text = text[cut:]
+        if encoding == "utf-8" and ESCAPED.search(piece):
+            yield piece.encode(errors="surrogateescape").decode("latin-1"), "latin-1"
+        elif piece:
+            yield piece, encoding
 
     # The last character of UTF-16 or UTF-32 may lack some of its bytes.
     half = decoder.getstate()[0]
     if half:
         yield half.decode("latin-1"), "latin-1"
-
-
-def utf8_or_latin1(text):
-    """(text, its encoding) of a piece that was decoded as UTF-8 with "surrogateescape"."""
-    try:
-        text.encode()
-        return text, "utf-8"
-    except UnicodeEncodeError:
-        return text.encode(errors="surrogateescape").decode("latin-1"), "latin-1"
-
-
-def texts_of(path, skipped, size=PIECE_SIZE):
-    """Yields the pieces of a file's text, without its byte order mark.
-
-    A file that cannot be read, wholly or in part, is counted in `skipped`.
-    """
-    encoding = readable_encoding(path, skipped)
-    if encoding is None:
-        return
-    try:
-        with open(path, "rb") as file:
-            for text, _ in pieces(file, encoding, size):
-                if text != "\ufeff":
-                    yield text
-    except (OSError, UnicodeDecodeError):
-        skipped["unreadable"] += 1
-
-
-def line_starts(text):
-    """[0, ...]: where the lines of a text begin."""
-    return [0] + [end.end() for end in LINE_END.finditer(text)]
