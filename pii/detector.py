@@ -27,11 +27,8 @@ from pii.rules import addresses, by_rules, candidates, join, mails
 from starencoder import StarEncoderForTokenClassification
 from training.step import dtype_of
 
-# A text with no label above this probability holds nothing, as most code does: not looked into.
-SUSPICIOUS = 0.1
-
-# What a rule takes for an address is none if the model is as sure of that: a version, or a price.
-SURE = 0.95
+SUSPICIOUS = 0.1  # as most code has no label above this probability, it is not looked into
+SURE = 0.95  # what a rule takes for an address is none if the model is as sure of that
 
 # ---- step 1: words -----------------------------------------------------------------------------
 
@@ -39,17 +36,17 @@ WORD = re.compile(r"[\w+/=-]{60,}|\w+(?:-\w+)*")  # a long one is base64
 
 
 class Words(NamedTuple):
-    """The W words of a text, as arrays. A token outside of any word is a word of its own.
+    """The W words of a text, as arrays. C: categories.
 
     All tokens of a word have one category, the one that is most probable on average: a model that
-    is sure of most of a key is right about the rest.
+    is sure of most of a key is right about the rest. A token outside of any word is one of its own.
     """
 
     start: np.ndarray  # (W,) in characters, with a blank that shares the first token
     end: np.ndarray  # (W,)
     tokens: np.ndarray  # (W,) how many it has
-    probabilities: np.ndarray  # (W, 1 + categories) means over its tokens; column 0 is "nothing"
-    begins: np.ndarray  # (W, categories) True if its first token is rather a B- than an I-
+    probabilities: np.ndarray  # (W, 1 + C) means over its tokens; column 0 is "nothing"
+    begins: np.ndarray  # (W, C) True if its first token is rather a B- than an I-
 
 
 def words_of(text, offsets, probabilities):
@@ -60,12 +57,14 @@ def words_of(text, offsets, probabilities):
         word_at[match.start() : match.end()] = number
     word = word_at[offsets[:, 1] - 1]  # (tokens,)
 
+    # Between words each token stands for itself.
     is_first = (word[1:] != word[:-1]) | (word[1:] < 0)  # (tokens - 1,)
     first = np.flatnonzero(np.append(True, is_first))  # (W,) the first token of each
     tokens = np.diff(np.append(first, len(word)))  # (W,)
 
-    pairs = probabilities[:, 1:].reshape(len(word), len(CATEGORIES), 2)  # of B- and I-
-    of_category = np.concatenate([probabilities[:, :1], pairs.sum(-1)], axis=1)
+    # A category is as probable as its B- and its I- together.
+    pairs = probabilities[:, 1:].reshape(len(word), len(CATEGORIES), 2)  # (tokens, C, 2)
+    of_category = np.concatenate([probabilities[:, :1], pairs.sum(-1)], axis=1)  # (tokens, 1 + C)
     return Words(
         start=offsets[first, 0],
         end=offsets[first + tokens - 1, 1],
@@ -80,15 +79,16 @@ def words_of(text, offsets, probabilities):
 # A sign between two words of one category, without blanks, belongs to them.
 JOINS = frozenset("-_.+/=~!?#$%^&*@:")
 
-NAME, USERNAME = CATEGORIES.index("NAME"), CATEGORIES.index("USERNAME")
+NAME = CATEGORIES.index("NAME")
+USERNAME = CATEGORIES.index("USERNAME")
 
 
 @dataclass
 class Span:
-    """Words that are one entity."""
+    """Words that are one entity: those with first <= number < end."""
 
     first: int
-    end: int  # behind the last
+    end: int
     category: int  # index in CATEGORIES
 
 
@@ -112,29 +112,32 @@ def spans_of(text, words):
 
 def goes_on(text, words, span, w):
     """True if word `w`, which has the category of the span before it, belongs to that."""
-    # A B- begins another entity only if there is a blank before it: not within a key.
+    # A B- begins another entity only if there is a blank before it: not in the middle of a key.
     if text[words.start[w]].isspace() and words.begins[w, span.category]:
         return False
+    # What stands between the two is nothing, or up to two signs.
     between = text[words.end[span.end - 1] : words.start[w]]
     return span.end == w or len(between) < 3 and set(between) <= JOINS
 
 
 # ---- step 3: entities --------------------------------------------------------------------------
 
+# Signs that may share a token with the beginning, or with the end, of what is meant.
 OPENING = " \t\r\n\"'`(<[{,;:|"
 CLOSING = " \t\r\n\"'`)>]},;:|"
-PARTNER = {'"': '"', "'": "'", "`": "`", ">": "<"}  # what closes what is opened by it
-ALNUM = re.compile(r"[^\W_]")
+CLOSED_BY = {'"': '"', "'": "'", "`": "`", ">": "<"}  # the last is <b>what a tag holds</b>
 
-# The signs that, with letters and digits, belong to it. To the left a = or - does not: before it
-# stands a name or an option, `key=` or `--`.
-GOES_ON = {"KEY": "_+-=", "PASSWORD": "_+-.=$!#%^*"}
+# The signs that belong to it, with letters and digits. To the left a = or - does not: before it
+# stands a name or an option, as in key= or --key.
+INNER_SIGNS = {"KEY": "_+-=", "PASSWORD": "_+-.=$!#%^*"}
+
+ALNUM = re.compile(r"[^\W_]")
 
 
 def stops_of(text, category):
     """Where a KEY or a PASSWORD cannot go on, to the left and to the right: two sorted lists."""
-    right = re.escape(GOES_ON[category])
-    left = re.escape(GOES_ON[category].replace("=", "").replace("-", ""))
+    right = re.escape(INNER_SIGNS[category])
+    left = re.escape(INNER_SIGNS[category].replace("=", "").replace("-", ""))
     to_the_left = [stop.start() for stop in re.finditer(rf"[^\w{left}]", text)]
     to_the_right = [stop.start() for stop in re.finditer(rf"[^\w{right}]", text)]
     return [-1, *to_the_left], [*to_the_right, len(text)]
@@ -142,19 +145,20 @@ def stops_of(text, category):
 
 def snap(text, start, end, category, stops):
     """(start, end) of what the tokens of a span mean; None if it is nothing. stops: `stops_of`."""
-    # Tokens share characters with the signs around a value. It ends at the quote that closes the
-    # one before it, and a password in a URL at the @.
+    # What begins behind a quote ends at the next one.
     start = end - len(text[start:end].lstrip(OPENING))
-    closing = PARTNER.get(text[start - 1 : start])
+    closing = CLOSED_BY.get(text[start - 1 : start])
     at = text.find(closing, start, end) if closing else -1
     end = at if at > 0 else end
+
+    # A password in a URL, as in ftp://user:password@host, ends at the last @.
     if category == "PASSWORD" and re.search(r"://[^:/\s]*:$", text[max(0, start - 60) : start]):
         at = text.rfind("@", start, end)
         end = at if at > 0 else end
     end = start + len(text[start:end].rstrip(CLOSING))
 
     # A model may miss the ends of a key, and take the point behind a sentence for a part of it.
-    if category in GOES_ON and start < end:
+    if category in INNER_SIGNS and start < end:
         left, right = stops[category]
         start = left[bisect.bisect_left(left, start) - 1] + 1
         end = right[bisect.bisect_left(right, end)]
@@ -162,7 +166,7 @@ def snap(text, start, end, category, stops):
         while end > start and text[end - 1] == ".":
             end -= 1
 
-    # No key is as short, or a word.
+    # No key is as short, or has no digit.
     if category == "KEY" and (end - start < 12 or not any(map(str.isdigit, text[start:end]))):
         return None
     return (start, end) if ALNUM.search(text, start, end) else None
@@ -170,7 +174,7 @@ def snap(text, start, end, category, stops):
 
 def whole_address(text, start, end, category):
     """(start, end) of the address that is written where the model sees one; None if none is."""
-    shift = max(0, start - 80)
+    shift = max(0, start - 80)  # the model may have missed as much of it
     written = addresses if category == "IP_ADDRESS" else mails
     for a, b in written(text[shift : end + 80]):
         if a + shift < end and b + shift > start:
@@ -186,8 +190,10 @@ def entity_of(text, words, span, stops, threshold):
     if score < threshold:
         return None
     category = CATEGORIES[span.category]
-    start, end = int(words.start[span.first]), int(words.end[span.end - 1])
+    start = int(words.start[span.first])
+    end = int(words.end[span.end - 1])
     place = snap(text, start, end, category, stops)
+    # Addresses that are nobody's are left out, as by the rules.
     if place and category in ("IP_ADDRESS", "EMAIL"):
         place = whole_address(text, *place, category)
     return Entity(*place, category, score) if place else None
@@ -196,13 +202,12 @@ def entity_of(text, words, span, stops, threshold):
 def entities_of(text, offsets, probabilities, threshold=0.0):
     """[Entity, ...] that the labels of the tokens of a text spell, sorted, without overlaps.
 
-    offsets: (tokens, 2) in characters. probabilities: (tokens, len(LABELS)). Addresses that are
-    nobody's are left out, as by the rules.
+    offsets: (tokens, 2) in characters. probabilities: (tokens, len(LABELS)).
     """
     words = words_of(text, offsets, probabilities)
     spans = spans_of(text, words)
     # Looked up, not walked: each of a thousand pieces of one password would be walked to its ends.
-    stops = {category: stops_of(text, category) for category in GOES_ON}
+    stops = {category: stops_of(text, category) for category in INNER_SIGNS}
     found = [entity_of(text, words, span, stops, threshold) for span in spans]
     return join([entity for entity in found if entity])
 
@@ -303,8 +308,10 @@ class Detector:
     @torch.no_grad()
     def probabilities(self, texts, tokens_at_once=16_384):
         """[(tokens, len(LABELS)) float32, ...]: what the model says of the tokens of each text."""
-        cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
+        cls_id = self.tokenizer.cls_id
+        sep_id = self.tokenizer.sep_id
         room = self.model.config.max_position_embeddings - 2
+        # The parts of a text write into its result.
         results = []
         parts = []
         for text in texts:
@@ -318,10 +325,11 @@ class Detector:
         bfloat16 = dtype_of(self, self.device) == "bfloat16"
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
         for batch in batches_of(parts, tokens_at_once):
+            # The windows are laid end to end; none sees another.
             with autocast:
                 logits = self.model(*pack([part.ids for part in batch], self.device)).logits
             of_batch = logits.float().softmax(-1).cpu().numpy()  # (T, len(LABELS))
-            at = 0
+            at = 0  # where the window begins
             for part in batch:
                 begin = at + part.begin
                 part.result[:] = of_batch[begin : begin + len(part.result)]

@@ -75,6 +75,7 @@ def outside_placeholders(text, entities):
 @contextlib.contextmanager
 def room_beside(path):
     """Two paths for files on the disk of `path`. They are gone afterwards, however this ends."""
+    # On the same disk a rename is atomic; in a directory of its own nothing has the same name.
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".redacting-") as room:
@@ -100,6 +101,7 @@ def redact_once(detector, path, out, encoding, addresses_seen, piece_size):
 
 def overwrite(file, source):
     """Gives a file, open for reading and writing bytes, the content of the file at `source`."""
+    # Not truncated at first: its blocks are what is left to write back to on a full disk.
     file.seek(0)
     with open(source, "rb") as content:
         shutil.copyfileobj(content, file)
@@ -136,6 +138,7 @@ def replace_content(path, new, backup):
 
 def version_of(path):
     """What differs once another program has written to a file, or put another in its place."""
+    # Device and number say which file it is; size and time, which content.
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -145,6 +148,7 @@ def redact_file(detector, path, out, encoding="utf-8", piece_size=PIECE_SIZE):
 
     Returns a Counter of categories; None if another program changed the file meanwhile.
     """
+    # A copy does not exist; in place, `out` is the file itself, or what it links to.
     in_place = os.path.exists(out) and os.path.samefile(path, out)
     version = version_of(path)
     addresses_seen = {}
@@ -157,6 +161,7 @@ def redact_file(detector, path, out, encoding="utf-8", piece_size=PIECE_SIZE):
             counts = counts + more
             os.replace(spare, new)
 
+        # Whole or not at all, and last: until here nothing of the user's was touched.
         if not in_place:
             shutil.copymode(path, new)
             os.replace(new, out)
@@ -172,6 +177,7 @@ def redact_file(detector, path, out, encoding="utf-8", piece_size=PIECE_SIZE):
 
 def check_out(out, paths):
     """Raises ValueError if copies of `paths` cannot be put into the directory `out`."""
+    # An empty --out is a variable of a script that is not set, and not the directory here.
     if not out or os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out or repr(out)}: not a directory; choose another --out")
     for root in filter(os.path.isdir, paths):
@@ -212,6 +218,7 @@ def redact(detector, paths, out=None, piece_size=PIECE_SIZE):
     """
     counts = Counter()
     skipped = Counter()
+    # {where it is written: what is read}
     if out is None:
         # Not a link but the file that it names; a file that is named twice is redacted once.
         places = {os.path.realpath(path): path for path, _ in files_of(paths, skipped)}
@@ -225,7 +232,7 @@ def redact(detector, paths, out=None, piece_size=PIECE_SIZE):
             if encoding:
                 found = redact_file(detector, path, target, encoding, piece_size)
                 counts.update(found or {})
-                if found is None:
+                if found is None:  # the next run will see it
                     skipped["changed by another program meanwhile"] += 1
             elif out is not None and os.access(path, os.R_OK):
                 # What holds no text belongs to a copy of a repository all the same.

@@ -84,8 +84,8 @@ def addresses(text):
     for run in IP_RUN.finditer(text):
         start = run.start()
         end = start + len(run[0].rstrip(".:"))  # the end of a sentence
-        before = text[start - 1 : start].replace("_", "a")
-        in_a_word = before.isalnum() or text[end : end + 1].isalnum()
+        before = text[start - 1 : start]
+        in_a_word = before.isalnum() or before == "_" or text[end : end + 1].isalnum()
         # Below seven characters, the length of 8.8.8.8, are times, slices and `a::b` of C++.
         if in_a_word or end - start < 7:
             continue
@@ -100,14 +100,14 @@ def addresses(text):
 
 # ---- keys --------------------------------------------------------------------------------------
 
-# Keys whose format says whose they are: a prefix that the issuer chose, and a length. Not a key: a
-# hash or any other random text without such a prefix, a public key, a part of a longer word.
+# Keys whose format says whose they are: a prefix that the issuer chose, and a length. Not a hash or
+# other random text without such a prefix, not a public key, and no part of a longer word.
 KEYS = re.compile(
     r"""
     (?<![A-Za-z0-9_]) (?:
         (?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}                         # Amazon Web Services
       | gh[pousr]_[A-Za-z0-9]{36,255} | github_pat_\w{60,90}        # GitHub
-      | glpat-[\w-]{20,}                                            # GitLab; more of it below
+      | gl(?:pat|ptt|dt|rt|ft|soat|imt|agent)-[\w-]{20,}            # GitLab
       | AIza[\w-]{35}                                               # Google
       | xox[abeoprs]-[\w-]{10,}                                     # Slack
       | https://hooks\.slack\.com/services/T\w{6,}/B\w{6,}/\w{20,}
@@ -120,9 +120,8 @@ KEYS = re.compile(
       | sk-(?:ant-|proj-)?[\w-]{40,}                                # OpenAI, Anthropic
       | key-[0-9a-f]{32}                                            # Mailgun
       | \d{8,10}:AA[\w-]{33}                                        # Telegram
-      | sq0[a-z]{3}-[\w-]{22,43}                                    # Square; more of it below
+      | sq0[a-z]{3}-[\w-]{22,43} | EAAA[\w-]{60}                    # Square
       | hf_[A-Za-z]{34}                                             # Hugging Face
-      | EAAA[\w-]{60}                                               # Square
       | [0-9a-f]{32}-us\d{1,2}                                      # Mailchimp
       | AKC[A-Za-z0-9]{10,}                                         # Artifactory
       | [MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}                   # Discord
@@ -136,7 +135,6 @@ KEYS = re.compile(
       | ATATT3[\w=-]{100,}                                          # Atlassian
       | amzn\.mws\.[0-9a-f-]{36}                                    # Amazon Marketplace
       | sl\.[\w-]{130,}                                             # Dropbox
-      | gl(?:ptt|dt|rt|ft|soat|imt|agent)-[\w-]{20,}                # GitLab
       | (?<=AccountKey=)[A-Za-z0-9+/]{86}==                         # Azure storage
       | (?<!-)eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}              # JSON Web Token
     ) (?![A-Za-z0-9_])

@@ -10,16 +10,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from pii.labels import Entity
-from pii.text_files import (
-    BYTE_ORDER_MARK,
-    LINE_END,
-    PIECE_SIZE,
-    files_of,
-    pieces,
-    readable_encoding,
-)
+from pii.text_files import BYTE_ORDER_MARK, PIECE_SIZE, files_of, pieces, readable_encoding
 
 ALLOWED = "pii: allow"
+
+LINE_END = re.compile(r"\r\n?|\n")  # as in editors and in Python's `open`
 
 # The detector sees small files together, up to so many characters: a GPU is fast on many tokens.
 GATHER = 200_000
@@ -53,7 +48,7 @@ def not_allowed(text, entities):
     """The entities without those of which a line says that they may stay."""
     if not entities or ALLOWED not in text:
         return entities
-    # Looked up, not walked: a text may be one line with a thousand entities.
+    # Looked up, not walked: a text may be one line with a thousand entities. Lines count from 1.
     starts = line_starts(text)
     allowed = {bisect.bisect(starts, mark.start()) for mark in re.finditer(ALLOWED, text)}
     kept = []
@@ -79,11 +74,10 @@ def pieces_of(path, skipped, piece_size):
                 if text == BYTE_ORDER_MARK:  # which has no column
                     continue
                 yield Piece(path, line, column, text)
-                # Counted at the speed of C: a long file has a million lines.
-                ends = text.count("\n") + text.count("\r") - text.count("\r\n")
-                last_line = max(text.rfind("\n"), text.rfind("\r")) + 1
-                line += ends
-                column = len(text) - last_line + (0 if ends else column)
+                # No piece ends within a \r\n, so that the ends of its lines can be counted.
+                starts = line_starts(text)
+                column = len(text) - starts[-1] + (0 if starts[1:] else column)
+                line += len(starts) - 1
     except (OSError, UnicodeDecodeError):  # a disk that fails; UTF-32 only at its beginning
         skipped["unreadable"] += 1
 
@@ -92,6 +86,7 @@ def find_in(detector, batch):
     """Yields a `Finding` for each entity in a list of `Piece`s; the detector sees them together."""
     found = detector.find([piece.text for piece in batch])
     for (path, line, column, text), entities in zip(batch, found):
+        # Most pieces hold nothing.
         starts = line_starts(text) if entities else []
         for entity in not_allowed(text, entities):
             number = bisect.bisect(starts, entity.start)  # of its line within the piece, from 1
@@ -109,7 +104,7 @@ def scan(detector, paths, skipped, piece_size=PIECE_SIZE, gather=GATHER):
         for piece in pieces_of(path, skipped, piece_size):
             batch.append(piece)
             characters += len(piece.text)
-            if characters >= gather:
+            if characters >= gather:  # a long file's piece alone
                 yield from find_in(detector, batch)
                 batch = []
                 characters = 0

@@ -15,8 +15,7 @@ import unicodedata
 
 PIECE_SIZE = 1_000_000  # bytes that are read at once
 
-LINE_END = re.compile(r"\r\n?|\n")  # as in editors and in Python's `open`
-
+# What others have written, and what git keeps of what is gone.
 SKIPPED_DIRECTORIES = {".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv"}
 
 # The byte order mark, decoded and in bytes. UTF-32's comes first: one begins as UTF-16's does.
@@ -28,11 +27,9 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 
-# Unicode's categories of controls, and of unknown, private and half characters.
-ODD = {"Cc", "Cn", "Co", "Cs"}
+ODD = {"Cc", "Cn", "Co", "Cs"}  # Unicode's controls, and unknown, private and half characters
 
-# What "surrogateescape" makes of bytes that are not UTF-8.
-ESCAPED = re.compile("[\udc80-\udcff]")
+ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
 
 
 def files_of(paths, skipped):
@@ -90,7 +87,7 @@ def encoding_of(file):
             text = codecs.getincrementaldecoder(encoding)("surrogatepass").decode(head)
         except UnicodeDecodeError:
             continue
-        # Without a mark it may be binary, of which UTF-16 makes odd characters, and Chinese ones.
+        # Without a mark it may be binary, of which UTF-16 makes odd characters, or Chinese ones.
         odd = any(unicodedata.category(c) in ODD and not c.isspace() for c in set(text))
         plain = not odd and 2 * sum(map(str.isascii, text)) > len(text)
         if "\0" not in text and (marked or plain):
@@ -102,7 +99,7 @@ def readable_encoding(path, skipped):
     """The encoding of the file at `path`; None, and counted in `skipped`, if there is no text."""
     try:
         with open(path, "rb") as file:
-            encoding = encoding_of(file)
+            encoding = encoding_of(file)  # which is at the beginning again
             empty = not file.peek(1)
     except OSError:  # no permission, or removed since it was listed
         skipped["unreadable"] += 1
@@ -118,12 +115,12 @@ def place_to_cut(text, size):
     # Behind the last line. A \r at the end does not count yet: it may be half of a \r\n.
     cut = text.rfind("\n") + 1 or text.rfind("\r", 0, -1) + 1
 
-    # A private key stays whole: nothing is found of half a key.
+    # A private key stays whole, up to a size that no key has: nothing is found of half a key.
     key = text.rfind("-----BEGIN")
     if key >= 0 and len(text) - key < 50_000 and "-----END" not in text[key:]:
         cut = min(cut, key)
 
-    # A line without end is cut behind a word; in the end, anywhere.
+    # A line without end is cut behind a word. If it has none, anywhere: memory is bounded.
     if not cut and len(text) > 2 * size:
         cut = max(text.rfind(" "), text.rfind(",")) + 1
     if not cut and len(text) > 4 * size:
@@ -138,10 +135,10 @@ def pieces(file, encoding="utf-8", size=PIECE_SIZE):
     order mark is a piece of its own. Where UTF-8 fails, a piece is Latin-1, in which any bytes are
     text. Raises UnicodeDecodeError for a file that began as UTF-32 and does not go on so.
     """
-    # Only UTF-16 may hold halves of surrogate pairs; in UTF-8 they stand for bytes that are not.
+    # Halves of surrogate pairs: UTF-16 may hold some; in UTF-8 they stand for bytes that are not.
     errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
     decoder = codecs.getincrementaldecoder(encoding)(errors)
-    text = ""
+    text = ""  # read, and not yet yielded
     at_begin = True
     ended = False
     while not ended:
@@ -158,6 +155,7 @@ def pieces(file, encoding="utf-8", size=PIECE_SIZE):
         cut = len(text) if ended else place_to_cut(text, size)
         piece = text[:cut]
         text = text[cut:]
+        # Latin-1 as a whole: what is no UTF-8 in one line would hardly be UTF-8 in the next.
         if encoding == "utf-8" and ESCAPED.search(piece):
             yield piece.encode(errors="surrogateescape").decode("latin-1"), "latin-1"
         elif piece:
