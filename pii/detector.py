@@ -7,8 +7,8 @@ A text is read in overlapping windows; each token is judged in the window where 
 an edge. From the labels of tokens to entities it is three steps:
 
     words_of     the tokens of a word are judged together
-    spans_of     neighbouring words of one category are one span
-    entity_of    a span begins and ends where words, quotes and addresses do
+    phrases_of   neighbouring words of one category are one phrase
+    entity_of    a phrase begins and ends where words, quotes and addresses do
 
 References: Li et al., StarCoder, 2023, section 4; Ramshaw & Marcus, 1995 (the B, I, O tags).
 """
@@ -74,7 +74,7 @@ def words_of(text, offsets, probabilities):
     )
 
 
-# ---- step 2: spans -----------------------------------------------------------------------------
+# ---- step 2: phrases ---------------------------------------------------------------------------
 
 # A sign between two words of one category, without blanks, belongs to them.
 JOINS = frozenset("-_.+/=~!?#$%^&*@:")
@@ -84,7 +84,7 @@ USERNAME = CATEGORIES.index("USERNAME")
 
 
 @dataclass
-class Span:
+class Phrase:
     """Words that are one entity: those with first <= number < end."""
 
     first: int
@@ -92,13 +92,13 @@ class Span:
     category: int  # index in CATEGORIES
 
 
-def spans_of(text, words):
-    """[Span, ...]: words of a category, joined with their neighbours."""
-    spans = []
+def phrases_of(text, words):
+    """[Phrase, ...]: words of a category, joined with their neighbours."""
+    phrases = []
     best = words.probabilities.argmax(1)  # (W,)
     for w in np.flatnonzero(best).tolist():
         category = int(best[w]) - 1
-        last = spans[-1] if spans else None
+        last = phrases[-1] if phrases else None
         if last and last.end == w and {last.category, category} in ({NAME}, {NAME, USERNAME}):
             # Beside a word of a name, without a sign between them, is another.
             last.end = w + 1
@@ -106,18 +106,18 @@ def spans_of(text, words):
         elif last and last.category == category and goes_on(text, words, last, w):
             last.end = w + 1
         else:
-            spans.append(Span(w, w + 1, category))
-    return spans
+            phrases.append(Phrase(w, w + 1, category))
+    return phrases
 
 
-def goes_on(text, words, span, w):
-    """True if word `w`, which has the category of the span before it, belongs to that."""
+def goes_on(text, words, phrase, w):
+    """True if word `w`, which has the category of the phrase before it, belongs to that."""
     # A B- begins another entity only if there is a blank before it: not in the middle of a key.
-    if text[words.start[w]].isspace() and words.begins[w, span.category]:
+    if text[words.start[w]].isspace() and words.begins[w, phrase.category]:
         return False
     # What stands between the two is nothing, or up to two signs.
-    between = text[words.end[span.end - 1] : words.start[w]]
-    return span.end == w or len(between) < 3 and set(between) <= JOINS
+    between = text[words.end[phrase.end - 1] : words.start[w]]
+    return phrase.end == w or len(between) < 3 and set(between) <= JOINS
 
 
 # ---- step 3: entities --------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def stops_of(text, category):
 
 
 def snap(text, start, end, category, stops):
-    """(start, end) of what the tokens of a span mean; None if it is nothing. stops: `stops_of`."""
+    """(start, end) of what the tokens of a phrase mean, or None. stops: category -> `stops_of`."""
     # What begins behind a quote ends at the next one.
     start = end - len(text[start:end].lstrip(OPENING))
     closing = CLOSED_BY.get(text[start - 1 : start])
@@ -182,16 +182,16 @@ def whole_address(text, start, end, category):
     return None
 
 
-def entity_of(text, words, span, stops, threshold):
-    """The Entity of a span; None if there is nothing, or its probability is below the threshold."""
-    inside = slice(span.first, span.end)
-    probabilities = words.probabilities[inside, span.category + 1]
+def entity_of(text, words, phrase, stops, threshold):
+    """The Entity of a phrase; None if there is none, or one of too low a probability."""
+    inside = slice(phrase.first, phrase.end)
+    probabilities = words.probabilities[inside, phrase.category + 1]
     score = float(np.average(probabilities, weights=words.tokens[inside]))
     if score < threshold:
         return None
-    category = CATEGORIES[span.category]
-    start = int(words.start[span.first])
-    end = int(words.end[span.end - 1])
+    category = CATEGORIES[phrase.category]
+    start = int(words.start[phrase.first])
+    end = int(words.end[phrase.end - 1])
     place = snap(text, start, end, category, stops)
     # Addresses that are nobody's are left out, as by the rules.
     if place and category in ("IP_ADDRESS", "EMAIL"):
@@ -205,10 +205,10 @@ def entities_of(text, offsets, probabilities, threshold=0.0):
     offsets: (tokens, 2) in characters. probabilities: (tokens, len(LABELS)).
     """
     words = words_of(text, offsets, probabilities)
-    spans = spans_of(text, words)
+    phrases = phrases_of(text, words)
     # Looked up, not walked: each of a thousand pieces of one password would be walked to its ends.
     stops = {category: stops_of(text, category) for category in INNER_SIGNS}
-    found = [entity_of(text, words, span, stops, threshold) for span in spans]
+    found = [entity_of(text, words, phrase, stops, threshold) for phrase in phrases]
     return join([entity for entity in found if entity])
 
 
