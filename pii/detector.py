@@ -27,8 +27,8 @@ from pii.rules import addresses, by_rules, candidates, join, mails
 from starencoder import StarEncoderForTokenClassification
 from training.step import dtype_of
 
-SUSPICIOUS = 0.1  # as most code has no label above this probability, it is not looked into
-SURE = 0.95  # what a rule takes for an address is none if the model is as sure of that
+SUSPICIOUS = 0.1  # without a label above this probability, as most code is, a text holds nothing
+SURE = 0.95  # the model overrules a rule's address if it is this sure that there is nothing
 
 # ---- step 1: words -----------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ def stops_of(text, category):
 
 def snap(text, start, end, category, stops):
     """(start, end) of what the tokens of a phrase mean, or None. stops: category -> `stops_of`."""
-    # What begins behind a quote ends at the next one.
+    # A value behind a quote ends at the next one.
     start = end - len(text[start:end].lstrip(OPENING))
     closing = CLOSED_BY.get(text[start - 1 : start])
     at = text.find(closing, start, end) if closing else -1
@@ -157,7 +157,7 @@ def snap(text, start, end, category, stops):
         end = at if at > 0 else end
     end = start + len(text[start:end].rstrip(CLOSING))
 
-    # A model may miss the ends of a key, and take the point behind a sentence for a part of it.
+    # A model may miss the ends of a key, or take the full stop behind it for a part of it.
     if category in INNER_SIGNS and start < end:
         left, right = stops[category]
         start = left[bisect.bisect_left(left, start) - 1] + 1
@@ -166,7 +166,7 @@ def snap(text, start, end, category, stops):
         while end > start and text[end - 1] == ".":
             end -= 1
 
-    # No key is as short, or has no digit.
+    # A key is longer than a word, and has a digit.
     if category == "KEY" and (end - start < 12 or not any(map(str.isdigit, text[start:end]))):
         return None
     return (start, end) if ALNUM.search(text, start, end) else None
@@ -206,7 +206,7 @@ def entities_of(text, offsets, probabilities, threshold=0.0):
     """
     words = words_of(text, offsets, probabilities)
     phrases = phrases_of(text, words)
-    # Looked up, not walked: each of a thousand pieces of one password would be walked to its ends.
+    # Looked up there: to walk to the ends of a long password from each piece would be quadratic.
     stops = {category: stops_of(text, category) for category in INNER_SIGNS}
     found = [entity_of(text, words, phrase, stops, threshold) for phrase in phrases]
     return join([entity for entity in found if entity])

@@ -91,6 +91,7 @@ def redact_once(detector, path, out, encoding, addresses_seen, piece_size):
             (entities,) = detector.find([text])
             entities = outside_placeholders(text, not_allowed(text, entities))
             counts.update(entity.category for entity in entities)
+            # In its own encoding the rest of the text is the bytes that it was.
             text = redacted(text, entities, addresses_seen)
             target.write(text.encode(of_piece, "surrogatepass"))
         # It must be on the disk before it takes the place of a file: the power may fail.
@@ -101,7 +102,7 @@ def redact_once(detector, path, out, encoding, addresses_seen, piece_size):
 
 def overwrite(file, source):
     """Gives a file, open for reading and writing bytes, the content of the file at `source`."""
-    # Not truncated at first: its blocks are what is left to write back to on a full disk.
+    # Truncated last: on a full disk the old content must still fit when it is written back.
     file.seek(0)
     with open(source, "rb") as content:
         shutil.copyfileobj(content, file)
@@ -115,7 +116,7 @@ def replace_content(path, new, backup):
     # A rename does it whole or not at all. But under the file's other names, its hard links, the
     # old content would stay, and only root may give a new file to another owner.
     status = os.stat(path)
-    may_rename = status.st_nlink == 1
+    may_rename = status.st_nlink == 1  # its only name
     try:
         os.chown(new, status.st_uid, status.st_gid)
     except OSError:
@@ -126,7 +127,7 @@ def replace_content(path, new, backup):
         os.replace(new, path)
         return
 
-    # Then the file is written over, and written back if that fails or is stopped.
+    # So the file is written over, and written back if that fails or is stopped.
     with open(path, "r+b") as file:
         shutil.copyfile(path, backup)
         try:
@@ -148,12 +149,13 @@ def redact_file(detector, path, out, encoding="utf-8", piece_size=PIECE_SIZE):
 
     Returns a Counter of categories; None if another program changed the file meanwhile.
     """
-    # A copy does not exist; in place, `out` is the file itself, or what it links to.
+    # In place, `path` may be a link, and `out` is the file that it names.
     in_place = os.path.exists(out) and os.path.samefile(path, out)
     version = version_of(path)
     addresses_seen = {}
     with room_beside(out) as (new, spare):
-        # A model may see more in what is redacted: look again, until it finds nothing.
+        # A model may see more in what is redacted, and the pieces are cut elsewhere: look again,
+        # until nothing is found.
         counts = redact_once(detector, path, new, encoding, addresses_seen, piece_size)
         more = counts
         while more:
@@ -161,7 +163,7 @@ def redact_file(detector, path, out, encoding="utf-8", piece_size=PIECE_SIZE):
             counts = counts + more
             os.replace(spare, new)
 
-        # Whole or not at all, and last: until here nothing of the user's was touched.
+        # Nothing of the user's has been touched up to here.
         if not in_place:
             shutil.copymode(path, new)
             os.replace(new, out)
@@ -177,7 +179,7 @@ def redact_file(detector, path, out, encoding="utf-8", piece_size=PIECE_SIZE):
 
 def check_out(out, paths):
     """Raises ValueError if copies of `paths` cannot be put into the directory `out`."""
-    # An empty --out is a variable of a script that is not set, and not the directory here.
+    # An empty --out comes from an unset variable of a script; it is not the working directory.
     if not out or os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out or repr(out)}: not a directory; choose another --out")
     for root in filter(os.path.isdir, paths):
@@ -202,7 +204,7 @@ def copies_of(files, out):
         places[target] = path
         folders.update(os.path.join(out, folder) for folder in PurePath(name).parents)
 
-    # Two directories that are copied into one may disagree, and so may what lies there.
+    # Two directories that are copied into one may disagree, and so may what is there already.
     for folder in sorted(folders):
         if folder in places or os.path.lexists(folder) and not os.path.isdir(folder):
             words = "would be both a file and a directory; choose another --out"
@@ -242,7 +244,7 @@ def redact(detector, paths, out=None, piece_size=PIECE_SIZE):
         except UnicodeDecodeError:  # it began as UTF-32 and does not go on so
             skipped["unreadable"] += 1
         except FileNotFoundError:
-            if os.path.exists(path):  # something else is not there: a bug, or a disk that is gone
+            if os.path.exists(path):  # it is the place of the copy that is gone
                 raise
             skipped["removed by another program meanwhile"] += 1
     return counts, skipped

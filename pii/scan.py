@@ -48,7 +48,7 @@ def not_allowed(text, entities):
     """The entities without those of which a line says that they may stay."""
     if not entities or ALLOWED not in text:
         return entities
-    # Looked up, not walked: a text may be one line with a thousand entities. Lines count from 1.
+    # Bisected: to count the lines before each of a thousand entities anew would be quadratic.
     starts = line_starts(text)
     allowed = {bisect.bisect(starts, mark.start()) for mark in re.finditer(ALLOWED, text)}
     kept = []
@@ -74,7 +74,7 @@ def pieces_of(path, skipped, piece_size):
                 if text == BYTE_ORDER_MARK:  # which has no column
                     continue
                 yield Piece(path, line, column, text)
-                # No piece ends within a \r\n, so that the ends of its lines can be counted.
+                # No piece ends within a \r\n, so lines can be counted piece by piece.
                 starts = line_starts(text)
                 column = len(text) - starts[-1] + (0 if starts[1:] else column)
                 line += len(starts) - 1
@@ -104,7 +104,7 @@ def scan(detector, paths, skipped, piece_size=PIECE_SIZE, gather=GATHER):
         for piece in pieces_of(path, skipped, piece_size):
             batch.append(piece)
             characters += len(piece.text)
-            if characters >= gather:  # a long file's piece alone
+            if characters >= gather:  # at once for a long file
                 yield from find_in(detector, batch)
                 batch = []
                 characters = 0

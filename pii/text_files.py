@@ -15,7 +15,7 @@ import unicodedata
 
 PIECE_SIZE = 1_000_000  # bytes that are read at once
 
-# What others have written, and what git keeps of what is gone.
+# Dependencies, caches and the history of a repository: not its own text.
 SKIPPED_DIRECTORIES = {".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv"}
 
 # The byte order mark, decoded and in bytes. UTF-32's comes first: one begins as UTF-16's does.
@@ -74,13 +74,14 @@ def encoding_of(file):
 
     "utf-8" may be any other encoding but UTF-16 and UTF-32: `pieces` sees to that.
     """
-    # Text has no NUL. UTF-16 and UTF-32 have many, in bytes, and mostly a mark.
+    # Text has no NUL character. UTF-16 and UTF-32 have NUL bytes, and most often a mark.
     head = file.read(8192)
     file.seek(0)
     marked = [encoding for mark, encoding in MARKS.items() if head.startswith(mark)]
     if not marked and b"\0" not in head:
         return "utf-8"
 
+    # Read as each of them, the bytes must be text.
     for encoding in marked[:1] or MARKS.values():
         try:
             # An incremental decoder does not mind that the head may end within a character.
@@ -99,7 +100,7 @@ def readable_encoding(path, skipped):
     """The encoding of the file at `path`; None, and counted in `skipped`, if there is no text."""
     try:
         with open(path, "rb") as file:
-            encoding = encoding_of(file)  # which is at the beginning again
+            encoding = encoding_of(file)  # and goes back to the beginning
             empty = not file.peek(1)
     except OSError:  # no permission, or removed since it was listed
         skipped["unreadable"] += 1
@@ -120,7 +121,7 @@ def place_to_cut(text, size):
     if key >= 0 and len(text) - key < 50_000 and "-----END" not in text[key:]:
         cut = min(cut, key)
 
-    # A line without end is cut behind a word. If it has none, anywhere: memory is bounded.
+    # A line without end is cut behind a word, or anywhere if it has none, to bound the memory.
     if not cut and len(text) > 2 * size:
         cut = max(text.rfind(" "), text.rfind(",")) + 1
     if not cut and len(text) > 4 * size:
@@ -135,7 +136,8 @@ def pieces(file, encoding="utf-8", size=PIECE_SIZE):
     order mark is a piece of its own. Where UTF-8 fails, a piece is Latin-1, in which any bytes are
     text. Raises UnicodeDecodeError for a file that began as UTF-32 and does not go on so.
     """
-    # Halves of surrogate pairs: UTF-16 may hold some; in UTF-8 they stand for bytes that are not.
+    # UTF-16 may hold halves of surrogate pairs. UTF-8 may not: in it, they stand for bytes that are
+    # not UTF-8.
     errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     text = ""  # read, and not yet yielded
@@ -144,18 +146,18 @@ def pieces(file, encoding="utf-8", size=PIECE_SIZE):
     while not ended:
         block = file.read(size)
         ended = not block
-        # The end of UTF-8 may be the beginning of a character, as any other byte that is not.
+        # UTF-8 may end within a character: those bytes become halves too.
         text += decoder.decode(block, final=ended and encoding == "utf-8")
         if at_begin and text.startswith(BYTE_ORDER_MARK):
             yield BYTE_ORDER_MARK, encoding
             text = text[1:]
         at_begin = False
 
-        # What is behind the cut waits for the next block.
+        # What is behind the cut waits for the next block; at the end, nothing waits.
         cut = len(text) if ended else place_to_cut(text, size)
         piece = text[:cut]
         text = text[cut:]
-        # Latin-1 as a whole: what is no UTF-8 in one line would hardly be UTF-8 in the next.
+        # A piece is Latin-1 as a whole: text rarely changes its encoding between lines.
         if encoding == "utf-8" and ESCAPED.search(piece):
             yield piece.encode(errors="surrogateescape").decode("latin-1"), "latin-1"
         elif piece:
