@@ -307,7 +307,10 @@ class Detector:
 
     @torch.no_grad()
     def probabilities(self, texts, tokens_at_once=16_384):
-        """[(tokens, len(LABELS)) float32, ...]: what the model says of the tokens of each text."""
+        """[(tokens, len(LABELS)) float32, ...] of what the model says of each token of each text.
+
+        texts: without halves of surrogate pairs.
+        """
         cls_id = self.tokenizer.cls_id
         sep_id = self.tokenizer.sep_id
         room = self.model.config.max_position_embeddings - 2
