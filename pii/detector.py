@@ -10,6 +10,9 @@ an edge. From the labels of tokens to entities it is three steps:
     phrases_of   neighbouring words of one category are one phrase
     entity_of    a phrase begins and ends where words, quotes and addresses do
 
+With both, the rules decide on addresses and known formats of keys, unless the model is sure that an
+address is none: a version, say.
+
 References: Li et al., StarCoder, 2023, section 4; Ramshaw & Marcus, 1995 (the B, I, O tags).
 """
 

@@ -1,6 +1,6 @@
 """Finding by regular expressions what is regular: e-mail addresses, IP addresses, formats of keys.
 
-    join(candidates(text))              the rules alone
+    by_rules(text)                      the rules alone
     join(candidates(text), by_model)    both: where they disagree, the rules decide
 
 Every expression takes time in proportion to the text, whatever it is: files come from strangers.
