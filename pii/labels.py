@@ -25,6 +25,14 @@ class Entity(NamedTuple):
     score: float  # the model's mean probability; 1 where a rule found it
 
 
+class Span(NamedTuple):
+    """Where an entity is said to be in a text."""
+
+    start: int  # in characters
+    end: int
+    category: str
+
+
 # Categories of the annotated set that are no category here. They neither teach nor count.
 IGNORED = set(
     "EMAIL_EXAMPLE NAME_EXAMPLE USERNAME_EXAMPLE KEY_EXAMPLE PASSWORD_EXAMPLE IP_EXAMPLE AMBIGUOUS ID SSH_KEY".split()
