@@ -265,7 +265,9 @@ def main(argv=None):
     name = vars(arguments).pop("command")
     if name in ("detect", "redact"):
         signal.signal(signal.SIGTERM, end_cleanly)
-    sys.exit(COMMANDS[name].run(arguments))
+    status = COMMANDS[name].run(arguments)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
