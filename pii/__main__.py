@@ -36,20 +36,19 @@ def connect(password=os.environ["DB_PASSWORD"]):
 '''.replace("§", "")
 
 
-# Their flags, as keyword arguments of `add_argument`. Those of `train` are the fields of PIIConfig.
+# Flags, as keyword arguments of `add_argument`. Those of `train` are the fields of PIIConfig.
 
 PATHS_HELP = "files, and directories with all in them but .git, venv, node_modules and the like"
 RULES_HELP = "join the model with rules for addresses and known formats of keys"
-SHOW_HELP = "print all of what was found, not only two characters"
+SCORE_HELP = "the least score of what the model finds (default: 0.5)"
+SOURCE_HELP = "as for python -m corpus (default: the standard library of this Python)"
 
-DETECTOR_FLAGS = {
+DETECTOR_FLAGS = {  # of detect, redact and eval
     "--model": dict(default="runs/pii", metavar="RUN", help="the detector (default: runs/pii)"),
     "--rules-only": dict(action="store_true", help="the rules without a model"),
-    "--threshold": dict(
-        type=float, default=0.5, metavar="P", help="the model's least score (default: 0.5)"
-    ),
+    "--threshold": dict(type=float, default=0.5, metavar="P", help=SCORE_HELP),
 }
-SEARCH_FLAGS = {
+SEARCH_FLAGS = {  # of detect and redact; eval measures with the rules and without, and all
     "paths": dict(nargs="+", metavar="PATH", help=PATHS_HELP),
     "--rules": dict(action="store_true", help=RULES_HELP),
     **DETECTOR_FLAGS,
@@ -58,12 +57,12 @@ SEARCH_FLAGS = {
 DETECT_FLAGS = {
     **SEARCH_FLAGS,
     "--json": dict(action="store_true", help="print a line of JSON for each thing found"),
-    "--show": dict(action="store_true", help=SHOW_HELP),
+    "--show": dict(action="store_true", help="print it whole, not only two characters"),
     "--fail": dict(action="store_true", help="exit with status 1 if something is found"),
 }
 REDACT_FLAGS = {
     **SEARCH_FLAGS,
-    "--out": dict(metavar="DIR", help="write copies there"),
+    "--out": dict(metavar="DIR", help="write copies there"),  # one of these two
     "--in-place": dict(action="store_true", help="replace the files"),
 }
 EVAL_FLAGS = {
@@ -73,11 +72,7 @@ EVAL_FLAGS = {
     "--out": dict(metavar="FILE", help="write the scores as JSON"),
 }
 SYNTHESIZE_FLAGS = {
-    "sources": dict(
-        nargs="*",
-        metavar="SOURCE",
-        help="as for python -m corpus (default: the standard library of this Python)",
-    ),
+    "sources": dict(nargs="*", metavar="SOURCE", help=SOURCE_HELP),
     "--out": dict(required=True, metavar="DIR", help="the directory to write"),
     "--count": dict(type=int, default=16_000, metavar="N", help="documents (default: 16000)"),
     "--seed": dict(type=int, default=0, metavar="N", help="fixes what is drawn (default: 0)"),
@@ -107,7 +102,7 @@ def add_train_flags(parser):
     add_flags(parser, PIIConfig, "starpii")
 
 
-# The commands: from their arguments to an exit status, or None.
+# The commands.
 
 
 def train_command(arguments):
@@ -116,11 +111,11 @@ def train_command(arguments):
     from pii.detector import Detector
     from pii.finetune import PII_PRESETS, PIIConfig, train_detector
 
-    given = vars(arguments)
+    given = vars(arguments)  # only what is on the command line: it overrides the preset
     config = PIIConfig(**(PII_PRESETS[given.pop("preset")] | given))
     try:
         finished = train_detector(config) is not None
-        if finished and os.environ.get("RANK", "0") == "0":
+        if finished and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes
             show_at_work(Detector.from_pretrained(config.out, config.device, rules=True))
             print(f"Try: python -m pii detect --rules --model {config.out} PATH")
     finally:
@@ -156,7 +151,7 @@ def detect_command(arguments):
     for path, line, column, entity, value in scan(detector, arguments.paths, skipped):
         found[entity.category] += 1
         text = value.replace("\n", "\\n")
-        if not arguments.show:
+        if not arguments.show:  # logs are read by many
             text = text[:2] + "…"
         if arguments.json:
             record = {"file": path, "line": line, "column": column, "category": entity.category}
@@ -166,6 +161,7 @@ def detect_command(arguments):
             # Half a surrogate pair, which UTF-16 and file names may hold, cannot be printed.
             print(row.encode(errors="replace").decode())
 
+    # What is to be piped stays apart from what is to be read.
     left_out = f"; left out: {listed(skipped.items())}" if skipped else ""
     print(f"found: {listed(found.most_common())}{left_out}", file=sys.stderr)
     return 1 if found and arguments.fail else 0
@@ -228,8 +224,8 @@ def check_detector_flags(arguments, categories):
 class Command(NamedTuple):
     """One of the commands."""
 
-    run: Any
-    flags: dict
+    run: Any  # from its arguments to an exit status, or None for 0
+    flags: dict  # from a flag to keyword arguments of `add_argument`
     help: str
 
 
@@ -249,7 +245,7 @@ def end_cleanly(number, frame):
 
 
 def main(argv=None):
-    """The command line."""
+    """The command line. argv: without the program's name; by default, what it was called with."""
     argv = sys.argv[1:] if argv is None else argv
     about = "Find and redact personal data and secrets in code."
     parser = CommandLine(prog="python -m pii", description=about)
@@ -263,7 +259,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
 
     name = vars(arguments).pop("command")
-    if name in ("detect", "redact"):
+    if name in ("detect", "redact"):  # they may have much to print, or a file half written
         signal.signal(signal.SIGTERM, end_cleanly)
     status = COMMANDS[name].run(arguments)
     if status:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 CATEGORIES = ("NAME", "EMAIL", "KEY", "PASSWORD", "IP_ADDRESS", "USERNAME")
-LABELS = ["O"] + [f"{tag}-{category}" for category in CATEGORIES for tag in "BI"]
+LABELS = ["O"] + [f"{tag}-{category}" for category in CATEGORIES for tag in "BI"]  # O, B-NAME, ...
 NO_LABEL = -100  # of a token that neither teaches nor counts, for PyTorch's cross-entropy
 
 # Categories of the annotated set that are none here; a detector may find them or not.
@@ -33,7 +33,7 @@ class Entity(NamedTuple):
     """Something found in a text."""
 
     start: int  # in characters
-    end: int
+    end: int  # behind the last
     category: str  # of CATEGORIES
     score: float  # the model's mean probability; 1 if a rule found it
 
@@ -42,7 +42,7 @@ class Span(NamedTuple):
     """Where something is in a text, as its labels say."""
 
     start: int  # in characters
-    end: int
+    end: int  # behind the last
     category: str  # of CATEGORIES or IGNORED
 
 
@@ -54,11 +54,11 @@ class LabelledDocument(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A part of the tokens of a text: start to end are seen, first to last are judged."""
+    """A part of the tokens of a text."""
 
-    start: int
+    start: int  # what the model sees: tokens start to end - 1
     end: int
-    first: int
+    first: int  # what it judges of these: tokens first to last - 1
     last: int
 
 
@@ -76,7 +76,7 @@ def parse_document(line):
     fragments = []
     for fragment in record["fragments"]:
         span = Span(*fragment["position"], fragment["category"])
-        if [type(field) for field in span] != [int, int, str]:
+        if [type(field) for field in span] != [int, int, str]:  # a bool is no position
             raise TypeError
         fragments.append((span, fragment.get("value")))
     return text, sorted(fragments, key=lambda fragment: fragment[0][:2])
@@ -112,11 +112,12 @@ def read_labelled(path, skipped=None):
     """
     skipped = Counter() if skipped is None else skipped
     documents = []
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is named as such
         for number, line in enumerate(file, 1):
             try:
                 text, fragments = parse_document(line)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                # Whatever the line lacks, how it should look helps more than the error's words.
                 layout = '{"text", "fragments": [{"category", "position"}, ...]}'
                 raise ValueError(f"{path}:{number}: not a line of {layout}") from None
             check_categories(fragments, f"{path}:{number}")
@@ -137,10 +138,10 @@ def labels_of(offsets, spans):
     """
     labels = np.zeros(len(offsets), np.int64)
     for start, end, category in spans:
-        inside = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
+        inside = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))  # token numbers
         if category in IGNORED:
             labels[inside] = NO_LABEL
-        elif len(inside):
+        elif len(inside):  # a character that no token covers has none
             labels[inside] = LABELS.index(f"I-{category}")
             labels[inside[0]] = LABELS.index(f"B-{category}")
     return labels
@@ -157,9 +158,11 @@ def windows(length, room):
     Window(start=8, end=20, first=10, last=20)
     """
     step = room - room // 4
+    # The last window is moved back to end with the text, so that it is full.
     starts = [0]
     while starts[-1] + room < length:
         starts.append(min(starts[-1] + step, length - room))
+    # Where the judgement passes on: the middle between where one begins and the one before ends.
     meetings = [(left + room + right) // 2 for left, right in zip(starts, starts[1:])]
     edges = [0, *meetings, length]
     return [
@@ -179,13 +182,13 @@ class LabelledWindows:
         self.sep_id = tokenizer.sep_id
         self.tokens = []  # of each document: (ids, labels), in small types, as they stay in memory
         self.places = []  # of each window: (the document's number, Window)
-        few = len(documents) < 1000
+        few = len(documents) < 1000  # done at once
         bar = tqdm(documents, "tokenizing", unit=" documents", leave=False, disable=few)
         for number, (text, spans) in enumerate(bar):
             ids = np.array(tokenizer.encode(text), np.int32)
             offsets = np.array(tokenizer.offsets(text), np.int64).reshape(-1, 2)
             self.tokens.append((ids, labels_of(offsets, spans).astype(np.int16)))
-            if len(ids):
+            if len(ids):  # an empty text has no window to learn from
                 self.places += [(number, window) for window in windows(len(ids), max_length - 2)]
 
     def __len__(self):
@@ -196,13 +199,13 @@ class LabelledWindows:
         part = slice(window.start, window.end)
         ids, labels = self.tokens[number]
         return (
-            np.concatenate([[self.cls_id], ids[part], [self.sep_id]], dtype=np.int64),
-            np.concatenate([[NO_LABEL], labels[part], [NO_LABEL]], dtype=np.int64),
+            np.concatenate([[self.cls_id], ids[part], [self.sep_id]], dtype=np.int64),  # (tokens,)
+            np.concatenate([[NO_LABEL], labels[part], [NO_LABEL]], dtype=np.int64),  # (tokens,)
         )
 
 
 def pack(sequences, device):
     """Arrays laid end to end, as a model takes them: (T,) int64 and cu_seqlens (B+1,) int32."""
-    ends = np.cumsum([0] + [len(sequence) for sequence in sequences]).astype(np.int32)
-    tokens = torch.from_numpy(np.concatenate(sequences))
+    ends = np.cumsum([0] + [len(sequence) for sequence in sequences]).astype(np.int32)  # (B + 1,)
+    tokens = torch.from_numpy(np.concatenate(sequences))  # (T,)
     return tokens.to(device), torch.from_numpy(ends).to(device)

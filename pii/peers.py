@@ -22,24 +22,20 @@ from pii.labels import CATEGORIES, Entity, LabelledDocument, Span, read_labelled
 from pii.rules import RULE_CATEGORIES
 from pii.scores import evaluate_detector, macro
 
-# A kind of secret with one of these words in its name is a password here, any other a key.
+# What a peer calls by one of these words is a password here, any other secret a key.
 PASSWORD_WORDS = "password passwd credential auth salt nonce".split() + ["secret keyword"]
 
 # What credsweeper reports that is no secret, or not surely one.
-NO_SECRETS = {"UUID", "IPv4", "IPv6", "Nonce", "Salt", "Certificate"} | {
-    "AWS S3 Bucket",
-    "Firebase Domain",
-    "Bitbucket Client ID",
-    "Tencent WeChat API App ID",
-}
+NO_SECRETS = ["UUID", "IPv4", "IPv6", "Nonce", "Salt", "Certificate", "AWS S3 Bucket"]
+NO_SECRETS += ["Firebase Domain", "Bitbucket Client ID", "Tencent WeChat API App ID"]
 
 
 class Contender(NamedTuple):
     """A detector to be measured."""
 
-    find: Callable  # from a list of texts to a list of entities for each
+    find: Callable  # from [text, ...] to [[Entity, ...], ...]
     categories: tuple  # those that it covers
-    package: str = ""  # to install, if it is another's
+    package: str = ""  # to install, if it is a peer
 
 
 class Report(NamedTuple):
@@ -53,12 +49,12 @@ class Report(NamedTuple):
 
 def category_of(kind):
     """The category of what a peer calls `kind`."""
-    if "Public IP" in kind:
+    if "Public IP" in kind:  # detect-secrets reports some beside its secrets
         return "IP_ADDRESS"
     return "PASSWORD" if any(word in kind.lower() for word in PASSWORD_WORDS) else "KEY"
 
 
-# The peers.
+# The peers. Each is imported when it is used: they are not among the requirements.
 
 
 def scan_with_detect_secrets(paths):
@@ -66,7 +62,7 @@ def scan_with_detect_secrets(paths):
     from detect_secrets.core.secrets_collection import SecretsCollection
     from detect_secrets.settings import default_settings
 
-    with default_settings():
+    with default_settings():  # its plugins and filters as they come
         secrets = SecretsCollection()
         secrets.scan_files(*paths, num_processors=os.cpu_count())
         for path, secret in secrets:
@@ -79,11 +75,11 @@ def scan_with_credsweeper(paths):
     from credsweeper import CredSweeper
     from credsweeper.file_handler.files_provider import FilesProvider
 
-    sweeper = CredSweeper(pool_count=os.cpu_count())
+    sweeper = CredSweeper(pool_count=os.cpu_count())  # with its rules, filters and model
     sweeper.run(content_provider=FilesProvider(paths))
     for candidate in sweeper.credential_manager.get_credentials():
         category = category_of(candidate.rule_name)
-        for line in candidate.line_data_list:
+        for line in candidate.line_data_list:  # a user and his password are one candidate
             yield Report(line.path, line.line_num, line.value, category)
 
 
@@ -95,15 +91,16 @@ def find_by_scanning(texts, scan):
         for path, text in zip(paths, texts):
             with open(path, "w", encoding="utf-8", newline="") as file:
                 file.write(text)
+        reports = list(scan(paths))
 
-        # They give the line and the value; where it is in that line they do not say.
-        for path, number, value, category in scan(paths):
-            index = int(os.path.basename(path)[:6])
-            lines = texts[index].split("\n")
-            if value and 1 <= number <= len(lines) and value in lines[number - 1]:
-                start = len("\n".join(["", *lines[: number - 1]]))
-                start += lines[number - 1].index(value)
-                found[index].add(Entity(start, start + len(value), category, 1.0))
+    for path, number, value, category in reports:
+        index = int(os.path.basename(path)[:6])
+        lines = texts[index].split("\n")
+        # A report gives a line and a value. Its place is taken to be the first in that line.
+        if value and 1 <= number <= len(lines) and value in lines[number - 1]:
+            before = sum(len(line) + 1 for line in lines[: number - 1])  # characters
+            start = before + lines[number - 1].index(value)
+            found[index].add(Entity(start, start + len(value), category, 1.0))
     return [sorted(entities) for entities in found]
 
 
@@ -111,7 +108,7 @@ def find_by_presidio(texts):
     """[[Entity, ...], ...] of what presidio's pattern recognizers find in texts."""
     from presidio_analyzer.predefined_recognizers import EmailRecognizer, IpRecognizer
 
-    recognizers = [
+    recognizers = [  # (what finds, its name for it, ours)
         (EmailRecognizer(), "EMAIL_ADDRESS", "EMAIL"),
         (IpRecognizer(), "IP_ADDRESS", "IP_ADDRESS"),
     ]
@@ -125,22 +122,12 @@ def find_by_presidio(texts):
     return found
 
 
+find_by_detect_secrets = partial(find_by_scanning, scan=scan_with_detect_secrets)
+find_by_credsweeper = partial(find_by_scanning, scan=scan_with_credsweeper)
 PEERS = {
-    "detect-secrets": Contender(
-        partial(find_by_scanning, scan=scan_with_detect_secrets),
-        ("KEY", "PASSWORD"),
-        "detect_secrets",
-    ),
-    "credsweeper": Contender(
-        partial(find_by_scanning, scan=scan_with_credsweeper),
-        ("KEY", "PASSWORD"),
-        "credsweeper",
-    ),
-    "presidio patterns": Contender(
-        find_by_presidio,
-        ("EMAIL", "IP_ADDRESS"),
-        "presidio_analyzer",
-    ),
+    "detect-secrets": Contender(find_by_detect_secrets, ("KEY", "PASSWORD"), "detect_secrets"),
+    "credsweeper": Contender(find_by_credsweeper, ("KEY", "PASSWORD"), "credsweeper"),
+    "presidio patterns": Contender(find_by_presidio, ("EMAIL", "IP_ADDRESS"), "presidio_analyzer"),
 }
 
 
@@ -151,11 +138,8 @@ def contenders(detector, peers):
         parts = (detector.model, detector.tokenizer)
         model = Detector(*parts, rules=False, threshold=detector.threshold)
         both = Detector(*parts, rules=True, threshold=detector.threshold)
-        found = {
-            "model": Contender(model.find, CATEGORIES),
-            **found,
-            "model + rules": Contender(both.find, CATEGORIES),
-        }
+        found = {"model": Contender(model.find, CATEGORIES)} | found  # as the table has them
+        found["model + rules"] = Contender(both.find, CATEGORIES)
     for name, peer in PEERS.items() if peers else ():
         if importlib.util.find_spec(peer.package):
             found[name] = peer
@@ -195,13 +179,14 @@ def credsweeper_samples(clone):
 
 
 def spans_of(text, places):
-    """[Span, ...] of (line, column, column, category); of those that overlap, the longest first."""
-    begins = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))
+    """[Span, ...] of a list of (line, first column, behind the last, category)."""
+    begins = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))  # of lines
     spans = [
         Span(begins[line - 1] + start, begins[line - 1] + end, category)
         for line, start, end, category in places
         if line < len(begins)
     ]
+    # Of two that overlap the first is kept, of two that begin together the longer.
     kept = []
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
         apart = not kept or span.start >= kept[-1].end
@@ -217,7 +202,7 @@ def read_documents(path):
             raise ValueError(f"{path}: neither labelled documents nor a clone of CredSweeper")
         try:
             return credsweeper_samples(path)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError) as error:  # of another version
             words = "not the tests of CredSweeper as they are known here"
             raise ValueError(f"{path}: {words} ({first_line(error)})") from None
     skipped = Counter()
@@ -230,12 +215,6 @@ def read_documents(path):
 # The comparison.
 
 
-def check_writable(path):
-    """Raises ValueError if no file can be written there."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"{path}: no file can be written there")
-
-
 def compare(detector, path, peers=False, out=None):
     """A table of how well detectors do on labelled documents, or on a clone of CredSweeper.
 
@@ -243,16 +222,19 @@ def compare(detector, path, peers=False, out=None):
     tools that are installed. The scores go to the file `out` as JSON.
     """
     if out:
-        check_writable(out)  # before minutes of measuring
+        open(out, "a").close()  # fails now if it cannot be written, not after minutes
     documents = read_documents(path)
 
-    results = {}
+    results = {}  # {contender: {category: its scores}}
     for name, (find, categories, package) in contenders(detector, peers).items():
         at_once = len(documents) if package else 64  # a peer starts processes for each call
         table = evaluate_detector(find, documents, at_once=at_once, description=name)
-        covered = [category for category in CATEGORIES if category in categories]
         # What no document holds has no recall, and what a tool does not look for no score at all.
-        rows = {c: table[c] for c in covered if table.get(c, {}).get("support")}
+        rows = {
+            category: row
+            for category, row in table.items()
+            if category in categories and row["support"]
+        }
         if categories == CATEGORIES and len(rows) > 1:
             rows["macro"] = macro(list(rows.values()))
         results[name] = rows
@@ -268,15 +250,18 @@ def markdown(results):
     """Two tables in percent, of exact and of overlapping spans: a row for each contender."""
     known = {category for rows in results.values() for category in rows}
     columns = [category for category in (*CATEGORIES, "macro") if category in known]
-    lines = []
+    text = ""
     for way, title in (("", "exact"), ("overlap_", "overlapping")):
-        lines += ["", f"| {title}: P / R / F1 | " + " | ".join(columns) + " |"]
-        lines += ["|" + "---|" * (len(columns) + 1)]
+        text += f"\n| {title}: P / R / F1 | {' | '.join(columns)} |\n"
+        text += "|" + "---|" * (len(columns) + 1) + "\n"
         for name, rows in results.items():
-            cells = []
-            for category in columns:
-                row = rows.get(category, {})
-                rates = [row.get(way + key) for key in ("precision", "recall", "f1")]
-                cells.append(" / ".join(f"{100 * rate:.1f}" for rate in rates) if row else "-")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            cells = [cell(rows.get(category), way) for category in columns]
+            text += f"| {name} | {' | '.join(cells)} |\n"
+    return text
+
+
+def cell(row, way):
+    """The scores of a category as "84.0 / 92.4 / 88.0"; "-" if there are none."""
+    if row is None:
+        return "-"
+    return " / ".join(f"{100 * row[way + key]:.1f}" for key in ("precision", "recall", "f1"))

@@ -20,9 +20,9 @@ from training.ranks import Ranks
 class Counts(NamedTuple):
     """What is counted of one category."""
 
-    right: int = 0
-    found: int = 0
-    expected: int = 0
+    right: int = 0  # found with the right start and end
+    found: int = 0  # by the detector
+    expected: int = 0  # by the labels
     overlapped: int = 0  # of the expected, those that touch one found
     overlapping: int = 0  # of the found, those that touch one expected
 
@@ -37,11 +37,11 @@ def count_spans(expected, found):
 
     What is found in a span to be ignored does not count.
     """
-    ignored = [span for span in expected if span[2] in IGNORED]
+    ignored = [span for span in expected if span[2] in IGNORED]  # span: (start, end, category, ...)
     found = [span for span in found if not touches(span, ignored)]
     counts = {}
     for category in CATEGORIES:
-        want = {span[:2] for span in expected if span[2] == category}
+        want = {span[:2] for span in expected if span[2] == category}  # {(start, end), ...}
         have = {span[:2] for span in found if span[2] == category}
         counts[category] = Counts(
             right=len(want & have),
@@ -56,15 +56,18 @@ def count_spans(expected, found):
 def score(counts):
     """{precision, recall, f1, overlap_..., support} of the `Counts` of a category."""
 
+    # Of exact spans both are the same number. Of overlapping ones they differ: one that is found
+    # may touch two that are expected.
     def rates(way, right_of_found, right_of_expected):
         precision = right_of_found / counts.found if counts.found else 0.0
         recall = right_of_expected / counts.expected if counts.expected else 0.0
+        # 0 by convention if nothing is found, expected or right.
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
         return {f"{way}precision": precision, f"{way}recall": recall, f"{way}f1": f1}
 
     exact = rates("", counts.right, counts.right)
     overlap = rates("overlap_", counts.overlapping, counts.overlapped)
-    return exact | overlap | {"support": int(counts.expected)}
+    return exact | overlap | {"support": int(counts.expected)}  # seqeval's name for it
 
 
 def macro(rows):
@@ -81,9 +84,9 @@ def scores(counts):
     table = {
         category: score(counted)
         for category, counted in counts.items()
-        if counted.found or counted.expected
+        if counted.found or counted.expected  # else 0 / 0
     }
-    return table | {"macro": macro(list(table.values()))} if table else {}
+    return table | {"macro": macro(list(table.values()))} if table else {}  # no mean of nothing
 
 
 def evaluate_detector(find, documents, ranks=None, at_once=64, description="evaluating"):
@@ -94,12 +97,12 @@ def evaluate_detector(find, documents, ranks=None, at_once=64, description="eval
     """
     ranks = ranks or Ranks()
     mine = documents[ranks.rank :: ranks.world_size]
-    totals = np.zeros((len(CATEGORIES), len(Counts._fields)))
+    totals = np.zeros((len(CATEGORIES), len(Counts._fields)))  # one table: one sum over the ranks
     begins = range(0, len(mine), at_once)
     for begin in tqdm(begins, description, leave=False, disable=ranks.rank != 0):
         part = mine[begin : begin + at_once]
         found = find([document.text for document in part])
         for document, entities in zip(part, found):
-            totals += list(count_spans(document.spans, entities).values())
+            totals += list(count_spans(document.spans, entities).values())  # in CATEGORIES' order
     rows = [Counts(*row) for row in ranks.sum(totals)]
     return scores(dict(zip(CATEGORIES, rows)))

@@ -24,12 +24,13 @@ from corpus.build import documents, text_of
 from pii.templates import SPLITS, read_table, render, split_of, templates_of
 from pii.values import Values
 
+# {language: the sign that begins a comment}; "#" for all others.
 COMMENT_SIGN = {
     language: sign
     for sign, languages in read_table("comment_signs").items()
     for language in languages
 }
-MOST_FILES = 20_000  # to take excerpts from
+MOST_FILES = 20_000  # to take excerpts from: more take memory and change nothing
 GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] * 3  # by weight
 
 # What marks a line of a real file that may hold personal data.
@@ -45,32 +46,32 @@ class Host(NamedTuple):
     """A real file."""
 
     text: str
-    language: str
+    language: str  # as corpus/languages calls it
 
 
 class Planted(NamedTuple):
     """A template between the lines of a file."""
 
     template: str
-    group: str
+    group: str  # of GROUPS
 
 
 def excerpt(text, generator):
     """Some neighbouring lines of a real file, without those that may hold personal data."""
     lines = text.split("\n")
-    size = generator.randint(4, 24)
+    size = generator.randint(4, 24)  # lines
     begin = generator.randrange(max(1, len(lines) - size))
     return [
         line
         for line in lines[begin : begin + size]
-        if len(line) < 200 and not PERSONAL.search(line)
+        if len(line) < 200 and not PERSONAL.search(line)  # long lines are data
     ]
 
 
 def plant(lines, generator, groups):
-    """Puts 2 to 7 templates between lines, which it changes."""
+    """Puts 2 to 7 templates between lines, a list that it changes."""
     for _ in range(generator.randint(2, 7)):
-        group = generator.choice(GROUPS)
+        group = generator.choice(GROUPS)  # the group first: the largest would hide the others
         templates = groups[group]
         if group == "assignments":  # a list for each kind of value
             templates = generator.choice(templates)
@@ -89,15 +90,15 @@ def compose(host, values, groups):
     sign = COMMENT_SIGN.get(host.language, "#")
     text = ""
     fragments = []
-    indent = ""
+    indent = ""  # of the last line of the file that has one
     for line in lines:
         if isinstance(line, str):
-            if line.strip():
+            if line.strip():  # a blank line says nothing of the indentation
                 indent = line[: len(line) - len(line.lstrip())]
             text += line + "\n"
             continue
 
-        # A template is indented as the line above it; data, such as the rows of a table, is not.
+        # A template is indented as the line above it. Data, such as a row of a table, is not.
         rendered, spans = render(line.template, values, sign)
         if line.group != "data":
             text += indent
@@ -114,8 +115,8 @@ def read_hosts(sources):
     hosts = {split: [] for split in SPLITS}
     for _, _, document in documents(sources, Counter(), description="reading"):
         pieces, reason = text_of(document)
-        whole = not reason and len(pieces) == 1 and not pieces[0][0]  # no conversation
-        if whole:
+        # Commits and issues are several pieces, or one behind a special token: they are no code.
+        if not reason and len(pieces) == 1 and not pieces[0][0]:
             text = pieces[0][1]
             hosts[split_of(text)].append(Host(text, document.language))
         if sum(map(len, hosts.values())) >= MOST_FILES:
@@ -133,16 +134,17 @@ def synthesize(sources, out, count=16_000, seed=0):
     Returns {split: documents}. Raises ValueError if the sources or `count` are too small, and if
     `out` holds such files already.
     """
-    sizes = {split: round(count * part) for split, part in SPLITS.items()}
+    sizes = {split: round(count * part) for split, part in SPLITS.items()}  # documents
     paths = {split: os.path.join(out, f"{split}.jsonl") for split in SPLITS}
     for path in paths.values():
         if os.path.exists(path):
             raise ValueError(f"{path}: exists already; choose another directory or remove it")
     if not all(sizes.values()):
         raise ValueError(f"{count} documents are too few: each split needs some")
-    hosts = read_hosts(sources or [sysconfig.get_paths()["stdlib"]])
+    hosts = read_hosts(sources or [sysconfig.get_paths()["stdlib"]])  # after the quick checks
 
-    # A split depends on nothing but its own generator, so that it stays if another changes.
+    # Each split has its own generator, so it stays the same if another changes. All is made before
+    # anything is written: stopped meanwhile, it leaves nothing behind.
     contents = {}
     for split, size in sizes.items():
         values = Values(split, random.Random(f"{seed} {split}"))
@@ -150,7 +152,7 @@ def synthesize(sources, out, count=16_000, seed=0):
         lines = []
         for _ in tqdm(range(size), desc=f"writing {split}", unit=" documents"):
             host = values.random.choice(hosts[split])
-            lines.append(json.dumps(compose(host, values, groups)) + "\n")
+            lines.append(json.dumps(compose(host, values, groups)) + "\n")  # in ASCII
         contents[split] = "".join(lines)
 
     os.makedirs(out, exist_ok=True)

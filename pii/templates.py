@@ -3,12 +3,12 @@ r"""The templates of the synthetic data: what is written into real code, with pl
 The texts are in `templates/*.txt`; the header of each says how it is to be read. Two kinds:
 
     written     a line is a template: comments, code, data, harmless
-    combined    each name in each style, as {kebab}="{value}" and api_key give api-key="{KEY}":
-                assignments, rows of tables, phrases
+    combined    each word in each style, as api_key and {kebab}="{value}" give api-key="{KEY}":
+                assignments, phrases, and rows of tables
 
 No template is in two of the splits train, validation and test, nor is a value (values.py) or an
-excerpt of real code (synthesize.py). So a detector that learned the training data by heart gets
-nothing for it in the test. A few forms that differ only in a blank or a quote are in two splits.
+excerpt of real code (synthesize.py): a detector that learned the training data by heart gains
+nothing by it in the test. But a few templates differ only in a blank or a quote.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from pii.labels import CATEGORIES, Span
 
 SPLITS = {"train": 0.75, "validation": 0.05, "test": 0.2}  # of files, templates and values alike
 FOLDER = Path(__file__).with_suffix("")  # pii/templates
-WRITTEN = ("comments", "code", "data", "harmless")
+WRITTEN = ("comments", "code", "data", "harmless")  # files; each is a group
 TURNS = "train train test train train validation train test train train".split()
-PRIVATE_KEY = "-----BEGIN{kind} PRIVATE KEY-----"
+PRIVATE_KEY = "-----BEGIN{kind} PRIVATE KEY-----"  # stands for a whole block, which is one KEY
 
 
 def split_of(text):
@@ -36,11 +36,14 @@ def split_of(text):
     return split  # the parts add up to 1 but for rounding
 
 
+# Reading templates/*.txt.
+
+
 def read_lines(name):
     """The lines of templates/`name`.txt below its header, which ends with a blank line."""
     text = (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
     _, _, body = text.partition("\n\n")
-    return [line for line in body.split("\n") if line]
+    return [line for line in body.split("\n") if line]  # not stripped: blanks are part of them
 
 
 def read_table(name):
@@ -48,52 +51,50 @@ def read_table(name):
     table = {}
     for line in read_lines(name):
         kind, _, alternatives = line.partition(": ")
-        if alternatives.startswith("= "):
+        if alternatives.startswith("= "):  # `fake_key: = KEY`: the same as KEY
             table[kind] = table[alternatives.removeprefix("= ")]
         else:
             table.setdefault(kind, []).extend(alternatives.split(" | "))
     return table
 
 
-def written(name, split):
-    """The templates of a written file that belong to a split.
+# The templates of a split.
 
-    Lines take turns, ordered by what they hold, so that each split has its share of every category.
-    """
+
+def written(name, split):
+    """The templates of a written file that belong to a split."""
 
     def order(line):
         held = [category for category in CATEGORIES if f"{{{category}}}" in line]
         return held, hashlib.sha256(line.encode()).digest()
 
+    # Ordered by what they hold, lines take turns: so each split has its share of every category.
     lines = sorted(read_lines(name), key=order)
     return [line for i, line in enumerate(lines) if TURNS[i % len(TURNS)] == split]
 
 
-def assignments(kind, names):
-    """All templates that assign a value of a kind to one of these names."""
-    styles = read_lines("assignment_styles")
+def replace_all(text, replacements):
+    """The text with each key of a dict replaced by its value."""
+    for old, new in replacements.items():  # no str.format: other places stay as they are
+        text = text.replace(old, new)
+    return text
+
+
+def combine(kind, words, styles):
+    """All templates with one of the words in one of the styles, and a value of a kind."""
     found = []
-    for name in names:
-        first, *rest = name.split("_")
+    for word in words:
+        first, *rest = word.split("_")
         spelled = {
-            "{snake}": name,
-            "{UPPER}": name.upper(),
-            "{kebab}": name.replace("_", "-"),
-            "{camel}": first + "".join(map(str.title, rest)),
             "{value}": f"{{{kind}}}",
+            "{snake}": word,  # api_key
+            "{UPPER}": word.upper(),  # API_KEY
+            "{kebab}": word.replace("_", "-"),  # api-key
+            "{camel}": first + "".join(map(str.title, rest)),  # apiKey
+            "{lead}": word,  # written by
+            "{Lead}": word[0].upper() + word[1:],  # Written by
         }
         found += [replace_all(style, spelled) for style in styles]
-    return found
-
-
-def phrases(kind, leads):
-    """All templates in which one of these leads comes before a value of a kind."""
-    styles = read_lines("phrase_styles")
-    found = []
-    for lead in leads:
-        capital = lead[0].upper() + lead[1:]
-        words = {"{lead}": lead, "{Lead}": capital, "{value}": f"{{{kind}}}"}
-        found += [replace_all(style, words) for style in styles]
     return found
 
 
@@ -108,25 +109,22 @@ def rows():
     return found
 
 
-def replace_all(text, replacements):
-    """The text with each key of a dict replaced by its value."""
-    for old, new in replacements.items():
-        text = text.replace(old, new)
-    return text
-
-
 def templates_of(split):
-    """{group: [template, ...]} of a split, with every category in it.
+    """{group: [template, ...]} of a split; every group, but the harmless, has every category.
 
-    The group "assignments" is a list of such lists, one for each kind of value: one of them is
-    drawn first, as otherwise the kinds with the most names would fill the data.
+    The group "assignments" is a list of such lists, one for each kind of value: first one of them
+    is drawn, as otherwise the kinds with the most names would fill the data.
     """
     groups = {name: written(name, split) for name in WRITTEN}
-    combined = [assignments(*row) for row in read_table("assignment_names").items()]
-    combined += [rows()] * 3
-    combined += [phrases(*row) for row in read_table("phrase_leads").items()]
+    combined = []
+    for name, words in read_table("assignment_names").items():
+        combined.append(combine(name, words, read_lines("assignment_styles")))
+    combined += [rows()] * 3  # drawn three times as often as one kind of assignment
+    for name, words in read_table("phrase_leads").items():
+        combined.append(combine(name, words, read_lines("phrase_styles")))
 
-    # These are so many that their hashes give each split its share.
+    # These are so many that their hashes give each split its share. What is also written in a file
+    # might be there in another split.
     elsewhere = {line for name in WRITTEN for line in read_lines(name)}
     groups["assignments"] = [
         [line for line in lines if line not in elsewhere and split_of(line) == split]
@@ -144,16 +142,16 @@ def render(template, values, sign="#"):
         text = values.private_key()
         return text, [Span(0, len(text), "KEY")]
 
-    # Choices first: an alternative that is not taken must not draw a value.
     def choose(choice):
         return values.random.choice(choice[1].split("|"))
 
+    # Choices come first: an alternative that is not taken must not draw a value.
     chosen = re.sub(r"\[\[(.*?)\]\]", choose, template)
     chosen = chosen.replace(r"\n", "\n").replace(r"\t", "\t")
 
     text = ""
     spans = []
-    for literal, kind, size, _ in Formatter().parse(chosen):
+    for literal, kind, size, _ in Formatter().parse(chosen):  # {kind} or {kind:size}
         text += literal
         if kind is None:  # behind the last place
             continue
@@ -162,5 +160,5 @@ def render(template, values, sign="#"):
             spans.append(Span(len(text), len(text) + len(value), kind))
         text += value
     if sign == "<!--" and template.startswith("{c}"):
-        text += " -->"
+        text += " -->"  # no other comment has an end
     return text, spans

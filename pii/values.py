@@ -1,6 +1,6 @@
 """The values of the synthetic data: names, addresses and secrets that are nobody's, and lookalikes.
 
-Six kinds, in capitals, are what a detector must find: NAME, USERNAME and EMAIL in thirty languages
+Six kinds, in capitals, are what a detector must find: NAME, USERNAME and EMAIL of thirty countries
 (the `faker` library), IP_ADDRESS in the public ranges, PASSWORD as people and programs choose them,
 KEY in the formats of some twenty services. The others, in lower case, only look like them: hashes,
 version numbers, private addresses, placeholders such as `changeme`, words and identifiers.
@@ -21,22 +21,23 @@ from pii.labels import CATEGORIES
 from pii.rules import is_public
 from pii.templates import read_table, render, split_of
 
+# Of names. Those of English are drawn more often, as more code has them.
 LOCALES = """
     en_US en_GB en_IN en_US de_DE fr_FR es_ES it_IT nl_NL pt_BR pl_PL cs_CZ sv_SE da_DK fi_FI no_NO
     hu_HU ro_RO tr_TR hr_HR id_ID vi_VN es_MX fr_CA ru_RU uk_UA el_GR zh_CN ja_JP ko_KR
 """.split()
 LATIN = LOCALES[:20]  # for user names and addresses
-PATTERNS = read_table("values")
+PATTERNS = read_table("values")  # {kind: [pattern, ...]}
 
 ALNUM = string.ascii_letters + string.digits
-ALPHABETS = {
+ALPHABETS = {  # for the places {hex:32} of a pattern
     "digits": string.digits,
     "hex": "0123456789abcdef",
     "upper": string.ascii_uppercase + string.digits,
     "alnum": ALNUM,
-    "url": ALNUM + "-_",
+    "url": ALNUM + "-_",  # base64 as in a URL
     "base64": ALNUM + "+/",
-    "secret": ALNUM + "!#$%^&*-_=+.?",
+    "secret": ALNUM + "!#$%^&*-_=+.?",  # what a password may hold
 }
 
 
@@ -50,21 +51,21 @@ class Values:
         import faker  # takes a second
 
         self.split = split
-        self.random = generator
-        self.faker = {
-            locale: faker.Faker(locale, use_weighting=False) for locale in dict.fromkeys(LOCALES)
-        }
-        for fake in self.faker.values():
-            fake.seed_instance(generator.getrandbits(64))
+        self.random = generator  # may be replaced: faker's own generators are seeded here once
+        self.faker = {}
+        for locale in dict.fromkeys(LOCALES):  # each once
+            # Without weights, by which a few names would be most of those drawn.
+            self.faker[locale] = faker.Faker(locale, use_weighting=False)
+            self.faker[locale].seed_instance(generator.getrandbits(64))
 
     def draw(self, kind, size=""):
         """A value for the place {kind} or {kind:size} of a template or a pattern."""
-        if size:
+        if size:  # {hex:32} or {hex:32-64}
             return self.some(kind, *map(int, size.split("-")))
-        if "-" in kind:  # a range of numbers
+        if "-" in kind:  # {01-12}
             low, high = kind.split("-")
             return str(self.random.randint(int(low), int(high))).zfill(len(low))
-        while True:
+        while True:  # until it is one of this split's: five draws on average for the test
             value = self.draw_from_any_split(kind)
             if kind not in CATEGORIES or split_of(value) == self.split:
                 return value
@@ -75,7 +76,7 @@ class Values:
             return getattr(self, kind)()
         patterns = PATTERNS[kind]
         pattern = self.random.choice(patterns) if len(patterns) > 1 else patterns[0]
-        text, _ = render(pattern, self)
+        text, _ = render(pattern, self)  # a pattern has the syntax of a template
         return text
 
     def some(self, alphabet, low, high=None):
@@ -89,7 +90,7 @@ class Values:
         """A person's full name, now and then with a middle initial."""
         locale = self.random.choice(LOCALES)
         fake = self.faker[locale]
-        if locale in ("zh_CN", "ja_JP", "ko_KR"):
+        if locale in ("zh_CN", "ja_JP", "ko_KR"):  # the family name first, no blank
             return fake.name()
         first = fake.first_name()
         last = fake.last_name()
@@ -102,7 +103,7 @@ class Values:
         name = fake.user_name()
         forms = [
             name,
-            name,
+            name,  # twice as often as the others
             f"{name}{self.random.randint(1, 99)}",
             f"{name[0]}_{name[1:]}",
             f"{fake.word()}-{name}".lower(),
@@ -133,8 +134,8 @@ class Values:
             if self.random.random() < 0.75:
                 address = ipaddress.IPv4Address(self.random.getrandbits(32))
             else:
-                network = 0x2000 + self.random.getrandbits(12) << 112
-                host = self.random.getrandbits(self.random.choice([16, 64, 112]))
+                network = 0x2000 + self.random.getrandbits(12) << 112  # 2000::/4
+                host = self.random.getrandbits(self.random.choice([16, 64, 112]))  # often short
                 address = ipaddress.IPv6Address(network + host)
             if is_public(str(address)):
                 return str(address)
@@ -142,35 +143,34 @@ class Values:
     def PASSWORD(self):
         """As programs choose them, and as people do: words, numbers and a sign."""
         form = self.random.randrange(5)
-        if form == 0:
+        if form == 0:  # k7$Wq=0rT_x
             return self.some("secret", 8, 20)
-        if form == 1:
+        if form == 1:  # k7Wq0rTx
             return self.some("alnum", 8, 16)
-        if form == 2:
-            sign = ["", "!", "#", "$"]
-            return f"{self.spelled()}{self.draw('number')}{self.random.choice(sign)}"
-        if form == 3:
+        if form == 2:  # Boston1984!
+            return self.spelled() + self.draw("number") + self.random.choice(["", "!", "#", "$"])
+        if form == 3:  # maria-Boston-7
             sign = self.random.choice(["-", "_", "", "."])
             return sign.join([self.spelled(), self.spelled(), self.draw("1-99")])
-        return f"{self.spelled()}{self.random.choice('!@#$%&*')}{self.draw('number')}"
+        return self.spelled() + self.random.choice("!@#$%&*") + self.draw("number")  # boston@1984
 
     def spelled(self):
         """A word, a first name or a city, perhaps with a capital."""
         fake = self.faker["en_US"]
         change = self.random.choice([str.lower, str.capitalize, str.lower])
         word = self.random.choice([fake.word, fake.first_name, fake.city])()
-        return change(word.replace(" ", ""))
+        return change(word.replace(" ", ""))  # of New York
 
     def private_key(self):
         """A private key in a PEM file."""
         kind = self.draw("kind")
-        lines = [self.some("base64", 64) for _ in range(self.random.randint(3, 12))]
+        lines = [self.some("base64", 64) for _ in range(self.random.randint(3, 12))]  # as in PEM
         body = "\n".join(lines)
         return f"-----BEGIN{kind} PRIVATE KEY-----\n{body}\n-----END{kind} PRIVATE KEY-----"
 
     def claims(self):
         """The second part of a JSON web token."""
-        claims = {"sub": self.some("alnum", 9), "iat": 1_600_000_000}
+        claims = {"sub": self.some("alnum", 9), "iat": 1_600_000_000}  # whose, since when
         return base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
 
     # What is harmless.
@@ -200,7 +200,7 @@ class Values:
 
     def host(self):
         """The name of a host."""
-        name, first, second = [self.word() for _ in range(3)]
+        name, first, second = [self.word() for _ in range(3)]  # drawn even if not used
         domain = self.random.choice(["internal", "local", f"{first}.com", f"{second}.io"])
         return f"{name}.{domain}"
 
