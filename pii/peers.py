@@ -221,9 +221,9 @@ def compare(detector, path, peers=False, out=None):
     detector: a `Detector`; its model, the rules and both are measured, and with `peers` the other
     tools that are installed. The scores go to the file `out` as JSON.
     """
+    documents = read_documents(path)
     if out:
         open(out, "a").close()  # fails now if it cannot be written, not after minutes
-    documents = read_documents(path)
 
     results = {}  # {contender: {category: its scores}}
     for name, (find, categories, package) in contenders(detector, peers).items():
