@@ -1,8 +1,4 @@
-"""The commands: python -m pii train | synthesize | detect | redact | eval.
-
-PyTorch takes seconds to import, and `--help` needs none of it. So each command imports what it uses
-when it runs.
-"""
+"""The commands: python -m pii train | synthesize | detect | redact | eval."""
 
 import argparse
 import json
@@ -14,6 +10,9 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from common.command_line import CommandLine, run_command
+
+# PyTorch takes seconds to import, and `--help` needs none of it. So each command imports what it
+# uses when it runs.
 
 # What a detector is shown on after training: nobody's data. Each § is taken out; without them a
 # scanner of this repository would report the secrets.
@@ -58,7 +57,9 @@ DETECT_FLAGS = {
     **SEARCH_FLAGS,
     "--json": dict(action="store_true", help="print a line of JSON for each thing found"),
     "--show": dict(action="store_true", help="print it whole, not only two characters"),
-    "--fail": dict(action="store_true", help="exit with status 1 if something is found"),
+    "--fail": dict(
+        action="store_true", help="exit with status 1 if something is found"
+    ),  # 2: error
 }
 REDACT_FLAGS = {
     **SEARCH_FLAGS,
@@ -71,7 +72,7 @@ EVAL_FLAGS = {
     "--peers": dict(action="store_true", help="beside detect-secrets, credsweeper and presidio"),
     "--out": dict(metavar="FILE", help="write the scores as JSON"),
 }
-SYNTHESIZE_FLAGS = {
+SYNTHESIZE_FLAGS = {  # the same flags give the same data
     "sources": dict(nargs="*", metavar="SOURCE", help=SOURCE_HELP),
     "--out": dict(required=True, metavar="DIR", help="the directory to write"),
     "--count": dict(type=int, default=16_000, metavar="N", help="documents (default: 16000)"),
@@ -118,7 +119,7 @@ def train_command(arguments):
         if finished and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes
             show_at_work(Detector.from_pretrained(config.out, config.device, rules=True))
             print(f"Try: python -m pii detect --rules --model {config.out} PATH")
-    finally:
+    finally:  # else PyTorch warns at exit
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -154,6 +155,7 @@ def detect_command(arguments):
         if not arguments.show:  # logs are read by many
             text = text[:2] + "…"
         if arguments.json:
+            # Programs read this: names stay, and numbers are numbers.
             record = {"file": path, "line": line, "column": column, "category": entity.category}
             print(json.dumps(record | {"text": text, "score": round(entity.score, 4)}))
         else:
@@ -161,7 +163,7 @@ def detect_command(arguments):
             # Half a surrogate pair, which UTF-16 and file names may hold, cannot be printed.
             print(row.encode(errors="replace").decode())
 
-    # What is to be piped stays apart from what is to be read.
+    # Findings may be piped into a program; the summary is for people.
     left_out = f"; left out: {listed(skipped.items())}" if skipped else ""
     print(f"found: {listed(found.most_common())}{left_out}", file=sys.stderr)
     return 1 if found and arguments.fail else 0
@@ -170,6 +172,7 @@ def detect_command(arguments):
 def redact_command(arguments):
     from pii.redact import redact
 
+    # There is no default: a model that is wrong must not destroy anything unasked.
     if (arguments.out is None) != arguments.in_place:
         raise ValueError("redact needs one of --out DIR and --in-place")
     detector = detector_of(arguments, arguments.rules, arguments.categories)
@@ -259,10 +262,10 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
 
     name = vars(arguments).pop("command")
-    if name in ("detect", "redact"):  # they may have much to print, or a file half written
+    if name in ("detect", "redact"):  # output may be buffered, or a file half written
         signal.signal(signal.SIGTERM, end_cleanly)
     status = COMMANDS[name].run(arguments)
-    if status:
+    if status:  # else return, and `run_command` flushes the output
         sys.exit(status)
 
 

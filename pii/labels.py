@@ -112,12 +112,12 @@ def read_labelled(path, skipped=None):
     """
     skipped = Counter() if skipped is None else skipped
     documents = []
-    with open(path, "rb") as file:  # bytes: one line that is no UTF-8 is named as such
+    with open(path, "rb") as file:  # as bytes, so that bad UTF-8 is an error of its line
         for number, line in enumerate(file, 1):
             try:
                 text, fragments = parse_document(line)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                # Whatever the line lacks, how it should look helps more than the error's words.
+                # The expected layout helps more than the parser's own message.
                 layout = '{"text", "fragments": [{"category", "position"}, ...]}'
                 raise ValueError(f"{path}:{number}: not a line of {layout}") from None
             check_categories(fragments, f"{path}:{number}")
@@ -141,7 +141,7 @@ def labels_of(offsets, spans):
         inside = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))  # token numbers
         if category in IGNORED:
             labels[inside] = NO_LABEL
-        elif len(inside):  # a character that no token covers has none
+        elif len(inside):  # else no token covers the span
             labels[inside] = LABELS.index(f"I-{category}")
             labels[inside[0]] = LABELS.index(f"B-{category}")
     return labels
@@ -150,19 +150,19 @@ def labels_of(offsets, spans):
 def windows(length, room):
     """[Window, ...] of up to `room` tokens over a text of `length` tokens.
 
-    Neighbours overlap by a quarter of `room` and meet in the middle of that: so each token is
-    judged in one window, and far from its edges, where a model sees less around it.
+    Neighbours overlap by a quarter of `room` and hand over in the middle of it. So each token is
+    judged in one window, and away from its edges, where the model sees less context.
 
     >>> for window in windows(20, 12): print(window)
     Window(start=0, end=12, first=0, last=10)
     Window(start=8, end=20, first=10, last=20)
     """
     step = room - room // 4
-    # The last window is moved back to end with the text, so that it is full.
+    # The last window ends with the text, so that it is full too.
     starts = [0]
     while starts[-1] + room < length:
         starts.append(min(starts[-1] + step, length - room))
-    # Where the judgement passes on: the middle between where one begins and the one before ends.
+    # Neighbours hand over in the middle of their overlap.
     meetings = [(left + room + right) // 2 for left, right in zip(starts, starts[1:])]
     edges = [0, *meetings, length]
     return [
@@ -182,7 +182,7 @@ class LabelledWindows:
         self.sep_id = tokenizer.sep_id
         self.tokens = []  # of each document: (ids, labels), in small types, as they stay in memory
         self.places = []  # of each window: (the document's number, Window)
-        few = len(documents) < 1000  # done at once
+        few = len(documents) < 1000  # too quick for a bar
         bar = tqdm(documents, "tokenizing", unit=" documents", leave=False, disable=few)
         for number, (text, spans) in enumerate(bar):
             ids = np.array(tokenizer.encode(text), np.int32)

@@ -22,7 +22,7 @@ from pii.labels import CATEGORIES, Entity, LabelledDocument, Span, read_labelled
 from pii.rules import RULE_CATEGORIES
 from pii.scores import evaluate_detector, macro
 
-# What a peer calls by one of these words is a password here, any other secret a key.
+# A secret is a password if its kind contains one of these words, and a key otherwise.
 PASSWORD_WORDS = "password passwd credential auth salt nonce".split() + ["secret keyword"]
 
 # What credsweeper reports that is no secret, or not surely one.
@@ -49,7 +49,7 @@ class Report(NamedTuple):
 
 def category_of(kind):
     """The category of what a peer calls `kind`."""
-    if "Public IP" in kind:  # detect-secrets reports some beside its secrets
+    if "Public IP" in kind:  # detect-secrets reports them too
         return "IP_ADDRESS"
     return "PASSWORD" if any(word in kind.lower() for word in PASSWORD_WORDS) else "KEY"
 
@@ -79,7 +79,7 @@ def scan_with_credsweeper(paths):
     sweeper.run(content_provider=FilesProvider(paths))
     for candidate in sweeper.credential_manager.get_credentials():
         category = category_of(candidate.rule_name)
-        for line in candidate.line_data_list:  # a user and his password are one candidate
+        for line in candidate.line_data_list:  # a user name and its password make one candidate
             yield Report(line.path, line.line_num, line.value, category)
 
 
@@ -87,16 +87,17 @@ def find_by_scanning(texts, scan):
     """[[Entity, ...], ...] of what a function that scans files finds in texts."""
     found = [set() for _ in texts]
     with tempfile.TemporaryDirectory() as directory:
+        # These tools take files. A file's name says which text it holds.
         paths = [os.path.join(directory, f"{number:06d}.txt") for number in range(len(texts))]
         for path, text in zip(paths, texts):
-            with open(path, "w", encoding="utf-8", newline="") as file:
+            with open(path, "w", encoding="utf-8", newline="") as file:  # keeps line ends
                 file.write(text)
         reports = list(scan(paths))
 
     for path, number, value, category in reports:
         index = int(os.path.basename(path)[:6])
         lines = texts[index].split("\n")
-        # A report gives a line and a value. Its place is taken to be the first in that line.
+        # A report gives a line and a value; assume the first place in that line.
         if value and 1 <= number <= len(lines) and value in lines[number - 1]:
             before = sum(len(line) + 1 for line in lines[: number - 1])  # characters
             start = before + lines[number - 1].index(value)
@@ -140,6 +141,7 @@ def contenders(detector, peers):
         both = Detector(*parts, rules=True, threshold=detector.threshold)
         found = {"model": Contender(model.find, CATEGORIES)} | found  # as the table has them
         found["model + rules"] = Contender(both.find, CATEGORIES)
+    # A missing peer is reported, and the others are still measured.
     for name, peer in PEERS.items() if peers else ():
         if importlib.util.find_spec(peer.package):
             found[name] = peer
@@ -161,6 +163,7 @@ def credsweeper_samples(clone):
     places = {}  # {file name: [(line, first column, behind the last, category), ...]}
     for entry in read_json(os.path.join(clone, "tests", "data", "output.json"), list):
         rule = entry["rule"]
+        # A doubtful secret counts neither as missed nor as a false alarm.
         category = "AMBIGUOUS" if rule in NO_SECRETS else category_of(rule)
         for found in entry["line_data_list"]:
             place = (found["line_num"], found["value_start"], found["value_end"], category)
@@ -171,7 +174,7 @@ def credsweeper_samples(clone):
     for name in sorted(os.listdir(folder)):
         try:
             with open(os.path.join(folder, name), encoding="utf-8", newline="") as file:
-                text = file.read()
+                text = file.read()  # columns are counted in characters
         except (UnicodeDecodeError, IsADirectoryError):  # archives and documents
             continue
         documents.append(LabelledDocument(text, spans_of(text, places.get(name, []))))
@@ -223,18 +226,19 @@ def compare(detector, path, peers=False, out=None):
     """
     documents = read_documents(path)
     if out:
-        open(out, "a").close()  # fails now if it cannot be written, not after minutes
+        open(out, "a").close()  # fail now rather than after minutes of measuring
 
     results = {}  # {contender: {category: its scores}}
     for name, (find, categories, package) in contenders(detector, peers).items():
         at_once = len(documents) if package else 64  # a peer starts processes for each call
         table = evaluate_detector(find, documents, at_once=at_once, description=name)
-        # What no document holds has no recall, and what a tool does not look for no score at all.
+        # Without an entity in the data, recall is undefined; a tool is scored on what it covers.
         rows = {
             category: row
             for category, row in table.items()
             if category in categories and row["support"]
         }
+        # Means over different sets of categories cannot be compared.
         if categories == CATEGORIES and len(rows) > 1:
             rows["macro"] = macro(list(rows.values()))
         results[name] = rows
@@ -249,7 +253,7 @@ def compare(detector, path, peers=False, out=None):
 def markdown(results):
     """Two tables in percent, of exact and of overlapping spans: a row for each contender."""
     known = {category for rows in results.values() for category in rows}
-    columns = [category for category in (*CATEGORIES, "macro") if category in known]
+    columns = [category for category in (*CATEGORIES, "macro") if category in known]  # in order
     text = ""
     for way, title in (("", "exact"), ("overlap_", "overlapping")):
         text += f"\n| {title}: P / R / F1 | {' | '.join(columns)} |\n"

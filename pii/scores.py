@@ -1,6 +1,6 @@
 """How well a detector does: precision, recall and F1 of spans, counted as seqeval does.
 
-A span is right if its start, end and category are (Nakayama, seqeval, 2018; IOB2, default mode):
+A span is right if its start, end and category are (Nakayama, seqeval, 2018):
 
     precision = right / found      recall = right / expected      F1 = their harmonic mean
 
@@ -61,7 +61,7 @@ def score(counts):
     def rates(way, right_of_found, right_of_expected):
         precision = right_of_found / counts.found if counts.found else 0.0
         recall = right_of_expected / counts.expected if counts.expected else 0.0
-        # 0 by convention if nothing is found, expected or right.
+        # By convention 0 if both are 0.
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
         return {f"{way}precision": precision, f"{way}recall": recall, f"{way}f1": f1}
 
@@ -72,6 +72,7 @@ def score(counts):
 
 def macro(rows):
     """The mean of the scores of some categories, and the sum of their support."""
+    # Each category counts the same, however often it occurs.
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
     return mean | {"support": sum(row["support"] for row in rows)}
 
@@ -86,7 +87,7 @@ def scores(counts):
         for category, counted in counts.items()
         if counted.found or counted.expected  # else 0 / 0
     }
-    return table | {"macro": macro(list(table.values()))} if table else {}  # no mean of nothing
+    return table | {"macro": macro(list(table.values()))} if table else {}
 
 
 def evaluate_detector(find, documents, ranks=None, at_once=64, description="evaluating"):
@@ -97,7 +98,7 @@ def evaluate_detector(find, documents, ranks=None, at_once=64, description="eval
     """
     ranks = ranks or Ranks()
     mine = documents[ranks.rank :: ranks.world_size]
-    totals = np.zeros((len(CATEGORIES), len(Counts._fields)))  # one table: one sum over the ranks
+    totals = np.zeros((len(CATEGORIES), len(Counts._fields)))  # one table, so one all-reduce
     begins = range(0, len(mine), at_once)
     for begin in tqdm(begins, description, leave=False, disable=ranks.rank != 0):
         part = mine[begin : begin + at_once]

@@ -30,7 +30,7 @@ COMMENT_SIGN = {
     for sign, languages in read_table("comment_signs").items()
     for language in languages
 }
-MOST_FILES = 20_000  # to take excerpts from: more take memory and change nothing
+MOST_FILES = 20_000  # to take excerpts from; more would only take memory
 GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] * 3  # by weight
 
 # What marks a line of a real file that may hold personal data.
@@ -71,7 +71,7 @@ def excerpt(text, generator):
 def plant(lines, generator, groups):
     """Puts 2 to 7 templates between lines, a list that it changes."""
     for _ in range(generator.randint(2, 7)):
-        group = generator.choice(GROUPS)  # the group first: the largest would hide the others
+        group = generator.choice(GROUPS)  # the group first, as some are far larger
         templates = groups[group]
         if group == "assignments":  # a list for each kind of value
             templates = generator.choice(templates)
@@ -84,6 +84,7 @@ def compose(host, values, groups):
 
     host: a `Host`. values: a `Values`, whose generator decides all. groups: of `templates_of`.
     """
+    # Some documents have no code at all, as a table or a log has none.
     lines = excerpt(host.text, values.random) if values.random.random() < 0.75 else []
     plant(lines, values.random, groups)
 
@@ -115,11 +116,11 @@ def read_hosts(sources):
     hosts = {split: [] for split in SPLITS}
     for _, _, document in documents(sources, Counter(), description="reading"):
         pieces, reason = text_of(document)
-        # Commits and issues are several pieces, or one behind a special token: they are no code.
+        # Skip commits and issues, which have several pieces or begin with a special token.
         if not reason and len(pieces) == 1 and not pieces[0][0]:
             text = pieces[0][1]
             hosts[split_of(text)].append(Host(text, document.language))
-        if sum(map(len, hosts.values())) >= MOST_FILES:
+        if sum(map(len, hosts.values())) >= MOST_FILES:  # in all splits
             break
     if not all(hosts.values()):
         names = ", ".join(sources)
@@ -136,7 +137,7 @@ def synthesize(sources, out, count=16_000, seed=0):
     """
     sizes = {split: round(count * part) for split, part in SPLITS.items()}  # documents
     paths = {split: os.path.join(out, f"{split}.jsonl") for split in SPLITS}
-    for path in paths.values():
+    for path in paths.values():  # they may be annotated by hand
         if os.path.exists(path):
             raise ValueError(f"{path}: exists already; choose another directory or remove it")
     if not all(sizes.values()):
@@ -152,7 +153,7 @@ def synthesize(sources, out, count=16_000, seed=0):
         lines = []
         for _ in tqdm(range(size), desc=f"writing {split}", unit=" documents"):
             host = values.random.choice(hosts[split])
-            lines.append(json.dumps(compose(host, values, groups)) + "\n")  # in ASCII
+            lines.append(json.dumps(compose(host, values, groups)) + "\n")
         contents[split] = "".join(lines)
 
     os.makedirs(out, exist_ok=True)

@@ -7,8 +7,8 @@ The texts are in `templates/*.txt`; the header of each says how it is to be read
                 assignments, phrases, and rows of tables
 
 No template is in two of the splits train, validation and test, nor is a value (values.py) or an
-excerpt of real code (synthesize.py): a detector that learned the training data by heart gains
-nothing by it in the test. But a few templates differ only in a blank or a quote.
+excerpt of real code (synthesize.py). So a detector that learned the training data by heart gains
+nothing from that in the test. But a few templates differ only in a blank or a quote.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def written(name, split):
 
 def replace_all(text, replacements):
     """The text with each key of a dict replaced by its value."""
-    for old, new in replacements.items():  # no str.format: other places stay as they are
+    for old, new in replacements.items():  # str.format would need all places
         text = text.replace(old, new)
     return text
 
@@ -123,8 +123,8 @@ def templates_of(split):
     for name, words in read_table("phrase_leads").items():
         combined.append(combine(name, words, read_lines("phrase_styles")))
 
-    # These are so many that their hashes give each split its share. What is also written in a file
-    # might be there in another split.
+    # There are so many of these that hashes give each split its share. A template that is also in a
+    # written file is left out, as it may be in another split there.
     elsewhere = {line for name in WRITTEN for line in read_lines(name)}
     groups["assignments"] = [
         [line for line in lines if line not in elsewhere and split_of(line) == split]

@@ -2,12 +2,13 @@
 
 Six kinds, in capitals, are what a detector must find: NAME, USERNAME and EMAIL of thirty countries
 (the `faker` library), IP_ADDRESS in the public ranges, PASSWORD as people and programs choose them,
-KEY in the formats of some twenty services. The others, in lower case, only look like them: hashes,
-version numbers, private addresses, placeholders such as `changeme`, words and identifiers.
+KEY in the formats of some twenty services. The other kinds are harmless, though some look like the
+six: hashes, version numbers, private addresses, placeholders such as `changeme`, words and names of
+things.
 
-Values of the first six belong to one split each, train, validation or test, by their hash. Else a
-detector that knows every first name or provider of the training data by heart would look good.
-Harmless values belong to all splits.
+A value of these six belongs to one split, train, validation or test, by its hash. Otherwise a
+detector that learned the names and addresses of the training data by heart would look good in the
+test. Harmless values may be in all splits.
 """
 
 import base64
@@ -21,7 +22,7 @@ from pii.labels import CATEGORIES
 from pii.rules import is_public
 from pii.templates import read_table, render, split_of
 
-# Of names. Those of English are drawn more often, as more code has them.
+# The countries of names; one that stands twice is drawn twice as often.
 LOCALES = """
     en_US en_GB en_IN en_US de_DE fr_FR es_ES it_IT nl_NL pt_BR pl_PL cs_CZ sv_SE da_DK fi_FI no_NO
     hu_HU ro_RO tr_TR hr_HR id_ID vi_VN es_MX fr_CA ru_RU uk_UA el_GR zh_CN ja_JP ko_KR

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import transformers
-from conftest import ROOT, assert_refused, program
+from conftest import ROOT, assert_refused, command, program
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -1051,6 +1051,14 @@ def test_bad_input_is_one_line(arguments, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("x")
     assert_refused(program("pii", *arguments), words)
+
+
+def test_help_does_not_wait_for_pytorch():
+    result = command("-X", "importtime", "-m", "pii", "detect", "--help")
+    assert result.returncode == 0
+    assert "--rules-only" in result.stdout
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "pii" in imported and "torch" not in imported
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------------
