@@ -1,268 +1,343 @@
-"""TODO."""
+"""Finding personal data and secrets in texts by a fine-tuned model, by rules, or by both.
+
+    detector = Detector.from_pretrained("runs/pii", rules=True)
+    (entities,) = detector.find(["host = '8.8.8.8'  # ask Kate"])
+
+A text is read in overlapping windows; each token is judged in the window where it is farthest from
+an edge. From the labels of tokens to entities it is three steps:
+
+    words_of     the tokens of a word are judged together
+    phrases_of   neighbouring words of one category are one phrase
+    entity_of    a phrase begins and ends where words, quotes and addresses do
+
+With both, the rules decide on addresses and known formats of keys, unless the model is sure that an
+address is none: a version, say.
+
+References: Li et al., StarCoder, 2023, section 4; Ramshaw & Marcus, 1995 (the B, I, O tags).
+"""
 
 import bisect
-import functools
 import re
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from corpus.tokenizer import Tokenizer
 from pii.labels import CATEGORIES, LABELS, Entity, pack, windows
-from pii.rules import addresses, by_rules, join, mails
+from pii.rules import addresses, by_rules, candidates, join, mails
 from starencoder import StarEncoderForTokenClassification
 from training.step import dtype_of
 
-SURE = 0.95  # a rule's address that the model gives this probability of being nothing is none
+SUSPICIOUS = 0.1  # without a label above this probability, as most code is, a text holds nothing
+SURE = 0.95  # the model overrules a rule's address if it is this sure that there is nothing
 
-
-GOES_ON = {
-    "KEY": "_+-=",
-    "PASSWORD": "_+-.=$!#%^*",
-}  # the signs that with letters and digits belong to one
-
-
-ALNUM = re.compile(r"[^\W_]")
-
-
-CLOSING = {'"': '"', "'": "'", "`": "`", ">": "<"}
-
-
-def stops_of(text, category):
-    """Where a KEY or a PASSWORD cannot go on to its left, and to its right: two sorted lists."""
-    right = re.escape(GOES_ON[category])
-    left = re.escape(GOES_ON[category].replace("=", "").replace("-", ""))
-    return [
-        [stop.start() for stop in re.finditer(rf"[^\w{left}]", text)],
-        [stop.start() for stop in re.finditer(rf"[^\w{right}]", text)],
-    ]
-
-
-def snap(text, start, end, category, stops):
-    """(start, end) of what the tokens of an entity cover, without the quotes, blanks and brackets that share tokens with it; or None.
-
-    stops: from a category to `stops_of` this text, only called for those that go on.
-    """
-    while start < end and text[start] in " \t\r\n\"'`(<[{,;:|":
-        start += 1
-    closing = CLOSING.get(text[start - 1 : start])
-    if closing and (at := text.find(closing, start, end)) > 0:
-        end = at
-    if (
-        category == "PASSWORD"
-        and re.search(r"://[^:/\s]*:$", text[max(0, start - 60) : start])
-        and (at := text.rfind("@", start, end)) > 0
-    ):
-        end = at
-    while end > start and text[end - 1] in " \t\r\n\"'`)>]},;:|":
-        end -= 1
-    if category in GOES_ON and start < end:
-        left, right = stops(category)
-        before = bisect.bisect_left(left, start) - 1
-        start = left[before] + 1 if before >= 0 else 0
-        behind = bisect.bisect_left(right, end)
-        end = right[behind] if behind < len(right) else len(text)
-    if text[end : end + 1] in " \n":  # the end of a sentence
-        while end > start and text[end - 1] == ".":
-            end -= 1
-    if category == "KEY" and (end - start < 12 or not any(c.isdigit() for c in text[start:end])):
-        return None
-    return (start, end) if ALNUM.search(text, start, end) else None
-
+# ---- step 1: words -----------------------------------------------------------------------------
 
 WORD = re.compile(r"[\w+/=-]{60,}|\w+(?:-\w+)*")  # a long one is base64
 
 
-JOINS = frozenset(
-    "-_.+/=~!?#$%^&*@:"
-)  # a sign between two words of one category, without blanks, belongs to them
+class Words(NamedTuple):
+    """The W words of a text, as arrays. C: categories.
+
+    All tokens of a word have one category, the one that is most probable on average: a model that
+    is sure of most of a key is right about the rest. A token outside of any word is one of its own.
+    """
+
+    start: np.ndarray  # (W,) in characters, with a blank that shares the first token
+    end: np.ndarray  # (W,)
+    tokens: np.ndarray  # (W,) how many it has
+    probabilities: np.ndarray  # (W, 1 + C) means over its tokens; column 0 is "nothing"
+    begins: np.ndarray  # (W, C) True if its first token is rather a B- than an I-
+
+
+def words_of(text, offsets, probabilities):
+    """`Words` of a text. offsets: (tokens, 2); probabilities: (tokens, len(LABELS))."""
+    # A token belongs to the word that its last character lies in: a first one may be a blank.
+    word_at = np.full(len(text), -1)  # (characters,)
+    for number, match in enumerate(WORD.finditer(text)):
+        word_at[match.start() : match.end()] = number
+    word = word_at[offsets[:, 1] - 1]  # (tokens,)
+
+    # Between words each token stands for itself.
+    is_first = (word[1:] != word[:-1]) | (word[1:] < 0)  # (tokens - 1,)
+    first = np.flatnonzero(np.append(True, is_first))  # (W,) the first token of each
+    tokens = np.diff(np.append(first, len(word)))  # (W,)
+
+    # A category is as probable as its B- and its I- together.
+    pairs = probabilities[:, 1:].reshape(len(word), len(CATEGORIES), 2)  # (tokens, C, 2)
+    of_category = np.concatenate([probabilities[:, :1], pairs.sum(-1)], axis=1)  # (tokens, 1 + C)
+    return Words(
+        start=offsets[first, 0],
+        end=offsets[first + tokens - 1, 1],
+        tokens=tokens,
+        probabilities=np.add.reduceat(of_category, first) / tokens[:, None],
+        begins=pairs[first, :, 0] >= pairs[first, :, 1],
+    )
+
+
+# ---- step 2: phrases ---------------------------------------------------------------------------
+
+# A sign between two words of one category, without blanks, belongs to them.
+JOINS = frozenset("-_.+/=~!?#$%^&*@:")
+
+NAME = CATEGORIES.index("NAME")
+USERNAME = CATEGORIES.index("USERNAME")
+
+
+@dataclass
+class Phrase:
+    """Words that are one entity: those with first <= number < end."""
+
+    first: int
+    end: int
+    category: int  # index in CATEGORIES
+
+
+def phrases_of(text, words):
+    """[Phrase, ...]: words of a category, joined with their neighbours."""
+    phrases = []
+    best = words.probabilities.argmax(1)  # (W,)
+    for w in np.flatnonzero(best).tolist():
+        category = int(best[w]) - 1
+        last = phrases[-1] if phrases else None
+        if last and last.end == w and {last.category, category} in ({NAME}, {NAME, USERNAME}):
+            # Beside a word of a name, without a sign between them, is another.
+            last.end = w + 1
+            last.category = NAME
+        elif last and last.category == category and goes_on(text, words, last, w):
+            last.end = w + 1
+        else:
+            phrases.append(Phrase(w, w + 1, category))
+    return phrases
+
+
+def goes_on(text, words, phrase, w):
+    """True if word `w`, which has the category of the phrase before it, belongs to that."""
+    # A B- begins another entity only if there is a blank before it: not in the middle of a key.
+    if text[words.start[w]].isspace() and words.begins[w, phrase.category]:
+        return False
+    # What stands between the two is nothing, or up to two signs.
+    between = text[words.end[phrase.end - 1] : words.start[w]]
+    return phrase.end == w or len(between) < 3 and set(between) <= JOINS
+
+
+# ---- step 3: entities --------------------------------------------------------------------------
+
+# Signs that may share a token with the beginning, or with the end, of what is meant.
+OPENING = " \t\r\n\"'`(<[{,;:|"
+CLOSING = " \t\r\n\"'`)>]},;:|"
+CLOSED_BY = {'"': '"', "'": "'", "`": "`", ">": "<"}  # the last is <b>what a tag holds</b>
+
+# The signs that belong to it, with letters and digits. To the left a = or - does not: before it
+# stands a name or an option, as in key= or --key.
+INNER_SIGNS = {"KEY": "_+-=", "PASSWORD": "_+-.=$!#%^*"}
+
+ALNUM = re.compile(r"[^\W_]")
+
+
+def stops_of(text, category):
+    """Where a KEY or a PASSWORD cannot go on, to the left and to the right: two sorted lists."""
+    right = re.escape(INNER_SIGNS[category])
+    left = re.escape(INNER_SIGNS[category].replace("=", "").replace("-", ""))
+    to_the_left = [stop.start() for stop in re.finditer(rf"[^\w{left}]", text)]
+    to_the_right = [stop.start() for stop in re.finditer(rf"[^\w{right}]", text)]
+    return [-1, *to_the_left], [*to_the_right, len(text)]
+
+
+def snap(text, start, end, category, stops):
+    """(start, end) of what the tokens of a phrase mean, or None. stops: category -> `stops_of`."""
+    # A value behind a quote ends at the next one.
+    start = end - len(text[start:end].lstrip(OPENING))
+    closing = CLOSED_BY.get(text[start - 1 : start])
+    at = text.find(closing, start, end) if closing else -1
+    end = at if at > 0 else end
+
+    # A password in a URL, as in ftp://user:password@host, ends at the last @.
+    if category == "PASSWORD" and re.search(r"://[^:/\s]*:$", text[max(0, start - 60) : start]):
+        at = text.rfind("@", start, end)
+        end = at if at > 0 else end
+    end = start + len(text[start:end].rstrip(CLOSING))
+
+    # A model may miss the ends of a key, or take the full stop behind it for a part of it.
+    if category in INNER_SIGNS and start < end:
+        left, right = stops[category]
+        start = left[bisect.bisect_left(left, start) - 1] + 1
+        end = right[bisect.bisect_left(right, end)]
+    if text[end : end + 1] in " \n":  # or at the end of the text
+        while end > start and text[end - 1] == ".":
+            end -= 1
+
+    # A key is longer than a word, and has a digit.
+    if category == "KEY" and (end - start < 12 or not any(map(str.isdigit, text[start:end]))):
+        return None
+    return (start, end) if ALNUM.search(text, start, end) else None
+
+
+def whole_address(text, start, end, category):
+    """(start, end) of the address that is written where the model sees one; None if none is."""
+    shift = max(0, start - 80)  # the model may have missed as much of it
+    written = addresses if category == "IP_ADDRESS" else mails
+    for a, b in written(text[shift : end + 80]):
+        if a + shift < end and b + shift > start:
+            return a + shift, b + shift
+    return None
+
+
+def entity_of(text, words, phrase, stops, threshold):
+    """The Entity of a phrase; None if there is none, or one of too low a probability."""
+    inside = slice(phrase.first, phrase.end)
+    probabilities = words.probabilities[inside, phrase.category + 1]
+    score = float(np.average(probabilities, weights=words.tokens[inside]))
+    if score < threshold:
+        return None
+    category = CATEGORIES[phrase.category]
+    start = int(words.start[phrase.first])
+    end = int(words.end[phrase.end - 1])
+    place = snap(text, start, end, category, stops)
+    # Addresses that are nobody's are left out, as by the rules.
+    if place and category in ("IP_ADDRESS", "EMAIL"):
+        place = whole_address(text, *place, category)
+    return Entity(*place, category, score) if place else None
 
 
 def entities_of(text, offsets, probabilities, threshold=0.0):
-    """The entities that the labels of the tokens of a text spell, but for addresses that are nobody's.
+    """[Entity, ...] that the labels of the tokens of a text spell, sorted, without overlaps.
 
-    offsets: (tokens, 2), in characters. probabilities: (tokens, len(LABELS)). All tokens of a word have one category, the one that is most
-    probable on average: a model that is sure of most of a key is right about the rest. A B- begins a new entity at the beginning of a word
-    with a blank before it; elsewhere it goes on.
+    offsets: (tokens, 2) in characters. probabilities: (tokens, len(LABELS)).
     """
-    of_category = np.stack(
-        [probabilities[:, 0]]
-        + [probabilities[:, k] + probabilities[:, k + 1] for k in range(1, len(LABELS), 2)],
-        1,
-    )
-    words = np.array([match.span() for match in WORD.finditer(text)] or np.zeros((0, 2)), np.int64)
-    word = np.searchsorted(
-        words[:, 1], offsets[:, 1] - 1, side="right"
-    )  # of the last character of each token: the word that it may lie in
-    inside = word < len(words)
-    inside[inside] = words[word[inside], 0] < offsets[inside, 1]
-    begins = np.flatnonzero(
-        np.concatenate([[True], ~inside[1:] | ~inside[:-1] | (word[1:] != word[:-1])])
-    )  # the first token of each
-    lengths = np.diff(np.append(begins, len(offsets)))
-    mean = np.add.reduceat(of_category, begins) / lengths[:, None]  # (words, categories)
-    best = mean.argmax(1)
-    spans = []  # [first word, behind the last, category]
-    for w in np.flatnonzero(best).tolist():
-        k, first = best[w], begins[w]
-        inner = (
-            not text[offsets[first, 0]].isspace()
-            or probabilities[first, 2 * k] > probabilities[first, 2 * k - 1]
-        )
-        if (
-            spans
-            and spans[-1][1] == w
-            and 1 in (spans[-1][2], k)
-            and {spans[-1][2], k} <= {1, 1 + CATEGORIES.index("USERNAME")}
-        ):
-            spans[-1][1:] = (
-                w + 1,
-                1,
-            )  # beside a word of a name without a sign between them is another
-            continue
-        if spans and spans[-1][2] == k and inner:
-            between = (
-                text[offsets[begins[spans[-1][1]] - 1, 1] : offsets[first, 0]]
-                if spans[-1][1] < w
-                else ""
-            )
-            if spans[-1][1] == w or len(between) < 3 and set(between) <= JOINS:
-                spans[-1][1] = w + 1
-                continue
-        spans.append([w, w + 1, k])
-    # Looked up, not walked: each of a thousand pieces of one password would be walked to its ends.
-    stops = functools.cache(functools.partial(stops_of, text))
-    found = []
-    for v, w, k in spans:
-        category, end = CATEGORIES[k - 1], begins[w] if w < len(begins) else len(offsets)
-        score = float(np.average(mean[v:w, k], weights=lengths[v:w]))
-        place = None
-        if score >= threshold:
-            start, behind = int(offsets[begins[v], 0]), int(offsets[end - 1, 1])
-            place = snap(text, start, behind, category, stops)
-        if place and category in (
-            "IP_ADDRESS",
-            "EMAIL",
-        ):  # the one that is written there, and whole
-            shift = max(0, place[0] - 80)
-            near = text[shift : place[1] + 80]
-            written = addresses(near) if category == "IP_ADDRESS" else mails(near)
-            place = next(
-                (
-                    (a + shift, b + shift)
-                    for a, b in written
-                    if a + shift < place[1] and b + shift > place[0]
-                ),
-                None,
-            )
-        if place:
-            found.append(Entity(*place, category, score))
-    return join(found, [])
+    words = words_of(text, offsets, probabilities)
+    phrases = phrases_of(text, words)
+    # Looked up there: to walk to the ends of a long password from each piece would be quadratic.
+    stops = {category: stops_of(text, category) for category in INNER_SIGNS}
+    found = [entity_of(text, words, phrase, stops, threshold) for phrase in phrases]
+    return join([entity for entity in found if entity])
+
+
+# ---- the detector ------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A window of a text, as the model reads it."""
+
+    ids: np.ndarray  # of the tokens, with <cls> and <sep>
+    begin: int  # in `ids`, of the tokens that are judged in it
+    result: np.ndarray  # (tokens judged, len(LABELS)): where their probabilities belong
+
+
+def batches_of(parts, tokens):
+    """Yields lists of parts of up to so many tokens together; a longer part comes alone."""
+    batch = []
+    size = 0
+    for part in parts:
+        if batch and size + len(part.ids) > tokens:
+            yield batch
+            batch = []
+            size = 0
+        batch.append(part)
+        size += len(part.ids)
+    if batch:
+        yield batch
 
 
 class Detector:
     """Finds entities by a fine-tuned model, by rules, or by both.
 
-    model, tokenizer: None for the rules alone. rules: whether to use them. threshold: the least score of what the model finds.
+    model, tokenizer: None for the rules alone. rules: True to use the rules. threshold: the least
+    score of what the model finds. categories: all others are left out.
     """
 
     def __init__(
         self, model=None, tokenizer=None, rules=False, threshold=0.5, categories=CATEGORIES
     ):
-        self.model, self.tokenizer, self.rules, self.threshold, self.categories = (
-            model,
-            tokenizer,
-            rules,
-            threshold,
-            set(categories),
-        )
-        self.device, self.dtype = next(model.parameters()).device if model else None, "auto"
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rules = rules
+        self.threshold = threshold
+        self.categories = set(categories)
+        self.device = next(model.parameters()).device if model else None
+        self.dtype = "auto"  # of the model's computation: bfloat16 if the device is fast at it
 
     @classmethod
     def from_pretrained(cls, directory, device="auto", **options):
-        """Reads a directory that `train` wrote. Raises ValueError for a model with other classes, and for a device that is not there."""
-        model, tokenizer = (
-            StarEncoderForTokenClassification.from_pretrained(directory),
-            Tokenizer.from_pretrained(directory),
-        )
+        """Reads a directory that `python -m pii train` wrote. options: as of the class.
+
+        Raises ValueError for a model with other classes, and for a device that is not there.
+        """
+        model = StarEncoderForTokenClassification.from_pretrained(directory)
+        tokenizer = Tokenizer.from_pretrained(directory)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{directory}: its tokenizer has more tokens than its model")
-        if model.config.id2label is None or list(model.config.id2label.values()) != LABELS:
-            raise ValueError(
-                f"{directory}: no PII detector (its classes are not those of pii.py); fine-tune one with `python pii.py train`"
-            )
+        if list((model.config.id2label or {}).values()) != LABELS:
+            words = "no PII detector (it has other classes); `python -m pii train` makes one"
+            raise ValueError(f"{directory}: {words}")
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, and torch sees none; use --device cpu")
-        device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device).eval(), tokenizer, **options)
 
     def find(self, texts):
         """[[Entity, ...], ...] of each text, sorted, without overlaps."""
-        if not self.model:
-            found = [by_rules(text) for text in texts]
+        if self.model:
+            # A half of a surrogate pair, which no tokenizer takes, becomes a question mark.
+            texts = [text.encode(errors="replace").decode() for text in texts]
+            found = map(self.find_in, texts, self.probabilities(texts))
         else:
-            judged = [
-                (text, *self.judged(text, probabilities))
-                for text, probabilities in zip(texts, self.probabilities(texts))
-            ]
-            found = [
-                join(by_rules(text, veto) if self.rules else [], by_model)
-                for text, by_model, veto in judged
-            ]
-        return [[e for e in of_text if e.category in self.categories] for of_text in found]
+            found = map(by_rules, texts)
+        return [[e for e in entities if e.category in self.categories] for entities in found]
+
+    def find_in(self, text, probabilities):
+        """[Entity, ...] of a text whose tokens have these probabilities (tokens, len(LABELS))."""
+        ruled = candidates(text) if self.rules else []
+        suspicious = probabilities[:, 1:].max(initial=0) > SUSPICIOUS
+        if not ruled and not suspicious:
+            return []
+        offsets = np.array(self.tokenizer.offsets(text))  # (tokens, 2)
+
+        kept = []
+        for entity in ruled:
+            first = np.searchsorted(offsets[:, 1], entity.start, side="right")
+            last = np.searchsorted(offsets[:, 0], entity.end)
+            nothing = probabilities[first:last, 0].mean()
+            # A key by its format is one, whatever the model says.
+            if entity.category == "KEY" or not nothing > SURE:
+                kept.append(entity)
+        if not suspicious:
+            return join(kept)
+        return join(kept, entities_of(text, offsets, probabilities, self.threshold))
 
     @torch.no_grad()
     def probabilities(self, texts, tokens_at_once=16_384):
-        """[(tokens, len(LABELS)) float32, ...]: what the model says of the tokens of each text."""
-        room, results, places, sequences = self.model.config.max_position_embeddings - 2, [], [], []
-        for t, text in enumerate(texts):
-            ids = np.array(self.tokenizer.encode(text.encode(errors="replace").decode()), np.int64)
-            results.append(np.zeros((len(ids), len(LABELS)), np.float32))
-            for place in windows(len(ids), room) if len(ids) else []:
-                places.append((t, *place))
-                sequences.append(
-                    np.concatenate(
-                        [[self.tokenizer.cls_id], ids[place[0] : place[1]], [self.tokenizer.sep_id]]
-                    )
-                )
-        autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=dtype_of(self, self.device) == "bfloat16"
-        )
-        i = 0
-        while i < len(sequences):
-            j, size = i, 0
-            while (
-                j < len(sequences)
-                and (size := size + len(sequences[j])) <= tokens_at_once
-                or j == i
-            ):
-                j += 1
+        """[(tokens, len(LABELS)) float32, ...] of what the model says of each token of each text.
+
+        texts: without halves of surrogate pairs.
+        """
+        cls_id = self.tokenizer.cls_id
+        sep_id = self.tokenizer.sep_id
+        room = self.model.config.max_position_embeddings - 2
+        # The parts of a text write into its result.
+        results = []
+        parts = []
+        for text in texts:
+            ids = np.array(self.tokenizer.encode(text), np.int64)
+            result = np.zeros((len(ids), len(LABELS)), np.float32)
+            results.append(result)
+            for start, end, first, last in windows(len(ids), room) if len(ids) else []:
+                window = np.concatenate([[cls_id], ids[start:end], [sep_id]])
+                parts.append(Part(window, 1 + first - start, result[first:last]))
+
+        bfloat16 = dtype_of(self, self.device) == "bfloat16"
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+        for batch in batches_of(parts, tokens_at_once):
+            # The windows are laid end to end; none sees another.
             with autocast:
-                logits = self.model(*pack(sequences[i:j], self.device)).logits.float()
-            probabilities = logits.softmax(-1).cpu().numpy()
-            begin = 1  # behind <cls>
-            for (t, start, _, first, last), sequence in zip(places[i:j], sequences[i:j]):
-                a = begin + first - start
-                results[t][first:last] = probabilities[a : a + last - first]
-                begin += len(sequence)
-            i = j
+                logits = self.model(*pack([part.ids for part in batch], self.device)).logits
+            of_batch = logits.float().softmax(-1).cpu().numpy()  # (T, len(LABELS))
+            at = 0  # where the window begins
+            for part in batch:
+                begin = at + part.begin
+                part.result[:] = of_batch[begin : begin + len(part.result)]
+                at += len(part.ids)
         return results
-
-    def judged(self, text, probabilities):
-        """(the entities that the probabilities spell, whether the model is sure that a span, (start, end), is none)."""
-        offsets = functools.cache(
-            lambda: np.array(self.tokenizer.offsets(text.encode(errors="replace").decode()))
-        )
-
-        def veto(start, end):
-            first, last = (
-                np.searchsorted(offsets()[:, 1], start, side="right"),
-                np.searchsorted(offsets()[:, 0], end),
-            )
-            return probabilities[first:last, 0].mean() > SURE
-
-        if not probabilities[:, 1:].max(initial=0) > 0.1:  # as in most code
-            return [], veto
-        return entities_of(
-            text.encode(errors="replace").decode(), offsets(), probabilities, self.threshold
-        ), veto

@@ -1,4 +1,11 @@
-"""TODO."""
+"""Finding by regular expressions what is regular: e-mail addresses, IP addresses, formats of keys.
+
+    by_rules(text)                      the rules alone
+    join(candidates(text), by_model)    both: where they disagree, the rules decide
+
+Every expression takes time in proportion to the text, whatever it is: files come from strangers.
+Names, user names and passwords have no format; they are left to the model.
+"""
 
 import bisect
 import ipaddress
@@ -6,138 +13,172 @@ import re
 
 from pii.labels import Entity
 
+RULE_CATEGORIES = ("EMAIL", "KEY", "IP_ADDRESS")
+
+# ---- e-mail addresses --------------------------------------------------------------------------
+
+# A local part and a domain of at least two labels, the last one of letters: bob.smith+x@mail.org.
+# Not `user@localhost` or `a@b`, and no part of a domain that goes on behind it. The bounds on
+# repetition keep the time in proportion.
+EMAIL_HERE = re.compile(
+    r"[\w.+-]{1,64} @ (?: [a-z0-9-]{1,63} \. ){1,8} [a-z]{2,24} (?![\w-])",
+    re.ASCII | re.IGNORECASE | re.VERBOSE,
+)
+
+# The same, but only where the local part begins: not at the `b` of `bob@mail.org`.
+EMAIL = re.compile(r"(?<![\w.+-])" + EMAIL_HERE.pattern, EMAIL_HERE.flags)
+
+# Matches, at the start of an address, those that belong to nobody.
+NO_EMAIL = re.compile(
+    r"""
+      git@                                              # the user of every Git remote
+    | \w+@(example|domain|localhost|company|email|test  # domains of documentation
+          |foo|bar|site|yourdomain|mysite)\.
+    | (no-?reply|you|your-?name|someone)@               # placeholders
+    | .*\.(example|invalid|test|local|png|jpg)$         # reserved domains; icon@2x.png
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def mails(text):
+    """Yields (start, end) of each e-mail address in a text."""
+    match = EMAIL.search(text)
+    while match:
+        next_match = None
+        if not NO_EMAIL.match(match[0]):
+            yield match.span()
+            # Another address may begin right behind this one, as it will once this one is
+            # replaced. Otherwise each pass of redaction would find only the next of a long row.
+            next_match = EMAIL_HERE.match(text, match.end())
+        match = next_match or EMAIL.search(text, match.end())
+
+
+# ---- IP addresses ------------------------------------------------------------------------------
+
+# The characters of IPv4 and IPv6 addresses; `ipaddress` decides whether they spell one.
+IP_RUN = re.compile(r"[0-9A-Fa-f:.]+")
+
+# The end of what stands before a dotted number that is a version and no address: `version = "`.
+VERSION = re.compile(r"(version|release|\bv|oid|rfc|[=<>~^]=)\W{0,4}$", re.IGNORECASE)
+
+# Addresses that belong to no one: the rules must not find them.
 NOT_GLOBAL = [
-    "127.0.0.1",
-    "0.0.0.0",
-    "::1",
-    "localhost",
-    "255.255.255.0",
-    "10.0.0.1",
-    "192.168.0.1",
-    "192.168.1.10",
-    "172.16.0.5",
-    "10.1.2.3",
+    *("127.0.0.1", "0.0.0.0", "::1", "localhost", "255.255.255.0"),
+    *("10.0.0.1", "192.168.0.1", "192.168.1.10", "172.16.0.5", "10.1.2.3"),
 ]
 
 
 def is_public(address):
-    """Whether a text is an IPv4 or IPv6 address that belongs to somebody: none of a private network, of this machine, or of many."""
+    """True for the IPv4 or IPv6 address of one host on the Internet; False for any other text."""
     try:
         address = ipaddress.ip_address(address)
     except ValueError:
         return False
+    # Private networks and this machine itself are not global.
     return address.is_global and not address.is_multicast
 
 
-EMAIL_HERE = re.compile(
-    r"[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}(?![\w-])",
-    re.ASCII | re.IGNORECASE,
-)
-
-
-EMAIL = re.compile(r"(?<![\w.+-])" + EMAIL_HERE.pattern, EMAIL_HERE.flags)
-
-
-NO_EMAIL = re.compile(
-    r"git@|\w+@(example|domain|localhost|company|email|test|foo|bar|site|yourdomain|mysite)\.|(no-?reply|you|your-?name|someone)@|"
-    r".*\.(example|invalid|test|local|png|jpg)$",
-    re.IGNORECASE,
-)
-
-
-IP_RUN = re.compile(r"[0-9A-Fa-f:.]+")
-
-
-VERSION = re.compile(r"(version|release|\bv|oid|rfc|[=<>~^]=)\W{0,4}$", re.IGNORECASE)
-
-
-KEYS = re.compile(
-    r"(?<![A-Za-z0-9_])(?:"
-    r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,90}|glpat-[\w-]{20,}|AIza[\w-]{35}|"
-    r"xox[abeoprs]-[\w-]{10,}|https://hooks\.slack\.com/services/T\w{6,}/B\w{6,}/\w{20,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|"
-    r"SG\.[\w-]{20,24}\.[\w-]{39,50}|SK[0-9a-f]{32}|AC[0-9a-f]{32}|npm_[A-Za-z0-9]{36}|pypi-AgEI[\w-]{50,}|do[oprt]_v1_[0-9a-f]{64}|"
-    r"sk-(?:ant-|proj-)?[\w-]{40,}|key-[0-9a-f]{32}|\d{8,10}:AA[\w-]{33}|sq0[a-z]{3}-[\w-]{22,43}|hf_[A-Za-z]{34}|EAAA[\w-]{60}|"
-    r"[0-9a-f]{32}-us\d{1,2}|AKC[A-Za-z0-9]{10,}|[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}|hv[sb]\.[\w-]{24,}|dapi[0-9a-f]{32}|"
-    r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|ya29\.[\w-]{30,}|gl(?:c|sa)_[\w+/=]{32,}|SWMTKN-1-[\w-]{50,}|oy2[a-z0-9]{43}|ATATT3[\w=-]{100,}|"
-    r"amzn\.mws\.[0-9a-f-]{36}|sl\.[\w-]{130,}|gl(?:ptt|dt|rt|ft|soat|imt|agent)-[\w-]{20,}|(?<=AccountKey=)[A-Za-z0-9+/]{86}==|"
-    r"(?<!-)eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})(?![A-Za-z0-9_])|"
-    r"-----BEGIN(?: [A-Z0-9]+)* PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){20,20000}-----END(?: [A-Z0-9]+)* PRIVATE KEY(?: BLOCK)?-----",
-    re.ASCII,
-)
-
-
-PLACEHOLDER = re.compile(r"<(?:NAME|EMAIL|KEY|PASSWORD|USERNAME)>")
-
-
-ALLOWED = "pii: allow"
-
-
-LINE_END = re.compile(r"\r\n?|\n")
-
-
-def mails(text):
-    """(start, end) of the e-mail addresses of a text.
-
-    Another may begin right behind one, as it does once that is replaced: else each pass of
-    `redact_file` would find only the next of a long row.
-    """
-    match = EMAIL.search(text)
-    while match:
-        behind = None
-        if not NO_EMAIL.match(match[0]):
-            yield match.span()
-            behind = EMAIL_HERE.match(text, match.end())
-        match = behind or EMAIL.search(text, match.end())
-
-
 def addresses(text):
-    """(start, end) of the runs of characters in which IPv4 and IPv6 addresses that belong to somebody are written."""
-    for found in IP_RUN.finditer(text):
-        start, end = found.span()
-        while end > start and text[end - 1] in ".:":
-            end -= 1
-        whole = not (
-            text[start - 1 : start].isalnum()
-            or text[end : end + 1].isalnum()
-            or text[start - 1 : start] == "_"
-        )
-        if end - start > 6 and whole:
-            if is_public(text[start:end]):
-                yield start, end
-            elif (
-                (port := text.rfind(":", start, end)) > start
-                and "." in text[start:end]
-                and is_public(text[start:port])
-            ):
-                yield start, port  # 8.8.8.8:80
+    """Yields (start, end) of each public IPv4 and IPv6 address in a text, without its port."""
+    for run in IP_RUN.finditer(text):
+        start = run.start()
+        end = start + len(run[0].rstrip(".:"))  # the end of a sentence
+        before = text[start - 1 : start]
+        in_a_word = before.isalnum() or before == "_" or text[end : end + 1].isalnum()
+        # Below seven characters, the length of 8.8.8.8, are times, slices and `a::b` of C++.
+        if in_a_word or end - start < 7:
+            continue
+
+        if is_public(text[start:end]):
+            yield start, end
+        elif "." in text[start:end]:
+            host = text[start:end].rpartition(":")[0]  # of 8.8.8.8:80
+            if is_public(host):
+                yield start, start + len(host)
 
 
-RULE_CATEGORIES = ("EMAIL", "KEY", "IP_ADDRESS")
+# ---- keys --------------------------------------------------------------------------------------
+
+# Keys whose format says whose they are: a prefix that the issuer chose, and a length. Not a hash or
+# other random text without such a prefix, not a public key, and no part of a longer word.
+KEYS = re.compile(
+    r"""
+    (?<![A-Za-z0-9_]) (?:
+        (?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}                         # Amazon Web Services
+      | gh[pousr]_[A-Za-z0-9]{36,255} | github_pat_\w{60,90}        # GitHub
+      | gl(?:pat|ptt|dt|rt|ft|soat|imt|agent)-[\w-]{20,}            # GitLab
+      | AIza[\w-]{35}                                               # Google
+      | xox[abeoprs]-[\w-]{10,}                                     # Slack
+      | https://hooks\.slack\.com/services/T\w{6,}/B\w{6,}/\w{20,}
+      | [sr]k_(?:live|test)_[A-Za-z0-9]{16,}                        # Stripe
+      | SG\.[\w-]{20,24}\.[\w-]{39,50}                              # SendGrid
+      | (?:SK|AC)[0-9a-f]{32}                                       # Twilio
+      | npm_[A-Za-z0-9]{36}                                         # npm
+      | pypi-AgEI[\w-]{50,}                                         # PyPI
+      | do[oprt]_v1_[0-9a-f]{64}                                    # DigitalOcean
+      | sk-(?:ant-|proj-)?[\w-]{40,}                                # OpenAI, Anthropic
+      | key-[0-9a-f]{32}                                            # Mailgun
+      | \d{8,10}:AA[\w-]{33}                                        # Telegram
+      | sq0[a-z]{3}-[\w-]{22,43} | EAAA[\w-]{60}                    # Square
+      | hf_[A-Za-z]{34}                                             # Hugging Face
+      | [0-9a-f]{32}-us\d{1,2}                                      # Mailchimp
+      | AKC[A-Za-z0-9]{10,}                                         # Artifactory
+      | [MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}                   # Discord
+      | hv[sb]\.[\w-]{24,}                                          # HashiCorp Vault
+      | dapi[0-9a-f]{32}                                            # Databricks
+      | shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}                          # Shopify
+      | ya29\.[\w-]{30,}                                            # Google OAuth
+      | gl(?:c|sa)_[\w+/=]{32,}                                     # Grafana
+      | SWMTKN-1-[\w-]{50,}                                         # Docker Swarm
+      | oy2[a-z0-9]{43}                                             # NuGet
+      | ATATT3[\w=-]{100,}                                          # Atlassian
+      | amzn\.mws\.[0-9a-f-]{36}                                    # Amazon Marketplace
+      | sl\.[\w-]{130,}                                             # Dropbox
+      | (?<=AccountKey=)[A-Za-z0-9+/]{86}==                         # Azure storage
+      | (?<!-)eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}              # JSON Web Token
+    ) (?![A-Za-z0-9_])
+    # A private key as OpenSSL, OpenSSH and GnuPG write it, from its first line to its last.
+    | -----BEGIN (?: [ ][A-Z0-9]+ )* [ ]PRIVATE[ ]KEY (?: [ ]BLOCK )? -----
+      (?: [^-] | -(?!----) ){20,20000}
+      -----END (?: [ ][A-Z0-9]+ )* [ ]PRIVATE[ ]KEY (?: [ ]BLOCK )? -----
+    """,
+    re.ASCII | re.VERBOSE,
+)
+
+# ---- together ----------------------------------------------------------------------------------
 
 
-def by_rules(text, veto=lambda start, end: False):
-    """The entities that regular expressions find: e-mail and IP addresses, unless `veto` says of such a span that it is none; keys."""
-    found = [Entity(*span, "EMAIL", 1.0) for span in mails(text)]
-    found += [
-        Entity(*span, "IP_ADDRESS", 1.0)
-        for span in addresses(text)
-        if not VERSION.search(text[max(0, span[0] - 20) : span[0]])
-    ]
-    found = [entity for entity in found if not veto(entity.start, entity.end)]
-    return join(found + [Entity(*match.span(), "KEY", 1.0) for match in KEYS.finditer(text)], [])
+def candidates(text):
+    """[Entity, ...] of all that the rules find in a text, in no order, perhaps overlapping."""
+    found = [Entity(start, end, "EMAIL", 1.0) for start, end in mails(text)]
+    for start, end in addresses(text):
+        if not VERSION.search(text[max(0, start - 20) : start]):
+            found.append(Entity(start, end, "IP_ADDRESS", 1.0))
+    return found + [Entity(*match.span(), "KEY", 1.0) for match in KEYS.finditer(text)]
 
 
-def join(first, second):
-    """Both lists of entities without overlaps, sorted; `first` has precedence, and in it what begins first."""
-    kept, end = [], 0
-    for entity in sorted(first):
-        if entity.start >= end:
-            kept.append(entity)
-            end = entity.end
-    starts, ends, end = [e.start for e in kept], [e.end for e in kept], 0
-    for entity in sorted(second):
-        i = bisect.bisect_right(ends, entity.start)  # the first that ends behind its start
-        if (i == len(ends) or starts[i] >= entity.end) and entity.start >= end:
-            kept.append(entity)
-            end = entity.end
-    return sorted(kept)
+def by_rules(text):
+    """[Entity, ...] of all that the rules find in a text, sorted, without overlaps."""
+    return join(candidates(text))
+
+
+def join(*lists):
+    """Lists of entities as one, sorted, without overlaps.
+
+    An earlier list has precedence, whole: rules know exactly where an address or a key ends, a
+    model only about. Within a list, the entity that begins first has precedence.
+
+    >>> mail = Entity(3, 9, "EMAIL", 1.0)
+    >>> names = [Entity(0, 5, "NAME", 0.9), Entity(12, 14, "NAME", 0.9)]
+    >>> [(entity.start, entity.end) for entity in join([mail], names)]
+    [(3, 9), (12, 14)]
+    """
+    kept = []
+    for entities in lists:
+        for entity in sorted(entities):
+            i = bisect.bisect_left(kept, entity[:1])  # the first that does not begin before it
+            free_before = i == 0 or kept[i - 1].end <= entity.start
+            if free_before and (i == len(kept) or entity.end <= kept[i].start):
+                kept.insert(i, entity)
+    return kept

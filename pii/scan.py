@@ -1,22 +1,59 @@
-"""TODO."""
+"""Finding in files and directories: reads their texts, and says where each entity stands.
+
+A line that says `pii: allow` is exempted: so an author says that what stands there may be seen.
+"""
 
 import bisect
 import re
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from pii.rules import ALLOWED
-from pii.text_files import GATHER, files_of, line_starts, size_of, texts_of
+from pii.labels import Entity
+from pii.text_files import BYTE_ORDER_MARK, PIECE_SIZE, files_of, pieces, readable_encoding
+
+ALLOWED = "pii: allow"
+
+LINE_END = re.compile(r"\r\n?|\n")  # as in editors and in Python's `open`
+
+# The detector sees small files together, up to so many characters: a GPU is fast on many tokens.
+GATHER = 200_000
+
+
+class Piece(NamedTuple):
+    """A text, and where in a file it begins."""
+
+    path: str
+    line: int  # how many lines are before it
+    column: int  # how many characters of its first line are before it
+    text: str
+
+
+class Finding(NamedTuple):
+    """An entity, and where in a file it stands."""
+
+    path: str
+    line: int  # from 1
+    column: int  # from 1, in characters
+    entity: Entity
+    value: str  # what stands there
+
+
+def line_starts(text):
+    """[0, ...]: where the lines of a text begin."""
+    return [0] + [end.end() for end in LINE_END.finditer(text)]
 
 
 def not_allowed(text, entities):
-    """Those entities whose lines do not say that they may stay."""
+    """The entities without those of which a line says that they may stay."""
     if not entities or ALLOWED not in text:
         return entities
+    # Bisected: to count the lines before each of a thousand entities anew would be quadratic.
     starts = line_starts(text)
     allowed = {bisect.bisect(starts, mark.start()) for mark in re.finditer(ALLOWED, text)}
     kept = []
     for entity in entities:
+        # From its first line to its last: a private key has many.
         first = bisect.bisect(starts, entity.start)
         last = bisect.bisect(starts, entity.end - 1)
         if allowed.isdisjoint(range(first, last + 1)):
@@ -24,38 +61,51 @@ def not_allowed(text, entities):
     return kept
 
 
-def scan(detector, paths, skipped, description="detecting"):
-    """Yields (path, line, column, Entity, its text) for all that is found in files and directories; lines and columns count from 1."""
-    files = files_of(paths, skipped)
-    waiting = []  # (path, lines before it, characters of its first line before it, text)
+def pieces_of(path, skipped, piece_size):
+    """Yields the text of a file as `Piece`s. What cannot be read is counted in `skipped`."""
+    encoding = readable_encoding(path, skipped)
+    if encoding is None:
+        return
+    line = 0  # of the next piece
+    column = 0
+    try:
+        with open(path, "rb") as file:
+            for text, _ in pieces(file, encoding, piece_size):
+                if text == BYTE_ORDER_MARK:  # which has no column
+                    continue
+                yield Piece(path, line, column, text)
+                # No piece ends within a \r\n, so lines can be counted piece by piece.
+                starts = line_starts(text)
+                column = len(text) - starts[-1] + (0 if starts[1:] else column)
+                line += len(starts) - 1
+    except (OSError, UnicodeDecodeError):  # a disk that fails; UTF-32 only at its beginning
+        skipped["unreadable"] += 1
 
-    def found():
-        for (path, line, column, text), entities in zip(
-            waiting, detector.find([text for *_, text in waiting])
-        ):
-            starts = line_starts(text) if entities else []
-            for entity in not_allowed(text, entities):
-                number = bisect.bisect(starts, entity.start)  # from 1
-                place = entity.start - starts[number - 1] + 1 + (column if number == 1 else 0)
-                yield path, line + number, place, entity, text[entity.start : entity.end]
-        waiting.clear()
 
-    total = sum(size_of(path) for path, _ in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=description, leave=False) as bar:
-        gathered = 0
-        for path, _ in files:
-            line, column, characters = 0, 0, 0
-            for text in texts_of(path, skipped):
-                waiting.append((path, line, column, text))
-                ends = text.count("\n") + text.count("\r") - text.count("\r\n")
-                line += ends
-                begin = max(text.rfind("\n"), text.rfind("\r")) + 1
-                column = len(text) - begin + (0 if ends else column)
-                characters += len(text)
-                gathered += len(text)
-                if gathered >= GATHER:
-                    yield from found()
-                    gathered = 0
-                bar.update(len(text))
-            bar.update(size_of(path) - characters)  # more bytes than characters
-        yield from found()
+def find_in(detector, batch):
+    """Yields a `Finding` for each entity in a list of `Piece`s; the detector sees them together."""
+    found = detector.find([piece.text for piece in batch])
+    for (path, line, column, text), entities in zip(batch, found):
+        # Most pieces hold nothing.
+        starts = line_starts(text) if entities else []
+        for entity in not_allowed(text, entities):
+            number = bisect.bisect(starts, entity.start)  # of its line within the piece, from 1
+            place = entity.start - starts[number - 1] + 1
+            if number == 1:  # the line began in a piece before
+                place += column
+            yield Finding(path, line + number, place, entity, text[entity.start : entity.end])
+
+
+def scan(detector, paths, skipped, piece_size=PIECE_SIZE, gather=GATHER):
+    """Yields a `Finding` for each entity in files and directories; `skipped` as for `files_of`."""
+    batch = []
+    characters = 0  # in the batch
+    for path, _ in tqdm(files_of(paths, skipped), desc="detecting", unit=" files", leave=False):
+        for piece in pieces_of(path, skipped, piece_size):
+            batch.append(piece)
+            characters += len(piece.text)
+            if characters >= gather:  # at once for a long file
+                yield from find_in(detector, batch)
+                batch = []
+                characters = 0
+    yield from find_in(detector, batch)
