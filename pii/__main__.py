@@ -7,6 +7,7 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.command_line import CommandLine, run_command
@@ -14,26 +15,8 @@ from common.command_line import CommandLine, run_command
 # PyTorch takes seconds to import, and `--help` needs none of it. So each command imports what it
 # uses when it runs.
 
-# What a detector is shown on after training: nobody's data. Each § is taken out; without them a
-# scanner of this repository would report the secrets.
-SAMPLE = '''"""Nightly backup of the orders.
-
-Author: Katarzyna Nowak <k.nowak§@posteo.de>, with help of Jean-Luc Moreau
-"""
-
-import os
-
-VERSION = "2.14.0.1"
-HOST, USER, PASSWORD = "81.169§.145.92", "knowak84", "Tr0ub§4dor&3!"
-API_KEY = "AKIA§QJ7ZP2XKM4RTVW3N"
-CHECKSUM = "9e107d9d372bb6826bd81d3542a419d6"
-
-
-def connect(password=os.environ["DB_PASSWORD"]):
-    # TODO(jlmoreau): the old server was 127.0.0.1
-    return f"postgres://{USER}:{password}@{HOST}/orders"
-'''.replace("§", "")
-
+# What a new detector is shown on: nobody's data. The § keep scanners of this repository quiet.
+SAMPLE = Path(__file__).with_name("sample.txt").read_text(encoding="utf-8").replace("§", "")
 
 # Flags, as keyword arguments of `add_argument`. Those of `train` are the fields of PIIConfig.
 
