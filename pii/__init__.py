@@ -1,1 +1,21 @@
-"""StarPII: find and redact personal data and secrets in code."""
+"""StarPII: find and redact personal data and secrets in code.
+
+    __main__     the commands: python -m pii train | synthesize | detect | redact | eval
+
+    labels       categories; labelled documents as labels of tokens, in windows
+    detector     what is found in a text, by a model, by rules or by both
+    rules        what regular expressions know: addresses, known formats of keys
+    text_files   files as texts, in any encoding and of any length
+    scan         what is found in files and directories
+    redact       files without it
+
+    templates    where values stand in code and in prose (the texts: templates/*.txt)
+    values       names, addresses and secrets that are nobody's
+    synthesize   labelled documents, from both and real code
+
+    finetune     from a pretrained encoder to a detector
+    scores       precision, recall and F1 of spans
+    peers        other detectors beside it
+
+README.md says how to clean a repository, and how good the detector is.
+"""

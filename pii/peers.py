@@ -1,313 +1,271 @@
-"""TODO."""
+"""Other detectors, measured beside this one: detect-secrets, credsweeper, presidio's patterns.
 
-import ast
-import glob
+The data are labelled documents, or the samples in a clone of CredSweeper. Each tool is used as it
+comes, and scored only on the categories that it covers: detect-secrets and credsweeper on keys and
+passwords, presidio on addresses (its other recognizers need a language model).
+"""
+
 import importlib.util
 import json
 import os
 import tempfile
 from collections import Counter
-
-import numpy as np
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 from common.command_line import first_line
 from common.files import read_json, write_whole
 from pii.detector import Detector
-from pii.labels import CATEGORIES, Entity, read_labelled
+from pii.labels import CATEGORIES, Entity, LabelledDocument, Span, read_labelled
 from pii.rules import RULE_CATEGORIES
-from pii.scores import evaluate_detector, scores
+from pii.scores import evaluate_detector, macro
 
-PASSWORD_KINDS = (
-    "password",
-    "passwd",
-    "basic auth",
-    "secret keyword",
-    "credential",
-    "sql",
-    "auth",
-    "salt",
-    "nonce",
-)
+# A secret is a password if its kind contains one of these words, and a key otherwise.
+PASSWORD_WORDS = "password passwd credential auth salt nonce".split() + ["secret keyword"]
+
+# What credsweeper reports that is no secret, or not surely one.
+NO_SECRETS = ["UUID", "IPv4", "IPv6", "Nonce", "Salt", "Certificate", "AWS S3 Bucket"]
+NO_SECRETS += ["Firebase Domain", "Bitbucket Client ID", "Tencent WeChat API App ID"]
 
 
-PEERS = {  # the package, and the categories that it covers
-    "detect-secrets": ("detect_secrets", ("KEY", "PASSWORD")),
-    "credsweeper": ("credsweeper", ("KEY", "PASSWORD")),
-    "presidio patterns": ("presidio_analyzer", ("EMAIL", "IP_ADDRESS")),
-}
+class Contender(NamedTuple):
+    """A detector to be measured."""
+
+    find: Callable  # from [text, ...] to [[Entity, ...], ...]
+    categories: tuple  # those that it covers
+    package: str = ""  # to install, if it is a peer
+
+
+class Report(NamedTuple):
+    """A secret that a tool found in a file."""
+
+    path: str
+    line: int  # from 1
+    value: str
+    category: str
 
 
 def category_of(kind):
-    """The category of what a peer calls it."""
-    kind = kind.lower()
-    if "ip" in kind.split() or kind.startswith("ipv") or "public ip" in kind:
+    """The category of what a peer calls `kind`."""
+    if "Public IP" in kind:  # detect-secrets reports them too
         return "IP_ADDRESS"
-    if "mail" in kind.split() or kind == "email":
-        return "EMAIL"
-    return "PASSWORD" if any(word in kind for word in PASSWORD_KINDS) else "KEY"
+    return "PASSWORD" if any(word in kind.lower() for word in PASSWORD_WORDS) else "KEY"
 
 
-def _at(text, line, value, category):
-    """[Entity] of a value in a line (from 1) of a text, or []."""
-    lines = text.split("\n")
-    if not 1 <= line <= len(lines) or not value:
-        return []
-    column = lines[line - 1].find(value)
-    begin = sum(len(other) + 1 for other in lines[: line - 1])
-    return (
-        [Entity(begin + column, begin + column + len(value), category, 1.0)] if column >= 0 else []
-    )
-
-
-def _in_files(texts, scan):
-    """[[Entity, ...], ...] of what `scan` finds in files with these texts: it returns [(path, line, value, category), ...]."""
-    found = [[] for _ in texts]
-    with tempfile.TemporaryDirectory() as directory:
-        paths = [os.path.join(directory, f"{i:06d}.txt") for i in range(len(texts))]
-        for path, text in zip(paths, texts):
-            with open(path, "w", encoding="utf-8", newline="") as f:
-                f.write(text)
-        for path, line, value, category in scan(paths):
-            found[int(os.path.basename(path)[:6])] += _at(
-                texts[int(os.path.basename(path)[:6])], line, value, category
-            )
-    return [sorted(set(entities)) for entities in found]
+# The peers. Each is imported when it is used: they are not among the requirements.
 
 
 def scan_with_detect_secrets(paths):
-    """Yields (path, line, value, category) of what it finds in files, on all cores."""
+    """Yields a `Report` of all that detect-secrets finds in files, on all cores."""
     from detect_secrets.core.secrets_collection import SecretsCollection
     from detect_secrets.settings import default_settings
 
-    with default_settings():
+    with default_settings():  # its plugins and filters as they come
         secrets = SecretsCollection()
         secrets.scan_files(*paths, num_processors=os.cpu_count())
         for path, secret in secrets:
-            yield path, secret.line_number, secret.secret_value, category_of(secret.type)
+            category = category_of(secret.type)
+            yield Report(path, secret.line_number, secret.secret_value, category)
 
 
 def scan_with_credsweeper(paths):
-    """The same."""
+    """Yields a `Report` of all that credsweeper finds in files, on all cores."""
     from credsweeper import CredSweeper
     from credsweeper.file_handler.files_provider import FilesProvider
 
-    sweeper = CredSweeper(pool_count=os.cpu_count())
+    sweeper = CredSweeper(pool_count=os.cpu_count())  # with its rules, filters and model
     sweeper.run(content_provider=FilesProvider(paths))
     for candidate in sweeper.credential_manager.get_credentials():
-        for line in candidate.line_data_list:
-            yield line.path, line.line_num, line.value, category_of(candidate.rule_name)
+        category = category_of(candidate.rule_name)
+        for line in candidate.line_data_list:  # a user name and its password make one candidate
+            yield Report(line.path, line.line_num, line.value, category)
 
 
-def detect_secrets(texts):
-    """What detect-secrets finds with its default plugins and filters."""
-    return _in_files(texts, scan_with_detect_secrets)
+def find_by_scanning(texts, scan):
+    """[[Entity, ...], ...] of what a function that scans files finds in texts."""
+    found = [set() for _ in texts]
+    with tempfile.TemporaryDirectory() as directory:
+        # These tools take files. A file's name says which text it holds.
+        paths = [os.path.join(directory, f"{number:06d}.txt") for number in range(len(texts))]
+        for path, text in zip(paths, texts):
+            with open(path, "w", encoding="utf-8", newline="") as file:  # keeps line ends
+                file.write(text)
+        reports = list(scan(paths))
+
+    for path, number, value, category in reports:
+        index = int(os.path.basename(path)[:6])
+        lines = texts[index].split("\n")
+        # A report gives a line and a value; assume the first place in that line.
+        if value and 1 <= number <= len(lines) and value in lines[number - 1]:
+            before = sum(len(line) + 1 for line in lines[: number - 1])  # characters
+            start = before + lines[number - 1].index(value)
+            found[index].add(Entity(start, start + len(value), category, 1.0))
+    return [sorted(entities) for entities in found]
 
 
-def credsweeper(texts):
-    """What credsweeper finds with its rules, filters and model as it comes."""
-    return _in_files(texts, scan_with_credsweeper)
-
-
-def presidio(texts):
-    """What presidio's pattern recognizers for addresses find; the others need a language model, or are about other things."""
+def find_by_presidio(texts):
+    """[[Entity, ...], ...] of what presidio's pattern recognizers find in texts."""
     from presidio_analyzer.predefined_recognizers import EmailRecognizer, IpRecognizer
 
-    recognizers = {
-        "EMAIL": (EmailRecognizer(), "EMAIL_ADDRESS"),
-        "IP_ADDRESS": (IpRecognizer(), "IP_ADDRESS"),
-    }
+    recognizers = [  # (what finds, its name for it, ours)
+        (EmailRecognizer(), "EMAIL_ADDRESS", "EMAIL"),
+        (IpRecognizer(), "IP_ADDRESS", "IP_ADDRESS"),
+    ]
     found = []
     for text in texts:
         entities = []
-        for category, (recognizer, name) in recognizers.items():
-            entities += [
-                Entity(r.start, r.end, category, r.score)
-                for r in recognizer.analyze(text, [name], None) or []
-            ]
+        for recognizer, name, category in recognizers:
+            for result in recognizer.analyze(text, [name], None) or []:
+                entities.append(Entity(result.start, result.end, category, result.score))
         found.append(sorted(entities))
     return found
 
 
-FIND = {"detect-secrets": detect_secrets, "credsweeper": credsweeper, "presidio patterns": presidio}
+find_by_detect_secrets = partial(find_by_scanning, scan=scan_with_detect_secrets)
+find_by_credsweeper = partial(find_by_scanning, scan=scan_with_credsweeper)
+PEERS = {
+    "detect-secrets": Contender(find_by_detect_secrets, ("KEY", "PASSWORD"), "detect_secrets"),
+    "credsweeper": Contender(find_by_credsweeper, ("KEY", "PASSWORD"), "credsweeper"),
+    "presidio patterns": Contender(find_by_presidio, ("EMAIL", "IP_ADDRESS"), "presidio_analyzer"),
+}
 
 
 def contenders(detector, peers):
-    """{name: (find, the categories it covers)}: the rules, the model, both, and the peers that are installed."""
-    found = {}
+    """{name: Contender}: the model, the rules, both, and the peers that are installed."""
+    found = {"rules": Contender(Detector(rules=True).find, RULE_CATEGORIES)}
     if detector.model:
-        found["model"] = (
-            Detector(detector.model, detector.tokenizer, False, detector.threshold).find,
-            CATEGORIES,
-        )
-    found["rules"] = (Detector(rules=True).find, RULE_CATEGORIES)
-    if detector.model:
-        both = Detector(detector.model, detector.tokenizer, True, detector.threshold)
-        found["model + rules"] = (both.find, CATEGORIES)
-    for name, (package, covered) in PEERS.items() if peers else ():
-        if importlib.util.find_spec(package) is None:
-            print(
-                f"{name} is not installed (pip install {package.replace('_', '-')}), so it is not measured"
-            )
+        parts = (detector.model, detector.tokenizer)
+        model = Detector(*parts, rules=False, threshold=detector.threshold)
+        both = Detector(*parts, rules=True, threshold=detector.threshold)
+        found = {"model": Contender(model.find, CATEGORIES)} | found  # as the table has them
+        found["model + rules"] = Contender(both.find, CATEGORIES)
+    # A missing peer is reported, and the others are still measured.
+    for name, peer in PEERS.items() if peers else ():
+        if importlib.util.find_spec(peer.package):
+            found[name] = peer
         else:
-            found[name] = (FIND[name], covered)
+            install = f"pip install {peer.package.replace('_', '-')}"
+            print(f"{name} is not measured, as it is not installed ({install})")
     return found
 
 
-# What credsweeper reports that is no secret, or not surely one.
-NO_SECRETS = {"UUID", "IPv4", "IPv6", "AWS S3 Bucket", "Firebase Domain", "Nonce", "Salt", "Certificate"} | {
-    "Bitbucket Client ID", "Tencent WeChat API App ID"
-}  # fmt: skip
+# The data.
 
 
 def credsweeper_samples(clone):
-    """The samples of CredSweeper's own tests, from a clone of its repository, as `read_labelled` returns them.
+    """[LabelledDocument, ...] of the samples of CredSweeper's own tests, from a clone of it.
 
-    The labels are what CredSweeper itself is expected to report there (tests/data/output.json): no human's, and made for one of the peers.
+    The labels are what CredSweeper itself is expected to report there (tests/data/output.json): no
+    human's, and made for one of the peers.
     """
-    spans = {}
+    places = {}  # {file name: [(line, first column, behind the last, category), ...]}
     for entry in read_json(os.path.join(clone, "tests", "data", "output.json"), list):
-        for place in entry["line_data_list"]:
-            category = "AMBIGUOUS" if entry["rule"] in NO_SECRETS else category_of(entry["rule"])
-            spans.setdefault(os.path.basename(place["path"]), []).append(
-                (place["line_num"], place["value_start"], place["value_end"], category)
-            )
+        rule = entry["rule"]
+        # A doubtful secret counts neither as missed nor as a false alarm.
+        category = "AMBIGUOUS" if rule in NO_SECRETS else category_of(rule)
+        for found in entry["line_data_list"]:
+            place = (found["line_num"], found["value_start"], found["value_end"], category)
+            places.setdefault(os.path.basename(found["path"]), []).append(place)
+
     documents = []
-    for name in sorted(os.listdir(os.path.join(clone, "tests", "samples"))):
+    folder = os.path.join(clone, "tests", "samples")
+    for name in sorted(os.listdir(folder)):
         try:
-            with open(
-                os.path.join(clone, "tests", "samples", name), encoding="utf-8", newline=""
-            ) as f:
-                text = f.read()
+            with open(os.path.join(folder, name), encoding="utf-8", newline="") as file:
+                text = file.read()  # columns are counted in characters
         except (UnicodeDecodeError, IsADirectoryError):  # archives and documents
             continue
-        starts = np.cumsum([0] + [len(line) + 1 for line in text.split("\n")]).tolist()
-        found = [
-            (starts[line - 1] + a, starts[line - 1] + b, category)
-            for line, a, b, category in spans.get(name, [])
-            if line < len(starts)
-        ]
-        kept = []
-        for span in sorted(found, key=lambda span: (span[0], -span[1])):
-            if span[0] < span[1] <= len(text) and (not kept or span[0] >= kept[-1][1]):
-                kept.append(span)
-        documents.append((text, kept))
+        documents.append(LabelledDocument(text, spans_of(text, places.get(name, []))))
     return documents
 
 
-def detect_secrets_payloads(clone):
-    """[(line, whether it holds a secret, category), ...] of detect-secrets' own tests, from a clone of its repository.
-
-    They are the parametrizations (payload, should_flag) of tests/plugins: tuples of a string and a bool. Other plugins' than for secrets,
-    and what is not written out, are left out.
-    """
-    found = {}
-    for path in sorted(
-        glob.glob(os.path.join(glob.escape(clone), "tests", "plugins", "*_test.py"))
-    ):
-        plugin = os.path.basename(path)
-        if plugin.startswith(("ip_", "email")):
-            continue
-        with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Tuple | ast.List) and len(node.elts) == 2:
-                payload, flag = (getattr(part, "value", None) for part in node.elts)
-                if isinstance(payload, str) and isinstance(flag, bool) and payload.strip():
-                    found[payload] = (
-                        payload,
-                        flag,
-                        "PASSWORD" if plugin.startswith(("keyword", "basic_auth")) else "KEY",
-                    )
-    return list(found.values())
+def spans_of(text, places):
+    """[Span, ...] of a list of (line, first column, behind the last, category)."""
+    begins = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))  # of lines
+    spans = [
+        Span(begins[line - 1] + start, begins[line - 1] + end, category)
+        for line, start, end, category in places
+        if line < len(begins)
+    ]
+    # Of two that overlap the first is kept, of two that begin together the longer.
+    kept = []
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        apart = not kept or span.start >= kept[-1].end
+        if apart and span.start < span.end <= len(text):
+            kept.append(span)
+    return kept
 
 
-def flagged(find, payloads, at_once):
-    """The scores of a function that finds entities, by whole payloads: is there a secret in it?"""
-    counts = {category: np.zeros(3) for category in ("KEY", "PASSWORD")}  # right, found, expected
-    for i in range(0, len(payloads), at_once):
-        part = payloads[i : i + at_once]
-        for (_, expected, category), entities in zip(part, find([payload for payload, *_ in part])):
-            said = any(entity.category in counts for entity in entities)
-            counts[category] += (said and expected, said, expected)
-    return scores({category: [*n, n[0], n[0]] for category, n in counts.items()})
+def read_documents(path):
+    """[LabelledDocument, ...] of a file of JSON lines, or of a clone of CredSweeper."""
+    if os.path.isdir(path):
+        if not os.path.exists(os.path.join(path, "tests", "data", "output.json")):
+            raise ValueError(f"{path}: neither labelled documents nor a clone of CredSweeper")
+        try:
+            return credsweeper_samples(path)
+        except (TypeError, KeyError) as error:  # of another version
+            words = "not the tests of CredSweeper as they are known here"
+            raise ValueError(f"{path}: {words} ({first_line(error)})") from None
+    skipped = Counter()
+    documents = read_labelled(path, skipped)
+    for reason, count in skipped.items():
+        print(f"left out: {count:,} {reason}")
+    return documents
+
+
+# The comparison.
 
 
 def compare(detector, path, peers=False, out=None):
-    """Measures on labelled documents, or on the samples in a clone of CredSweeper or detect-secrets; the details go to `out`.
+    """A table of how well detectors do on labelled documents, or on a clone of CredSweeper.
 
-    Returns a table for people: precision, recall and F1 by category, of exact and of overlapping spans.
+    detector: a `Detector`; its model, the rules and both are measured, and with `peers` the other
+    tools that are installed. The scores go to the file `out` as JSON.
     """
-    documents, payloads, results, skipped = [], [], {}, Counter()
-    if out and (os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or ".")):
-        raise ValueError(f"{out}: no file can be written there")  # now, not after the measurement
-    try:
-        if not os.path.isdir(path):
-            documents = read_labelled(path, skipped)
-        elif os.path.exists(os.path.join(path, "tests", "data", "output.json")):
-            documents = credsweeper_samples(path)
-        elif not (payloads := detect_secrets_payloads(path)):
-            raise ValueError(
-                f"{path}: give labelled documents, or a clone of CredSweeper or detect-secrets"
-            )
-    except (TypeError, KeyError, SyntaxError) as error:
-        raise ValueError(
-            f"{path}: not the tests of CredSweeper or detect-secrets as they are known here ({first_line(error)})"
-        ) from None
-    for reason, n in skipped.items():
-        print(f"left out: {n:,} {reason}")
-    for name, (find, covered) in contenders(detector, peers).items():
-        at_once = len(documents) + len(payloads) if name in PEERS else 64
-        table = (
-            flagged(find, payloads, at_once)
-            if payloads
-            else evaluate_detector(find, documents, at_once=at_once, description=name)
-        )
-        labelled = [category for category in CATEGORIES if table.get(category, {}).get("support")]
-        results[name] = {category: table[category] for category in labelled if category in covered}
-        rows = list(results[name].values())
-        if len(covered) == len(CATEGORIES) and len(rows) > 1:
-            results[name]["macro"] = {
-                key: float(np.mean([row[key] for row in rows])) for key in rows[0]
-            }
+    documents = read_documents(path)
     if out:
-        facts = {
-            "data": os.path.basename(os.path.normpath(path)),
-            "documents": len(documents) + len(payloads),
-            "threshold": detector.threshold,
-            "scores": results,
+        open(out, "a").close()  # fail now rather than after minutes of measuring
+
+    results = {}  # {contender: {category: its scores}}
+    for name, (find, categories, package) in contenders(detector, peers).items():
+        at_once = len(documents) if package else 64  # a peer starts processes for each call
+        table = evaluate_detector(find, documents, at_once=at_once, description=name)
+        # Without an entity in the data, recall is undefined; a tool is scored on what it covers.
+        rows = {
+            category: row
+            for category, row in table.items()
+            if category in categories and row["support"]
         }
-        write_whole(out, json.dumps(facts, indent=1) + "\n")
-    return tables(results, {"": "lines"} if payloads else {"": "exact", "overlap_": "overlapping"})
+        # Means over different sets of categories cannot be compared.
+        if categories == CATEGORIES and len(rows) > 1:
+            rows["macro"] = macro(list(rows.values()))
+        results[name] = rows
+
+    if out:
+        data = os.path.basename(os.path.normpath(path))
+        facts = {"data": data, "documents": len(documents), "threshold": detector.threshold}
+        write_whole(out, json.dumps(facts | {"scores": results}, indent=1) + "\n")
+    return markdown(results)
 
 
-def tables(results, ways):
-    """Markdown, in percent: a row for each contender, a column for each category; of exact spans, and of overlapping ones."""
-    columns, text = (
-        [
-            name
-            for name in (*CATEGORIES, "macro")
-            if any(name in table for table in results.values())
-        ],
-        "",
-    )
-    for way, title in ways.items():
-        text += (
-            f"\n| {title}: P / R / F1 | "
-            + " | ".join(columns)
-            + " |\n|"
-            + "---|" * (len(columns) + 1)
-            + "\n"
-        )
-        for name, table in results.items():
-            cells = []
-            for category in columns:
-                row = table.get(category)
-                cells.append(
-                    " / ".join(
-                        f"{100 * row[way + key]:.1f}" for key in ("precision", "recall", "f1")
-                    )
-                    if row
-                    else "-"
-                )
-            text += f"| {name} | " + " | ".join(cells) + " |\n"
+def markdown(results):
+    """Two tables in percent, of exact and of overlapping spans: a row for each contender."""
+    known = {category for rows in results.values() for category in rows}
+    columns = [category for category in (*CATEGORIES, "macro") if category in known]  # in order
+    text = ""
+    for way, title in (("", "exact"), ("overlap_", "overlapping")):
+        text += f"\n| {title}: P / R / F1 | {' | '.join(columns)} |\n"
+        text += "|" + "---|" * (len(columns) + 1) + "\n"
+        for name, rows in results.items():
+            cells = [cell(rows.get(category), way) for category in columns]
+            text += f"| {name} | {' | '.join(cells)} |\n"
     return text
+
+
+def cell(row, way):
+    """The scores of a category as "84.0 / 92.4 / 88.0"; "-" if there are none."""
+    if row is None:
+        return "-"
+    return " / ".join(f"{100 * row[way + key]:.1f}" for key in ("precision", "recall", "f1"))

@@ -1,4 +1,13 @@
-"""TODO."""
+"""Labelled data from nothing: real code, into which personal data that is nobody's is written.
+
+    document   = lines of a real file + 2 to 7 rendered templates (templates.py, values.py)
+    train.jsonl, validation.jsonl, test.jsonl:
+        {"text": ..., "fragments": [{"category": ..., "position": [start, end], "value": ...}, ...]}
+
+which is the layout of the annotated set of StarPII (Li et al., StarCoder, 2023, section 4); that
+set may not be redistributed. Lines of real files that may hold personal data are left out, as
+nobody has labelled them. The splits share no files, values or templates.
+"""
 
 import json
 import os
@@ -6,120 +15,148 @@ import random
 import re
 import sysconfig
 from collections import Counter
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from common.files import write_whole
 from corpus.build import documents, text_of
-from pii.templates import SPLITS, render, split_of, templates
+from pii.templates import SPLITS, read_table, render, split_of, templates_of
 from pii.values import Values
 
-COMMENT_SIGNS = {
-    "//": """c cpp c-sharp java javascript typescript go rust scala kotlin swift dart php groovy solidity systemverilog verilog cuda glsl
-             protocol-buffer zig thrift f-sharp stan""".split(),
-    "--": "sql haskell lua ada elm vhdl agda idris applescript".split(),
-    "%": "tex erlang prolog matlab".split(),
-    ";;": "common-lisp clojure scheme racket emacs-lisp".split(),
-    "<!--": "html xslt markdown java-server-pages".split(),
-    "'": ["visual-basic"],
-}
-
-
+# {language: the sign that begins a comment}; "#" for all others.
 COMMENT_SIGN = {
-    language: sign for sign, languages in COMMENT_SIGNS.items() for language in languages
+    language: sign
+    for sign, languages in read_table("comment_signs").items()
+    for language in languages
 }
+MOST_FILES = 20_000  # to take excerpts from; more would only take memory
+GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] * 3  # by weight
 
-
-# Lines of real files that may hold personal data already, which nobody has labelled.
+# What marks a line of a real file that may hold personal data.
 PERSONAL = re.compile(
-    r"author|copyright|\(c\)|written by|contribut|maintain|thanks|credit|[\w.]@\w|patch by|bug report|\b[A-Z][a-z]+ [A-Z][a-z]+\b|"
-    r"password|passwd|secret|token|api.?key|\d+\.\d+\.\d+\.\d+|/home/|github\.com/|-----BEGIN|[A-Za-z0-9+/]{40}",
+    r"author|copyright|\(c\)|written by|contribut|maintain|thanks|credit|[\w.]@\w|patch by|"
+    r"bug report|\b[A-Z][a-z]+ [A-Z][a-z]+\b|password|passwd|secret|token|api.?key|"
+    r"\d+\.\d+\.\d+\.\d+|/home/|github\.com/|-----BEGIN|[A-Za-z0-9+/]{40}",
     re.IGNORECASE,
 )
+
+
+class Host(NamedTuple):
+    """A real file."""
+
+    text: str
+    language: str  # as corpus/languages calls it
+
+
+class Planted(NamedTuple):
+    """A template between the lines of a file."""
+
+    template: str
+    group: str  # of GROUPS
 
 
 def excerpt(text, generator):
     """Some neighbouring lines of a real file, without those that may hold personal data."""
     lines = text.split("\n")
-    size = generator.randint(4, 24)
+    size = generator.randint(4, 24)  # lines
     begin = generator.randrange(max(1, len(lines) - size))
     return [
         line
         for line in lines[begin : begin + size]
-        if len(line) < 200 and not PERSONAL.search(line)
+        if len(line) < 200 and not PERSONAL.search(line)  # long lines are data
     ]
 
 
-def compose(host, language, values, groups):
-    """A document: an excerpt with some templates rendered into it, or, one time in four, templates alone."""
-    random, sign = values.random, COMMENT_SIGN.get(language, "#")
-    lines = excerpt(host, random) if random.random() < 0.75 else []
-    for _ in range(random.randint(2, 7)):
-        group = random.choice(
-            [
-                "comments",
-                "code",
-                "data",
-                "harmless",
-                "harmless",
-                "assignments",
-                "assignments",
-                "assignments",
-            ]
-        )
-        kind = groups[group] if group != "assignments" else random.choice(groups[group])
-        lines.insert(random.randint(0, len(lines)), (random.choice(kind), group))
-    text, fragments, indent = "", [], ""
+def plant(lines, generator, groups):
+    """Puts 2 to 7 templates between lines, a list that it changes."""
+    for _ in range(generator.randint(2, 7)):
+        group = generator.choice(GROUPS)  # the group first, as some are far larger
+        templates = groups[group]
+        if group == "assignments":  # a list for each kind of value
+            templates = generator.choice(templates)
+        place = generator.randint(0, len(lines))
+        lines.insert(place, Planted(generator.choice(templates), group))
+
+
+def compose(host, values, groups):
+    """A document: an excerpt with some templates in it or, one time in four, templates alone.
+
+    host: a `Host`. values: a `Values`, whose generator decides all. groups: of `templates_of`.
+    """
+    # Some documents have no code at all, as a table or a log has none.
+    lines = excerpt(host.text, values.random) if values.random.random() < 0.75 else []
+    plant(lines, values.random, groups)
+
+    sign = COMMENT_SIGN.get(host.language, "#")
+    text = ""
+    fragments = []
+    indent = ""  # of the last line of the file that has one
     for line in lines:
         if isinstance(line, str):
-            indent = line[: len(line) - len(line.lstrip())] if line.strip() else indent
+            if line.strip():  # a blank line says nothing of the indentation
+                indent = line[: len(line) - len(line.lstrip())]
             text += line + "\n"
             continue
-        template, group = line
-        rendered, found = render(template, values, sign)
-        begin = len(text) + (len(indent) if group != "data" else 0)
-        text += (indent if group != "data" else "") + rendered + "\n"
-        fragments += [
-            {"category": c, "position": [begin + a, begin + b], "value": rendered[a:b]}
-            for c, a, b in found
-        ]
+
+        # A template is indented as the line above it. Data, such as a row of a table, is not.
+        rendered, spans = render(line.template, values, sign)
+        if line.group != "data":
+            text += indent
+        for start, end, category in spans:
+            position = [len(text) + start, len(text) + end]
+            value = rendered[start:end]
+            fragments.append({"category": category, "position": position, "value": value})
+        text += rendered + "\n"
     return {"text": text, "fragments": fragments}
 
 
-def synthesize(sources, out, count=16_000, seed=0):
-    """Writes `out`/train.jsonl, validation.jsonl and test.jsonl with `count` documents made from the files of `sources`, as `corpus` reads
-    them; without any, of the standard library of the running Python.
-
-    Returns {split: documents}. Raises ValueError for sources without files, and for an `out` that holds such files already."""
-    sources = sources or [sysconfig.get_paths()["stdlib"]]
-    paths = {split: os.path.join(out, f"{split}.jsonl") for split in SPLITS}
-    for path in paths.values():
-        if os.path.exists(path):
-            raise ValueError(f"{path}: exists already; choose another directory or remove it")
+def read_hosts(sources):
+    """{split: [Host, ...]} of the text files of `sources`. Raises ValueError if some have none."""
     hosts = {split: [] for split in SPLITS}
     for _, _, document in documents(sources, Counter(), description="reading"):
         pieces, reason = text_of(document)
+        # Skip commits and issues, which have several pieces or begin with a special token.
         if not reason and len(pieces) == 1 and not pieces[0][0]:
-            hosts[split_of(pieces[0][1])].append((pieces[0][1], document.language))
-        if sum(map(len, hosts.values())) >= 20_000:
+            text = pieces[0][1]
+            hosts[split_of(text)].append(Host(text, document.language))
+        if sum(map(len, hosts.values())) >= MOST_FILES:  # in all splits
             break
     if not all(hosts.values()):
-        raise ValueError(
-            f"too few files in {', '.join(sources)}: train, validation and test need some each"
-        )
-    if not all(round(count * part) for part in SPLITS.values()):
-        raise ValueError(
-            f"{count} documents are too few: train, validation and test need some each"
-        )
-    made = {}
-    for split, part in SPLITS.items():
-        values, groups = Values(split, random.Random(f"{seed} {split}")), templates(split)
+        names = ", ".join(sources)
+        raise ValueError(f"too few files in {names}: train, validation and test need some each")
+    return hosts
+
+
+def synthesize(sources, out, count=16_000, seed=0):
+    """Writes train.jsonl, validation.jsonl and test.jsonl with `count` documents into `out`.
+
+    sources: as `python -m corpus` reads them; [] for the standard library of the running Python.
+    Returns {split: documents}. Raises ValueError if the sources or `count` are too small, and if
+    `out` holds such files already.
+    """
+    sizes = {split: round(count * part) for split, part in SPLITS.items()}  # documents
+    paths = {split: os.path.join(out, f"{split}.jsonl") for split in SPLITS}
+    for path in paths.values():  # they may be annotated by hand
+        if os.path.exists(path):
+            raise ValueError(f"{path}: exists already; choose another directory or remove it")
+    if not all(sizes.values()):
+        raise ValueError(f"{count} documents are too few: each split needs some")
+    hosts = read_hosts(sources or [sysconfig.get_paths()["stdlib"]])  # after the quick checks
+
+    # Each split has its own generator, so it stays the same if another changes. All is made before
+    # anything is written: stopped meanwhile, it leaves nothing behind.
+    contents = {}
+    for split, size in sizes.items():
+        values = Values(split, random.Random(f"{seed} {split}"))
+        groups = templates_of(split)
         lines = []
-        for _ in tqdm(range(round(count * part)), desc=f"writing {split}", unit=" documents"):
-            host, language = values.random.choice(hosts[split])
-            lines.append(json.dumps(compose(host, language, values, groups)))
-        made[split] = lines
+        for _ in tqdm(range(size), desc=f"writing {split}", unit=" documents"):
+            host = values.random.choice(hosts[split])
+            lines.append(json.dumps(compose(host, values, groups)) + "\n")
+        contents[split] = "".join(lines)
+
     os.makedirs(out, exist_ok=True)
-    for split, lines in made.items():
-        write_whole(paths[split], "\n".join(lines) + "\n")
-    return {split: len(lines) for split, lines in made.items()}
+    for split, content in contents.items():
+        write_whole(paths[split], content)
+    return sizes
