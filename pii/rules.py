@@ -62,12 +62,6 @@ IP_RUN = re.compile(r"[0-9A-Fa-f:.]+")
 # The end of what stands before a dotted number that is a version and no address: `version = "`.
 VERSION = re.compile(r"(version|release|\bv|oid|rfc|[=<>~^]=)\W{0,4}$", re.IGNORECASE)
 
-# Addresses that belong to no one: the rules must not find them.
-NOT_GLOBAL = [
-    *("127.0.0.1", "0.0.0.0", "::1", "localhost", "255.255.255.0"),
-    *("10.0.0.1", "192.168.0.1", "192.168.1.10", "172.16.0.5", "10.1.2.3"),
-]
-
 
 def is_public(address):
     """True for the IPv4 or IPv6 address of one host on the Internet; False for any other text."""

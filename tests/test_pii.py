@@ -3,23 +3,17 @@
 import functools
 import itertools
 import json
-import os
 import random
-import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
-import torch.multiprocessing as mp
-import transformers
 from conftest import assert_refused, command, program
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus.tokenizer import Tokenizer
 from pii import (
-    finetune,
     peers,
     rules,
     scores,
@@ -27,7 +21,7 @@ from pii import (
     templates,
     values,
 )
-from pii.detector import Detector, entities_of
+from pii.detector import entities_of
 from pii.labels import (
     CATEGORIES,
     LABELS,
@@ -36,11 +30,6 @@ from pii.labels import (
     read_labelled,
     windows,
 )
-from starencoder import (
-    StarEncoderConfig,
-    StarEncoderForPreTraining,
-)
-from training import step
 
 # ---- labels and synthetic data -------------------------------------------------------------------
 
@@ -284,247 +273,7 @@ def test_help_does_not_wait_for_pytorch():
     assert "pii" in imported and "torch" not in imported
 
 
-# ---- training ------------------------------------------------------------------------------------
-
-
-def read(path):
-    with open(path, "rb") as f:
-        return f.read()
-
-
-@pytest.fixture(scope="module")
-def encoder(small_corpus, tmp_path_factory):
-    """A pretrained encoder, as it were."""
-    out = str(tmp_path_factory.mktemp("encoder"))
-    tokenizer = Tokenizer.from_pretrained(small_corpus)
-    torch.manual_seed(0)
-    shape = dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=48,
-    )
-    config = StarEncoderConfig(
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad_id,
-        initializer_range=0.1,
-        **shape,
-    )
-    StarEncoderForPreTraining(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    """Data in which names have letters of their own."""
-    directory, generator = tmp_path_factory.mktemp("labelled"), random.Random(0)
-    for split, count in (("train", 60), ("validation", 20)):
-        lines = []
-        for _ in range(count):
-            words = ["".join(generator.choices("abcdefgh", k=5)) for _ in range(6)]
-            name = "".join(generator.choices("uvwxyz", k=5))
-            text = "".join(f"x = {word}\n" for word in words) + f"name = {name}\n"
-            fragment = {
-                "category": "NAME",
-                "position": [len(text) - 6, len(text) - 1],
-                "value": name,
-            }
-            lines.append(json.dumps({"text": text, "fragments": [fragment]}))
-        (directory / f"{split}.jsonl").write_text("\n".join(lines))
-    return str(directory)
-
-
-def config_of(encoder, labelled, out, **fields):
-    fields = (
-        dict(
-            steps=60,
-            batch_size=16,
-            micro_batch_size=8,
-            eval_every=20,
-            learning_rate=3e-3,
-            warmup_steps=5,
-            dtype="float32",
-        )
-        | fields
-    )
-    return finetune.PIIConfig(encoder=encoder, data=labelled, out=str(out), device="cpu", **fields)
-
-
-@pytest.fixture(scope="module")
-def trained(encoder, labelled, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "pii"
-    return str(out), finetune.train_detector(config_of(encoder, labelled, out))
-
-
-def test_training_learns_and_opens_in_transformers(trained, labelled):
-    out, f1 = trained
-    assert f1 > 0.8 and os.path.exists(os.path.join(out, "curves.png"))
-    detector = Detector.from_pretrained(out, "cpu")
-    detector.dtype = "float32"  # as it was evaluated in training
-    assert (
-        scores.evaluate_detector(
-            detector.find, read_labelled(os.path.join(labelled, "validation.jsonl"))
-        )["macro"]["f1"]
-        >= f1 - 1e-6
-    )
-    theirs = transformers.BertForTokenClassification.from_pretrained(out).eval()
-    assert list(theirs.config.id2label.values()) == LABELS and theirs.config.label2id[
-        "B-KEY"
-    ] == LABELS.index("B-KEY")
-    ids = torch.randint(300, (40,))
-    with torch.no_grad():
-        ours = detector.model(ids, torch.tensor([0, 40], dtype=torch.int32)).logits
-        torch.testing.assert_close(ours, theirs(ids[None]).logits[0], atol=1e-5, rtol=1e-5)
-    assert transformers.AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
-
-
-@pytest.mark.slow
-def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, labelled, tmp_path, monkeypatch):
-    """Ended by a crash in an evaluation, and by a signal between two: weights and metrics are those of the undisturbed run."""
-    out, f1 = trained
-    config = config_of(encoder, labelled, tmp_path / "pii")
-    evaluate, calls = scores.evaluate_detector, []
-
-    def crash(*arguments, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise MemoryError
-        return evaluate(*arguments, **kwargs)
-
-    monkeypatch.setattr(scores, "evaluate_detector", crash)
-    with pytest.raises(MemoryError):
-        finetune.train_detector(config)
-    rate = finetune.learning_rate
-    monkeypatch.setattr(
-        finetune,
-        "learning_rate",
-        lambda c, step: os.kill(os.getpid(), 15) or rate(c, step) if step == 30 else rate(c, step),
-    )
-    assert finetune.train_detector(config) is None
-    monkeypatch.setattr(finetune, "learning_rate", rate)
-    assert finetune.train_detector(config) == f1 == finetune.train_detector(config)
-    assert read(os.path.join(config.out, "model.safetensors")) == read(
-        os.path.join(out, "model.safetensors")
-    )
-    lines = [
-        [json.loads(line) for line in read(os.path.join(run, "metrics.jsonl")).splitlines()]
-        for run in (config.out, out)
-    ]
-    timeless = [
-        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in run]
-        for run in lines
-    ]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 63
-
-
-def test_early_stopping_and_random_weights(encoder, labelled, tmp_path):
-    config = config_of(
-        encoder, labelled, tmp_path / "pii", learning_rate=0.0, patience=2, random_weights=True
-    )
-    assert finetune.train_detector(config) < 0.1
-    assert (
-        sum(
-            b'"f1"' in line for line in read(os.path.join(config.out, "metrics.jsonl")).splitlines()
-        )
-        == 3
-    )
-    with pytest.raises(ValueError, match="holds a run with random_weights True"):
-        finetune.train_detector(
-            config_of(encoder, labelled, tmp_path / "pii", learning_rate=0.0, patience=2)
-        )
-    other = shutil.copytree(labelled, tmp_path / "other")
-    with pytest.raises(ValueError, match="holds a run with data"):
-        finetune.train_detector(
-            config_of(
-                encoder,
-                str(other),
-                tmp_path / "pii",
-                learning_rate=0.0,
-                patience=2,
-                random_weights=True,
-            )
-        )
-
-
-@pytest.mark.parametrize("begun, chosen", [(True, "bfloat16"), (False, "float32")])
-def test_a_fine_tuning_keeps_its_dtype_on_another_cpu(
-    encoder, labelled, tmp_path, monkeypatch, begun, chosen
-):
-    config = config_of(encoder, labelled, tmp_path / "pii", dtype="auto", steps=2, eval_every=2)
-    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: begun)
-    finetune.train_detector(config)
-    monkeypatch.setattr(step, "multiplies_bfloat16", lambda: not begun)
-    finetune.train_detector(config)
-    assert json.loads(read(os.path.join(config.out, "train.json")))["dtype"] == chosen
-
-
-@pytest.mark.slow
-def test_two_ranks_are_one(trained, encoder, labelled, tmp_path):
-    """The same losses on two processes, whose micro-batches have unequal counts of labelled tokens."""
-    plain = shutil.copytree(
-        encoder, tmp_path / "encoder"
-    )  # without dropout, which differs from rank to rank
-    facts = json.loads((plain / "config.json").read_text())
-    (plain / "config.json").write_text(
-        json.dumps(facts | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-    )
-    config = config_of(str(plain), labelled, tmp_path / "pii", steps=6, eval_every=6, batch_size=6)
-    alone = config_of(str(plain), labelled, tmp_path / "alone", steps=6, eval_every=6, batch_size=6)
-    mp.spawn(_rank, (config, str(tmp_path)), nprocs=2)
-    finetune.train_detector(alone)
-    losses = [
-        [
-            json.loads(line)
-            for line in read(os.path.join(run.out, "metrics.jsonl")).splitlines()
-            if b'"loss"' in line
-        ]
-        for run in (config, alone)
-    ]
-    np.testing.assert_allclose(*[[line["loss"] for line in run] for run in losses], rtol=1e-5)
-    np.testing.assert_allclose(*[[line["grad_norm"] for line in run] for run in losses], rtol=1e-4)
-
-
-def _rank(rank, config, directory):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29653",
-    }
-    torch.set_num_threads(1)
-    finetune.train_detector(config)
-
-
-def test_the_model_alone_is_no_slower_to_be_right_in_company(trained):
-    """What is found in a text does not depend on the texts beside it."""
-    detector = Detector.from_pretrained(trained[0], "cpu", threshold=0.0)
-    detector.dtype = "float32"  # of bfloat16's few values two are often equal, and the shape of a batch decides how they are rounded
-    texts = [
-        f"x = {w}\nname = {w}\n" * n
-        for n, w in ((1, "uvwxy"), (9, "fghab"), (0, ""), (40, "zuvxy"))
-    ]
-    together = detector.find(texts)
-    for text, found in zip(texts, together):
-        (alone,) = detector.find([text])
-        assert [e[:3] for e in alone] == [e[:3] for e in found]
-
-
 # ---- peers ---------------------------------------------------------------------------------------
-
-
-def test_evaluation_by_command(trained, labelled, tmp_path):
-    path = os.path.join(labelled, "validation.jsonl")
-    out = tmp_path / "scores.json"
-    result = program("pii", "eval", path, "--model", trained[0], "--out", str(out))
-    assert result.returncode == 0
-    assert "| model + rules |" in result.stdout
-    assert json.loads(out.read_text())["scores"]["model"]["NAME"]["f1"] > 0.8
-    assert_refused(
-        program("pii", "eval", path, "--rules-only", "--out", "/nowhere/x.json"), "/nowhere/x.json"
-    )
 
 
 def entry(rule, value, start, end):
