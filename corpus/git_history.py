@@ -1,4 +1,15 @@
-"""TODO."""
+"""Reads the history of a git repository: how each commit changed each file.
+
+A stranger's repository can make git run any command. Its configuration names programs that fetch
+missing objects, compare files or check signatures, and it has hooks. So git never runs in it, but
+in an empty repository of our own, which borrows the packs and the loose objects of the stranger's,
+the name of its newest commit, and where a shallow history ends. Configuration, hooks, attributes,
+references and alternates stay behind.
+
+Left out: merges, new files, renames, and all branches but the current one. Repositories whose
+references are a reftable, whose objects lie elsewhere (`git clone --shared`) or are not all there
+(partial clones) are refused.
+"""
 
 import contextlib
 import os
@@ -6,109 +17,125 @@ import re
 import stat
 import subprocess
 import tempfile
+from typing import NamedTuple
 
 from corpus.languages import language_of, may_be_source
 from corpus.records import LARGEST, TOO_LARGE, Damaged, Document, commit_record
 
+COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, or SHA-256
 
-def _is_file(path):
-    """Whether a path is a plain file: a link may lead elsewhere, and reading a pipe never ends."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte
+
+# ---- what is borrowed ----------------------------------------------------------------------------
+
+
+def is_plain_file(path):
+    """True for a file that is no link, which may lead elsewhere, and no pipe, which never ends."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte in the path
         return stat.S_ISREG(os.lstat(path).st_mode)
     return False
 
 
-def _line(path):
-    """What a small file of git's holds; "" without it."""
-    if not _is_file(path):
+def read_text(path, most=-1):
+    """The first `most` characters of a plain file, without space around; "" if there is none."""
+    if not is_plain_file(path):
         return ""
-    with open(path, "rb") as f:
-        return os.fsdecode(f.read(5000).strip())
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+        return f.read(most).strip()
 
 
-COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, or SHA-256
+def git_directories(repository):
+    """The directory of a repository's HEAD, and that of its objects and references.
 
-
-def _head(own, shared):
-    """The name of the commit that a repository's HEAD stands for. Raises Damaged without one.
-
-    own, shared: its directories; two where it is a linked work tree.
+    They differ in a linked work tree, whose `.git` is a file that names the first.
     """
-    text = _line(os.path.join(own, "HEAD"))
-    for _ in range(5):  # a reference may stand for another
+    own = os.path.join(repository, ".git")
+    if not os.path.lexists(own):
+        own = repository  # bare
+    if not os.path.isfile(own):
+        return own, os.path.realpath(own)
+    own = os.path.join(repository, read_text(own, 5000).removeprefix("gitdir:").strip())
+    shared = os.path.join(own, read_text(os.path.join(own, "commondir"), 5000))
+    return own, os.path.realpath(shared)
+
+
+def head_commit(own, shared):
+    """The name of the commit that HEAD stands for. Raises Damaged if there is none.
+
+    own, shared: the `git_directories`.
+    """
+    text = read_text(os.path.join(own, "HEAD"), 5000)
+    for _ in range(5):  # a reference may stand for another, and two for each other
         reference = text.removeprefix("ref:").strip()
         if COMMIT.fullmatch(reference):
             return reference
         if not reference.startswith("refs/") or ".." in reference:
             break
-        text = _line(os.path.join(shared, reference))
-        packed = os.path.join(shared, "packed-refs")
-        if not text and _is_file(packed):
-            with open(packed, "rb") as f:
-                names = (os.fsdecode(line.strip()).partition(" ") for line in f)
-                text = next((commit for commit, _, name in names if name == reference), "")
+        text = read_text(os.path.join(shared, reference), 5000)
+        if not text:
+            packed = read_text(os.path.join(shared, "packed-refs")).split("\n")
+            lines = [line.partition(" ") for line in packed]
+            text = next((commit for commit, _, name in lines if name == reference), "")
     if os.path.isdir(os.path.join(shared, "reftable")):
         raise Damaged("its references are a reftable, which is not read here")
     raise Damaged("its HEAD stands for no commit")
 
 
-def _borrow(repository, bare):
-    """Makes the directory `bare` a git repository with the history of another, and no more of it.
+def borrow(repository, bare):
+    """Makes the empty directory `bare` a git repository with the history of another.
 
-    A stranger's repository may have git run any command: its configuration names programs that
-    fetch missing objects, compare files or check signatures, and it has hooks. So git is only
-    pointed at a repository of our own, which takes over the name of a commit, where a shallow
-    history ends, and the packs and loose objects: no configuration, hooks, attributes, references
-    or alternates.
-    Raises Damaged for one without a commit, or that names files elsewhere.
+    Raises Damaged if that has no commit, or names files elsewhere.
     """
-    own = os.path.join(repository, ".git")
-    own = own if os.path.lexists(own) else repository
-    shared = own
-    if os.path.isfile(own):  # a linked work tree or a submodule: a file that names the directory
-        own = os.path.join(repository, _line(own).removeprefix("gitdir:").strip())
-        shared = os.path.join(own, _line(os.path.join(own, "commondir")))
-    shared = os.path.realpath(shared)
+    own, shared = git_directories(repository)
     objects = os.path.join(shared, "objects")
     if os.path.lexists(os.path.join(objects, "info", "alternates")):
         raise Damaged("its objects lie in another repository, as after git clone --shared")
 
-    head = _head(own, shared)
-    config = "[core]\nbare = true\nrepositoryformatversion = 0\n"
-    if len(head) == 64:
-        config = config.replace("= 0", "= 1") + "[extensions]\nobjectFormat = sha256\n"
-    files = {"HEAD": head + "\n", "config": config}
-    shallow = os.path.join(shared, "shallow")
-    if _is_file(shallow):
-        with open(shallow, errors="replace") as f:
-            files["shallow"] = "".join(line for line in f if COMMIT.fullmatch(line.strip()))
+    head = head_commit(own, shared)
+    shallow = read_text(os.path.join(shared, "shallow")).split("\n")
+    is_sha1 = len(head) == 40
+    files = {
+        "HEAD": head,
+        "config": f"[core]\nbare = true\nrepositoryformatversion = {0 if is_sha1 else 1}\n"
+        + ("" if is_sha1 else "[extensions]\nobjectFormat = sha256\n"),
+        "shallow": "\n".join(line for line in shallow if COMMIT.fullmatch(line)),
+    }
     for name, text in files.items():
         with open(os.path.join(bare, name), "w") as f:
             f.write(text)
     os.makedirs(os.path.join(bare, "refs"))
     os.makedirs(os.path.join(bare, "objects", "pack"))
 
+    # Links to the files, not to the folder `pack`: it may hold more than packs and their indexes.
     for folder in os.listdir(objects):
         if not re.fullmatch("pack|[0-9a-f]{2}", folder):
             continue
         path = os.path.join(objects, folder)
-        if os.path.islink(objects) or os.path.islink(path):
-            raise Damaged(f"objects/{folder} is a link")
-        names = os.listdir(path)
-        if folder == "pack":
-            names = [name for name in names if name.endswith((".pack", ".idx"))]
-        for name in names:
-            if not _is_file(os.path.join(path, name)):
-                raise Damaged(f"objects/{folder}/{name} is not a plain file")
-        if folder == "pack":
-            for name in names:
-                os.symlink(os.path.join(path, name), os.path.join(bare, "objects", "pack", name))
-        else:
+        check_objects(objects, folder)
+        if folder != "pack":
             os.symlink(path, os.path.join(bare, "objects", folder))
+            continue
+        for name in os.listdir(path):
+            if name.endswith((".pack", ".idx")):
+                os.symlink(os.path.join(path, name), os.path.join(bare, "objects", folder, name))
 
 
-def _git(bare, *arguments, **pipes):
-    """Starts git in a repository of our own, with no configuration or variables of the user's."""
+def check_objects(objects, folder):
+    """Raises Damaged if a folder of objects leads elsewhere, or holds other than plain files."""
+    path = os.path.join(objects, folder)
+    if os.path.islink(objects) or os.path.islink(path):
+        raise Damaged(f"objects/{folder} is a link")
+    for name in os.listdir(path):
+        read_by_git = folder != "pack" or name.endswith((".pack", ".idx"))
+        if read_by_git and not is_plain_file(os.path.join(path, name)):
+            raise Damaged(f"objects/{folder}/{name} is not a plain file")
+
+
+# ---- what git is asked ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def git(bare, *arguments, **pipes):
+    """Runs git in a repository of our own, without the user's configuration and variables."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {
         "GIT_DIR": bare,
@@ -116,35 +143,40 @@ def _git(bare, *arguments, **pipes):
         "XDG_CONFIG_HOME": bare,
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_ATTR_NOSYSTEM": "1",
-        # Should it want to fetch something for all that:
+        # Nothing should make it fetch; if something does, it fails.
         "GIT_NO_LAZY_FETCH": "1",
         "GIT_ALLOW_PROTOCOL": "none",
         "GIT_TERMINAL_PROMPT": "0",
     }
-    command = ["git", *arguments]
-    return subprocess.Popen(command, cwd=bare, stdout=subprocess.PIPE, env=environment, **pipes)
+    pipes["stdout"] = subprocess.PIPE
+    with subprocess.Popen(["git", *arguments], cwd=bare, env=environment, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def read_commits(source, skipped, progress):
-    """The changes of files by the commits of a git repository's current branch, the newest first.
+class Blobs:
+    """Gives the content of files in a history.
 
-    Merges and new files are none. No command runs that the repository names (see `_borrow`).
+    One process is asked for an object's size, and the other for its content, if that is not too
+    large: a packed blob may be a thousand times larger than its pack.
     """
-    with tempfile.TemporaryDirectory() as bare:
-        _borrow(source, bare)
-        yield from _read_commits(bare, skipped)
 
+    def __init__(self, sizes, contents, largest):
+        self.sizes = sizes
+        self.contents = contents
+        self.largest = largest
 
-def _read_commits(bare, skipped):
-    how = "--no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames --diff-filter=M -z --format=%x01%s".split()
-    said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop git when it is full
-    log = _git(bare, "log", *how, "HEAD", stderr=said)
-    # One process is asked for an object's size, another for its content where that is not too much.
-    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    sizes = _git(bare, "cat-file", "--batch-check", **pipes)
-    objects = _git(bare, "cat-file", "--batch", **pipes)
+    def read(self, name):
+        """The bytes of a file, or None if it is too large."""
+        kind, size = self._ask(self.sizes, name)
+        if kind != b"blob" or size > self.largest:
+            return None
+        self._ask(self.contents, name)
+        return self.contents.stdout.read(size + 1)[:-1]  # a newline follows
 
-    def ask(process, name):
+    def _ask(self, process, name):
         process.stdin.write(name + b"\n")
         process.stdin.flush()
         words = process.stdout.readline().split()
@@ -152,60 +184,42 @@ def _read_commits(bare, skipped):
             raise Damaged(f"git has no object {name.decode()}; a partial clone lacks some")
         return words[1], int(words[2])
 
-    def blob(name):
-        """The content of a file, or None where it is too large."""
-        kind, size = ask(sizes, name)
-        if kind != b"blob" or size > LARGEST:
-            return None
-        ask(objects, name)
-        return objects.stdout.read(size + 1)[:-1]
 
-    try:
-        subject, change = "", None
-        for field in _fields(log.stdout):
-            if not change:
-                field = field.lstrip(b"\n")
-                if field.startswith(b"\1"):
-                    subject = field[1:].decode(errors="replace")
-                elif field.startswith(b":"):
-                    change = field.split()
-            else:
-                path, (old_mode, new_mode, old, new, _) = field.decode(errors="replace"), change
-                change = None
-                if not (
-                    old_mode.startswith(b":100") and new_mode.startswith(b"100")
-                ) or not may_be_source(path):
-                    skipped["no known extension"] += 1
-                    continue
-                old, new = blob(old), blob(new)
-                if old is None or new is None:
-                    skipped[TOO_LARGE] += 1
-                    continue
-                if (language := language_of(path, new)) is None:
-                    skipped["no known extension"] += 1
-                    continue
-                try:
-                    record = commit_record(old.decode(), new.decode(), subject, language, skipped)
-                except UnicodeDecodeError:
-                    skipped["not UTF-8"] += 1
-                    continue
-                if record:
-                    yield Document("git-commits", record)
-        if log.wait():
-            said.seek(0)
-            raise Damaged(said.read(1000).decode(errors="replace").strip().split("\n")[0])
-    finally:
-        for process in (log, sizes, objects):
-            process.kill()
-            for pipe in filter(None, (process.stdin, process.stdout)):
-                with contextlib.suppress(OSError):  # a pipe whose other end is gone
-                    pipe.close()
-            process.wait()
-        said.close()
+class Change(NamedTuple):
+    """How a commit changed a file."""
+
+    subject: str
+    path: str
+    is_file: bool  # before and after; not a link or a submodule
+    old: bytes  # the names of the two blobs
+    new: bytes
 
 
-def _fields(stream):
-    """What lies between the NUL bytes of a stream."""
+LOG = """log --no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames
+--diff-filter=M -z --format=%x01%s HEAD""".split()
+
+
+def changes(stream):
+    """Yields the `Change`s that `git log` writes with the arguments above.
+
+    A commit is \\1 and its subject; each of its changes is ":mode mode old new M", and then the path.
+    NUL bytes stand between them.
+    """
+    subject = ""
+    fields = nul_separated(stream)
+    for field in fields:
+        field = field.lstrip(b"\n")
+        if field.startswith(b"\1"):
+            subject = field[1:].decode(errors="replace")
+        elif field.startswith(b":"):
+            old_mode, new_mode, old, new, _ = field.split()
+            path = next(fields, b"").decode(errors="replace")
+            is_file = old_mode.startswith(b":100") and new_mode.startswith(b"100")
+            yield Change(subject, path, is_file, old, new)
+
+
+def nul_separated(stream):
+    """Yields what lies between the NUL bytes of a stream."""
     rest = b""
     while block := stream.read1(1 << 16):
         *fields, rest = (rest + block).split(b"\0")
@@ -214,3 +228,52 @@ def _fields(stream):
             raise Damaged(f"the subject of a commit is {TOO_LARGE}")
     if rest:
         yield rest
+
+
+def read_commits(source, skipped, progress, largest=LARGEST):
+    """The records of a repository's commits, the newest first (see `sources.readers`).
+
+    largest: bytes of a file; a change of a larger one is counted.
+    """
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with (
+        tempfile.TemporaryDirectory() as bare,
+        tempfile.TemporaryFile() as said,  # a pipe that is full would stop git
+        contextlib.ExitStack() as processes,
+    ):
+        borrow(source, bare)
+        log = processes.enter_context(git(bare, *LOG, stderr=said))
+        sizes = processes.enter_context(git(bare, "cat-file", "--batch-check", **pipes))
+        contents = processes.enter_context(git(bare, "cat-file", "--batch", **pipes))
+        blobs = Blobs(sizes, contents, largest)
+
+        for change in changes(log.stdout):
+            document = document_of_change(change, blobs, skipped)
+            if document:
+                yield document
+
+        if log.wait():
+            said.seek(0)
+            raise Damaged(said.read(1000).decode(errors="replace").strip().split("\n")[0])
+
+
+def document_of_change(change, blobs, skipped):
+    """The `Document` of a `Change`, or None; then the reason is counted in `skipped`."""
+    if not change.is_file or not may_be_source(change.path):
+        skipped["no known extension"] += 1
+        return None
+    old = blobs.read(change.old)
+    new = blobs.read(change.new)
+    if old is None or new is None:
+        skipped[TOO_LARGE] += 1
+        return None
+    language = language_of(change.path, new)
+    if language is None:
+        skipped["no known extension"] += 1
+        return None
+    try:
+        record = commit_record(old.decode(), new.decode(), change.subject, language, skipped)
+    except UnicodeDecodeError:
+        skipped["not UTF-8"] += 1
+        return None
+    return record and Document("git-commits", record)

@@ -1,318 +1,388 @@
-"""TODO."""
+"""What a document is, and the records that StarCoder makes of notebooks, commits and issues.
+
+A file is its bytes. A record is a list of pairs, a special token and the text after it; the layout
+of each kind stands at the head of its section.
+
+Reference: Li et al., StarCoder, 2023, section 3. Left out: the tokens for the names of repositories
+and files and for stars, which StarEncoder does not have.
+"""
 
 import hashlib
 import json
 import re
 from typing import NamedTuple
 
-from corpus.languages import NAMES, language_of
+from corpus.languages import language_named, language_of, may_be_source
 
 LARGEST = 10_000_000  # bytes of a document; The Stack has none above 1 MB
-
-
 TOO_LARGE = f"over {LARGEST // 1_000_000} MB"
+RECORDS = ("git-commits", "github-issues", "jupyter")  # the languages of records
 
 
 class Document(NamedTuple):
     """One document of a source."""
 
-    language: (
-        str  # of the table below, or what a record says, or jupyter, github-issues, git-commits
-    )
-    content: bytes | list  # of a file; or a record: [(special token, text), ...]
+    language: str  # of languages.txt, of RECORDS, or what the row of a table says
+    content: bytes | list  # a file; or a record: [(special token, text), ...]
 
 
 class Damaged(ValueError):
-    """A source that ends in the middle, or is not what its name says."""
+    """A source ends in the middle, or is not what its name says."""
 
 
-RECORDS = ("git-commits", "github-issues", "jupyter")  # what else a document may be
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def may_be_document(name, is_file, size, skipped):
+    """True if a file is worth reading; if not, the reason is counted in `skipped`."""
+    if not is_file:
+        skipped["not a file"] += 1
+    elif not may_be_source(name):
+        skipped["no known extension"] += 1
+    elif size > LARGEST:
+        skipped[TOO_LARGE] += 1
+    else:
+        return True
+    return False
 
 
 def file_document(name, content, skipped):
-    """The `Document` of a file, or None, counted."""
+    """The `Document` of a file, or None; then the reason is counted in `skipped`."""
     if name.lower().endswith(".ipynb"):
         try:
             return Document("jupyter", notebook_record(json.loads(content)))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             skipped["not a notebook"] += 1
-    elif (language := language_of(name, content)) is None:
+            return None
+    language = language_of(name, content)
+    if language is None:
         skipped["no known extension"] += 1
-    else:
-        return Document(language, content)
-    return None
+        return None
+    return Document(language, content)
 
 
-OUTPUT_CHARACTERS = 1000  # of a cell's output are kept
+# ---- notebooks -----------------------------------------------------------------------------------
+# <jupyter_start> <jupyter_text> text <jupyter_code> code <jupyter_output> output
+#                                     <jupyter_code> code <empty_output> ...
 
-
-def _text(value):
-    """A notebook's text, which is a string or a list of lines; old notebooks have lines without their ends."""
-    if isinstance(value, str):
-        return value
-    return ("" if value and value[0].endswith("\n") else "\n").join(value)
+OUTPUT_CHARACTERS = 1000  # are kept of a cell's output
 
 
 def notebook_record(notebook):
-    """The record of a Jupyter notebook, format 3 or 4, given as what json.loads returns; [] for one without text.
+    """The record of a Jupyter notebook of format 3 or 4; [] if it has no text.
 
-    Raw cells are left out. Raises TypeError or KeyError for what is no notebook.
+    notebook: as json.loads returns it. Raw cells are left out. Raises TypeError, KeyError or
+    AttributeError for what is no notebook.
     """
-    cells = (
-        notebook["cells"]
-        if "cells" in notebook
-        else [cell for sheet in notebook["worksheets"] for cell in sheet["cells"]]
-    )
+    if "cells" in notebook:
+        cells = notebook["cells"]
+    else:
+        cells = [cell for sheet in notebook["worksheets"] for cell in sheet["cells"]]  # format 3
+
     record = [("<jupyter_start>", "")]
     for cell in cells:
-        text = _text(cell["source"] if "source" in cell else cell.get("input", ""))
+        text = joined(cell["source"] if "source" in cell else cell.get("input", ""))
         if cell["cell_type"] in ("markdown", "heading"):
             record.append(("<jupyter_text>", text))
         elif cell["cell_type"] == "code":
             record.append(("<jupyter_code>", text))
-            output = "".join(_output_text(output) for output in cell.get("outputs", []))[
-                :OUTPUT_CHARACTERS
-            ]
-            record.append(
-                ("<jupyter_output>", output) if output.strip() else ("<empty_output>", "")
-            )
+            output = "".join(map(output_text, cell.get("outputs", [])))[:OUTPUT_CHARACTERS]
+            has_output = bool(output.strip())
+            record.append(("<jupyter_output>", output) if has_output else ("<empty_output>", ""))
     return record if any(text.strip() for _, text in record) else []
 
 
-def _output_text(output):
+def output_text(output):
+    """What a cell printed, the name of its error, or its value as plain text."""
     if output.get("output_type") in ("error", "pyerr"):
         return f"{output.get('ename', '')}: {output.get('evalue', '')}\n"
-    return _text(output.get("text") or output.get("data", {}).get("text/plain") or "")
+    return joined(output.get("text") or output.get("data", {}).get("text/plain") or "")
 
 
-CHANGED_SPAN, WHOLE_FILE = (
-    32,
-    0.2,
-)  # lines of context at most; share of the commits that keep the whole file
+def joined(text):
+    """A notebook's text, which is a string or a list of lines; in format 3, without their ends."""
+    if isinstance(text, str):
+        return text
+    has_ends = text and text[0].endswith("\n")
+    return ("" if has_ends else "\n").join(text)
 
+
+# ---- commits -------------------------------------------------------------------------------------
+# <commit_before> old <commit_msg> subject <commit_after> new
+# The filters are those of StarCoder's table 5. Its random choices are made by the content here, so
+# that a corpus is the same each time.
 
 LONGEST_FILE = 100_000  # characters
-
-
+WHOLE_FILE = 0.2  # the share of records that hold the whole file
+CONTEXT_LINES = 32  # at most, around a change, in the other records
+DATA_LANGUAGES = {"json", "yaml", "html", "xslt"}
 AUTOMATIC = re.compile(
-    r"^(merge\b|revert \"|bump\b|update (readme|changelog)(\.\w+)?$|initial commit$|version \d|v?\d+(\.\d+)+$)",
+    r"^(merge\b|revert \"|bump\b|update (readme|changelog)(\.\w+)?$"
+    r"|initial commit$|version \d|v?\d+(\.\d+)+$)",
     re.IGNORECASE,
 )
-
-
-DATA_LANGUAGES = {"json", "yaml", "html", "xslt"}
-
-
-def _chance(*texts):
-    """Four numbers in [0, 1) that these texts fix."""
-    digest = hashlib.sha256("\0".join(texts).encode(errors="replace")).digest()
-    return [int.from_bytes(digest[i : i + 8]) / 2**64 for i in (0, 8, 16, 24)]
 
 
 def commit_record(old, new, subject, language, skipped):
-    """The record of one file's change by a commit, or None where a filter of StarCoder's (its table 5) leaves it out, counted.
+    """The record of how a commit changed one file, or None; then the filter is counted."""
+    before = old.splitlines(keepends=True)
+    after = new.splitlines(keepends=True)
+    start = equal_lines(before, after)
+    end = equal_lines(before[start:][::-1], after[start:][::-1])
+    changed = max(len(before), len(after)) - start - end
+    keep, keep_data, whole, context = random_numbers(old, new, subject)
 
-    What is random there is fixed by the content here: half of the changes of up to two lines, 10 % of those over 200 lines and half of the
-    data formats are kept; 20 % of the records hold the whole file, the others the changed lines and up to 32 around them.
-    """
-    before, after = old.splitlines(keepends=True), new.splitlines(keepends=True)
-    keep, keep_data, whole, context = _chance(old, new, subject)
-    least = min(len(before), len(after))
-    first = next(
-        (i for i in range(least) if before[i] != after[i]), least
-    )  # equal lines at the beginning, and at the end
-    last = next((i for i in range(least - first) if before[-1 - i] != after[-1 - i]), least - first)
-    changed = max(len(before), len(after)) - first - last
-    reason = None
-    if max(len(old), len(new)) > LONGEST_FILE:
-        reason = "commit: file over 100,000 characters"
-    elif not subject.strip():
-        reason = "commit: no subject"
-    elif AUTOMATIC.search(subject.strip()):
-        reason = "commit: automatic"
-    elif len(subject) / len(subject.split()) > 20:
-        reason = "commit: a subject without words"
-    elif not changed:
-        reason = "commit: no change"
-    elif changed <= 2 and keep < 0.5:
-        reason = "commit: half of the changes of up to 2 lines"
-    elif changed >= 200 and keep < 0.9:
-        reason = "commit: 90 % of the changes of 200 lines or more"
-    elif language in DATA_LANGUAGES and keep_data < 0.5:
-        reason = "commit: half of the data formats"
-    if reason:
-        skipped[reason] += 1
-        return None
+    words = max(1, len(subject.split()))
+    filters = {
+        "file over 100,000 characters": max(len(old), len(new)) > LONGEST_FILE,
+        "no subject": not subject.strip(),
+        "automatic": AUTOMATIC.search(subject.strip()),
+        "a subject without words": len(subject) / words > 20,
+        "no change": not changed,
+        "half of the changes of up to 2 lines": changed <= 2 and keep < 0.5,
+        "90 % of the changes of 200 lines or more": changed >= 200 and keep < 0.9,
+        "half of the data formats": language in DATA_LANGUAGES and keep_data < 0.5,
+    }
+    for reason, applies in filters.items():
+        if applies:
+            skipped[f"commit: {reason}"] += 1
+            return None
+
     if whole >= WHOLE_FILE:
-        around = int(context * (CHANGED_SPAN + 1))
-        begin, end = max(0, first - around), max(0, last - around)
-        old, new = (
-            "".join(before[begin : len(before) - end]),
-            "".join(after[begin : len(after) - end]),
-        )
+        around = int(context * (CONTEXT_LINES + 1))
+        start = max(0, start - around)
+        end = max(0, end - around)
+        old = "".join(before[start : len(before) - end])
+        new = "".join(after[start : len(after) - end])
     return [("<commit_before>", old), ("<commit_msg>", subject), ("<commit_after>", new)]
 
 
-LONGEST_COMMENT, SHORTEST_ISSUE = 80, 200  # lines; characters
+def equal_lines(a, b):
+    """How many lines two lists share at the beginning."""
+    pairs = enumerate(zip(a, b))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
+def random_numbers(*texts):
+    """Four numbers in [0, 1) that depend on the texts alone."""
+    digest = hashlib.sha256("\0".join(texts).encode(errors="replace")).digest()
+    return [int.from_bytes(digest[i : i + 8]) / 2**64 for i in range(0, 32, 8)]
+
+
+# ---- issues --------------------------------------------------------------------------------------
+# <issue_start> Title: title \n username_0: text <issue_comment> username_1: text ... <issue_closed>
+
+LONGEST_COMMENT = 80  # lines
+SHORTEST_ISSUE = 200  # characters
 BOT = re.compile(
-    r"\[bot\]$|(^|[-_])(bot|ci)$|^(codecov|dependabot|renovate|greenkeeper|coveralls|stale|k8s-ci-robot|googlebot)\b",
+    r"\[bot\]$|(^|[-_])(bot|ci)$"
+    r"|^(codecov|dependabot|renovate|greenkeeper|coveralls|stale|k8s-ci-robot|googlebot)\b",
     re.IGNORECASE,
 )
 
-
-# What mail clients and GitHub put around an answer: what is forwarded below it, who is quoted below it, and from where it was sent.
+# What mail programs and GitHub put around an answer: a mail that is forwarded below it, the line
+# above a quotation, and the device.
 FORWARDED = re.compile(
-    r"Reply to this email directly|-+ ?Original Message ?-+$|From: .*\n(Sent|Date|To|Cc|Subject): ",
+    r"Reply to this email directly|-+ ?Original Message ?-+$"
+    r"|From: .*\n(Sent|Date|To|Cc|Subject): ",
     re.MULTILINE,
 )
-
-
 QUOTED = re.compile(r"On (?=.*[\d@]).{0,300} (wrote|writes):")
-
-
 SENT_FROM = re.compile(r"Sent from my .{1,50}")
 
-
-# A name that may be a user's, or StarCoder's for one: in ASCII, whatever stands around it.
-MENTION = re.compile(
+# A word that may be a user's name, or The Stack's for one. Any character may stand beside it.
+NAME = re.compile(
     r"(?<![A-Za-z0-9-])(@?)(username_\d+|[A-Za-z0-9][A-Za-z0-9-]{0,38})(?![A-Za-z0-9-])"
 )
 
 
-def said_text(text):
-    """A comment of at most LONGEST_COMMENT lines, without what an answer by mail carries at its end."""
-    lines = (text or "").replace("\r\n", "\n").strip().split("\n")
-    end = next(
-        (i for i in range(len(lines)) if FORWARDED.match("\n".join(lines[i : i + 2]))), len(lines)
-    )
-    quoted = end
-    while quoted and not lines[quoted - 1].split(">")[0].strip():
-        quoted -= 1
-    for n in (1, 2):  # it may be broken in two
-        if quoted >= n and QUOTED.fullmatch(" ".join(lines[quoted - n : quoted]).strip()):
-            end = quoted - n
-            break
-    lines = "\n".join(lines[:end]).strip().split("\n")
-    return "\n".join(
-        lines[: -1 if SENT_FROM.fullmatch(lines[-1].strip()) else None][:LONGEST_COMMENT]
-    ).strip()
+class Comment(NamedTuple):
+    """What somebody said in an issue; the first is the issue's own text."""
+
+    authors: tuple  # the names of one person: the login, and The Stack's name for it
+    is_bot: bool
+    text: str | None  # None: took part without a word, such as by closing the issue
 
 
-def issue_record(title, comments, closed, skipped):
-    """The record of a GitHub issue, or None where a filter leaves it out, counted.
+class Issue(NamedTuple):
+    """A GitHub issue, whatever the shape of its record."""
 
-    comments: [(names of its author, is a bot, text), ...], the issue's own text first; without a text, somebody who only took part. Authors
-    become username_0, username_1, ... in the order in which they appear, wherever they are mentioned; others that are mentioned become
-    @username. Comments of bots go; the issue with them, where a bot opened it.
+    title: str
+    comments: list  # those without a word last
+    closed: bool
+
+
+def issue_record(issue, skipped):
+    """The record of an `Issue`, or None; then the filter is counted.
+
+    Its users become username_0, username_1, ... in the order in which they speak, wherever they are
+    mentioned. Anybody else who is mentioned becomes @username. Comments of bots are dropped, and so
+    is an issue that a bot opened.
     """
-    if not comments or comments[0][1]:
+    if not issue.comments or issue.comments[0].is_bot:
         skipped["issue: opened by a bot"] += 1
         return None
-    people = [(authors, said_text(text)) for authors, bot, text in comments if not bot]
-    said = [(authors, text) for i, (authors, text) in enumerate(people) if text or i == 0]
+    people = [
+        comment._replace(text=without_mail(comment.text or ""))
+        for comment in issue.comments
+        if not comment.is_bot
+    ]
+    said = people[:1] + [comment for comment in people[1:] if comment.text]
+
+    # Who says something has the first numbers.
     names = {}
-    for authors, _ in said + people:
-        name = next(
-            (names[a.lower()] for a in authors if a.lower() in names),
-            f"username_{len(set(names.values()))}",
-        )
-        names |= {a.lower(): name for a in authors}
+    for comment in said + people:
+        authors = [author.lower() for author in comment.authors]
+        known = [names[author] for author in authors if author in names]
+        name = known[0] if known else f"username_{len(set(names.values()))}"
+        names.update(dict.fromkeys(authors, name))
 
-    def anonymous(text):
-        def renamed(found):
-            at, name = found.groups()
-            if name.lower() in names:
-                return at + names[name.lower()]
-            around = (
-                text[max(0, found.start() - 1) : found.start()],
-                text[found.end() : found.end() + 1],
-            )
-            return (
-                "@username"
-                if at and not re.match(r"[\w.@/]", around[0]) and around[1] != "/"
-                else found[0]
-            )  # no address, no package
-
-        return MENTION.sub(renamed, text)
-
-    first, *others = [f"{names[authors[0].lower()]}: {anonymous(text)}" for authors, text in said]
-    record = [("<issue_start>", f"Title: {anonymous(title.strip())}\n{first}")]
-    record += [("<issue_comment>", text) for text in others] + [("<issue_closed>", "")] * closed
+    texts = [
+        f"{names[comment.authors[0].lower()]}: {anonymous(comment.text, names)}" for comment in said
+    ]
+    title = anonymous(issue.title.strip(), names)
+    record = [("<issue_start>", f"Title: {title}\n{texts[0]}")]
+    record += [("<issue_comment>", text) for text in texts[1:]]
+    if issue.closed:
+        record.append(("<issue_closed>", ""))
     if sum(len(text) for _, text in record) < SHORTEST_ISSUE:
         skipped["issue: under 200 characters"] += 1
         return None
     return record
 
 
-def _issue_of(record):
-    """(title, comments, closed) of an issue in The Stack's shape or the API's, for `issue_record`."""
-    comments, silent = [], []
-    if "events" in record:
-        events = [event for event in record["events"] if isinstance(event, dict)]
-        title = record.get("title") or next(
-            (event["title"] for event in events if event.get("title")), ""
-        )
-        closed = False
-        for event in events:
-            authors = tuple(
-                name for name in (event.get("author"), event.get("masked_author")) if name
-            ) or ("",)
-            if event.get("action") in ("closed", "reopened"):
-                closed = event["action"] == "closed"
-            says = event.get("text") or event.get("action") == "opened"
-            (comments if says else silent).append(
-                (authors, any(map(BOT.search, authors)), event.get("text"))
-            )
-        return title, comments + silent, closed
-    for said in [record, *(record["comments"] if isinstance(record.get("comments"), list) else [])]:
-        user = said.get("user") or {}
+def anonymous(text, names):
+    """A text with other names for users. names: {name in lower case: new name}."""
+
+    def renamed(match):
+        at, name = match.groups()
+        if name.lower() in names:
+            return at + names[name.lower()]
+        is_address = re.match(r"[\w.@/]", text[max(0, match.start() - 1) : match.start()])
+        is_package = text[match.end() : match.end() + 1] == "/"  # as in @babel/core
+        return match[0] if not at or is_address or is_package else "@username"
+
+    return NAME.sub(renamed, text)
+
+
+def without_mail(text):
+    """A comment of at most LONGEST_COMMENT lines, without what an answer by mail has at its end."""
+    lines = text.replace("\r\n", "\n").strip().split("\n")
+    for i in range(len(lines)):
+        if FORWARDED.match("\n".join(lines[i : i + 2])):
+            lines = lines[:i]
+            break
+
+    # A quotation at the end goes, if a line above it says so; that line may be broken in two.
+    end = len(lines)
+    while end and not lines[end - 1].split(">")[0].strip():
+        end -= 1
+    for n in (1, 2):
+        if end >= n and QUOTED.fullmatch(" ".join(lines[end - n : end]).strip()):
+            lines = lines[: end - n]
+            break
+
+    lines = "\n".join(lines).strip().split("\n")
+    if SENT_FROM.fullmatch(lines[-1].strip()):
+        lines.pop()
+    return "\n".join(lines[:LONGEST_COMMENT]).strip()
+
+
+def stack_issue(record):
+    """The `Issue` of a record of The Stack: a list of events."""
+    events = [event for event in record["events"] if isinstance(event, dict)]
+    titles = [event["title"] for event in events if event.get("title")]
+    title = record.get("title") or (titles or [""])[0]
+    said, silent = [], []
+    closed = False
+    for event in events:
+        names = [name for name in (event.get("author"), event.get("masked_author")) if name]
+        is_bot = any(BOT.search(name) for name in names)
+        comment = Comment(tuple(names) or ("",), is_bot, event.get("text"))
+        speaks = comment.text or event.get("action") == "opened"
+        (said if speaks else silent).append(comment)
+        if event.get("action") in ("closed", "reopened"):
+            closed = event["action"] == "closed"
+    return Issue(title, said + silent, closed)
+
+
+def api_issue(record):
+    """The `Issue` of an answer of GitHub's API, with its comments in a list or left out."""
+
+    def comment_of(user, text):
         login = user.get("login") or ""
-        comments.append(
-            ((login,), user.get("type") == "Bot" or bool(BOT.search(login)), said["body"])
-        )
-    for user in filter(None, [record.get("closed_by"), *(record.get("assignees") or [])]):
-        silent.append(
-            ((user["login"],), user.get("type") == "Bot" or bool(BOT.search(user["login"])), None)
-        )
-    return record["title"], comments + silent, record.get("state") == "closed"
+        return Comment((login,), user.get("type") == "Bot" or bool(BOT.search(login)), text)
+
+    answers = record["comments"] if isinstance(record.get("comments"), list) else []
+    comments = [comment_of(said.get("user") or {}, said["body"]) for said in [record, *answers]]
+    others = [record.get("closed_by"), *(record.get("assignees") or [])]
+    comments += [comment_of(user, None) for user in others if user]
+    return Issue(record["title"], comments, record.get("state") == "closed")
 
 
-def documents_of(record, skipped):
-    """The documents of one record of a table or of JSON lines. Raises KeyError, TypeError or AttributeError for one of unknown shape."""
-    path = str(
-        record.get("path")
-        or record.get("max_stars_repo_path")
-        or record.get("new_file")
-        or "." + str(record.get("ext"))
-    )
-    name = record.get("lang") or record.get("language")
+# ---- rows of a table, lines of JSON --------------------------------------------------------------
+
+
+def document_of(record, skipped):
+    """The `Document` of a row or of a line, which says by its fields what it is; or None.
+
+    Why there is none is counted in `skipped`. Raises ValueError, KeyError, TypeError or
+    AttributeError if the record is of unknown shape.
+    """
     if "content" in record and not isinstance(record.get("events"), list):
-        content = (
-            record["content"]
-            if isinstance(record["content"], bytes)
-            else record["content"].encode()
-        )
-        language = str(name or language_of(path, content) or "other").lower().replace(" ", "-")
-        if path.endswith(".ipynb") or NAMES.get(language) == "jupyter":
-            found = file_document("a.ipynb", content, skipped)
-            return [found] if found else []
-        return [Document(NAMES.get(language, language).encode(errors="replace").decode(), content)]
-    if "old_contents" in record:
-        old, new, subject = (
-            record["old_contents"],
-            record["new_contents"],
-            record.get("subject") or record.get("message") or "",
-        )
-        language = (
-            NAMES.get(str(name).lower(), str(name).lower())
-            if name
-            else language_of(path, new.encode(errors="replace"))
-        )
-        found = commit_record(old, new, subject.split("\n")[0], language, skipped)
-        return [Document("git-commits", found)] if found else []
-    if "cells" in record or "worksheets" in record:
-        return [Document("jupyter", notebook_record(record))]
-    found = issue_record(*_issue_of(record), skipped)
-    return [Document("github-issues", found)] if found else []
+        document = document_of_file(record, skipped)
+    elif "old_contents" in record:
+        document = document_of_commit(record, skipped)
+    elif "cells" in record or "worksheets" in record:
+        document = Document("jupyter", notebook_record(record))
+    else:
+        is_of_the_stack = "events" in record
+        issue = stack_issue(record) if is_of_the_stack else api_issue(record)
+        found = issue_record(issue, skipped)
+        document = found and Document("github-issues", found)
+
+    if document:
+        content = document.content
+        is_file = isinstance(content, bytes)
+        if (len(content) if is_file else sum(len(text) for _, text in content)) > LARGEST:
+            skipped[TOO_LARGE] += 1
+            return None
+    return document
+
+
+def document_of_file(record, skipped):
+    """The `Document` of a row with a `content`."""
+    content = record["content"]
+    if not isinstance(content, bytes):
+        content = content.encode()
+    path = path_of(record)
+    language = language_named(str(said_language(record) or language_of(path, content) or "other"))
+    if path.endswith(".ipynb") or language == "jupyter-notebook":
+        return file_document("a.ipynb", content, skipped)
+    return Document(language, content)
+
+
+def document_of_commit(record, skipped):
+    """The `Document` of a row with `old_contents` and `new_contents`."""
+    old = record["old_contents"]
+    new = record["new_contents"]
+    subject = (record.get("subject") or record.get("message") or "").split("\n")[0]
+    name = said_language(record)
+    if name:
+        language = language_named(str(name))
+    else:
+        language = language_of(path_of(record), new.encode(errors="replace"))
+    found = commit_record(old, new, subject, language, skipped)
+    return found and Document("git-commits", found)
+
+
+def said_language(record):
+    """The language that a row names, if any."""
+    return record.get("lang") or record.get("language")
+
+
+def path_of(record):
+    """The path of the file of a row, or at least its extension."""
+    fields = ("path", "max_stars_repo_path", "new_file")
+    named = [str(record[field]) for field in fields if record.get(field)]
+    return named[0] if named else f".{record.get('ext')}"

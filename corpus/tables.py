@@ -1,106 +1,127 @@
-"""TODO."""
+"""Reads tables: .parquet, as The Stack comes, and JSON lines (.jsonl, packed with gzip or Zstandard).
 
+A row is a file (`content`), a commit (`old_contents`, `new_contents`) or a GitHub issue (`events`,
+as in The Stack, or `title` and `body`, as GitHub's API answers); in JSON also a notebook (`cells`).
+A row of another shape is counted, and the next one read.
+"""
+
+import contextlib
 import gzip
 import io
 import json
 import os
 
-from corpus.records import LARGEST, TOO_LARGE, Damaged, documents_of
+from corpus.records import LARGEST, TOO_LARGE, Damaged, document_of
 
-COLUMNS = """content lang language ext path max_stars_repo_path new_file old_contents new_contents subject message
-events title comments body user state""".split()
+# What is read of a .parquet: the columns that `document_of` looks at.
+COLUMNS = """content lang language ext path max_stars_repo_path new_file old_contents new_contents
+subject message events title comments body user state""".split()
+
+
+@contextlib.contextmanager
+def malformed_counted(skipped):
+    """Counts a row of unknown shape and goes on after it."""
+    try:
+        yield
+    except UnicodeError:  # as of half a surrogate pair, which JSON can spell and UTF-8 cannot
+        skipped["not UTF-8"] += 1
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        skipped["no content field"] += 1
 
 
 def read_parquet(source, skipped, progress):
+    """The documents of a .parquet file (see `sources.readers`)."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(
-        source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
-    ) as table:
+    # Small buffers, and 64 rows at once: a row group of The Stack may take gigabytes.
+    options = dict(buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+    with pyarrow.parquet.ParquetFile(source, **options) as table:
         names = [name for name in COLUMNS if name in table.schema_arrow.names]
-        if not {"content", "old_contents", "events", "title"} & {*names}:
+        if not {"content", "old_contents", "events", "title"}.intersection(names):
             raise Damaged("it has neither a content, nor commits, nor issues")
-        size, seen = os.path.getsize(source), 0
+        size = os.path.getsize(source)
+        seen = 0
         for batch in table.iter_batches(batch_size=64, columns=names):
-            for i in range(len(batch)):
-                yield from checked(
-                    lambda i=i, batch=batch: {name: batch[name][i].as_py() for name in names},
-                    skipped,
-                )
+            for row in range(len(batch)):
+                document = None
+                with malformed_counted(skipped):
+                    record = {name: batch[name][row].as_py() for name in names}
+                    document = document_of(record, skipped)
+                if document:
+                    yield document
             seen += len(batch)
             progress(size * seen // max(table.metadata.num_rows, 1), absolute=True)
 
 
-def checked(record, skipped):
-    """The documents of a record, which a function returns; one of unknown shape is counted."""
-    try:
-        found = documents_of(record(), skipped)
-    except UnicodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        skipped["not UTF-8"] += 1
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-        skipped["no content field"] += 1
-    else:
-        for document in found:
-            content = document.content
-            if (
-                len(content)
-                if isinstance(content, bytes)
-                else sum(len(text) for _, text in content)
-            ) > LARGEST:
-                skipped[TOO_LARGE] += 1
-            else:
+def read_jsonl(source, skipped, progress):
+    """The documents of a file of JSON lines (see `sources.readers`)."""
+    with open(source, "rb") as packed:
+        records = json_records(unpacked(source, packed), packed, skipped, progress)
+        for record in with_comments(records, skipped):
+            document = None
+            with malformed_counted(skipped):
+                document = document_of(record, skipped)
+            if document:
                 yield document
 
 
-def read_jsonl(source, skipped, progress):
-    import pyarrow
+def unpacked(source, packed):
+    """A stream of the lines of a file, packed or not."""
+    if source.endswith(".gz"):
+        return gzip.open(packed)
+    if source.endswith(".zst"):
+        import pyarrow
 
-    with open(source, "rb") as raw:
-        plain = raw
-        if source.endswith(".gz"):
-            plain = gzip.open(raw)
-        elif source.endswith(".zst"):
-            plain = io.BufferedReader(
-                pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), 1 << 20
-            )
-        issue, joined = None, 0  # the API answers comments apart; they join the issue before them
-        while line := plain.readline(2 * LARGEST):
-            progress(raw.tell(), absolute=True)
-            if len(line) == 2 * LARGEST and not line.endswith(b"\n"):
-                skipped[TOO_LARGE] += 1
-                while (line := plain.readline(LARGEST)) and not line.endswith(b"\n"):
-                    pass
-                continue
-            if not line.strip():
-                continue
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd")
+        return io.BufferedReader(stream, 1 << 20)
+    return packed
+
+
+def json_records(stream, packed, skipped, progress):
+    """Yields (value, length) of each line."""
+    while line := stream.readline(2 * LARGEST):
+        progress(packed.tell(), absolute=True)
+        if len(line) == 2 * LARGEST and not line.endswith(b"\n"):
+            # A line without end, such as a gigabyte of zeros in a megabyte, is skipped in pieces.
+            skipped[TOO_LARGE] += 1
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(LARGEST)
+        elif line.strip():
             try:
-                record = json.loads(line)
+                yield json.loads(line), len(line)
             except UnicodeError:
                 skipped["not UTF-8"] += 1
-                continue
             except (ValueError, RecursionError):
                 skipped["not JSON"] += 1
-                continue
-            if isinstance(record, dict) and "issue_url" in record and "title" not in record:
-                joined += len(line)
-                if not (issue and record["issue_url"] == issue.get("url")):
-                    skipped["a comment without its issue"] += 1
-                elif joined > LARGEST:
-                    skipped[f"a comment of an issue {TOO_LARGE}"] += 1
-                else:
-                    issue["comments"].append(record)
-                continue
-            if issue:
-                yield from checked(lambda issue=issue: issue, skipped)
-            issue, joined = None, 0
-            if (
-                isinstance(record, dict)
-                and isinstance(record.get("comments"), int)
-                and "title" in record
-                and "url" in record
-            ):
-                issue = record | {"comments": []}
+
+
+def with_comments(records, skipped):
+    """Yields the records, with those that are comments joined to their issue.
+
+    GitHub's API answers an issue with the number of its comments, and the comments apart, each with
+    the URL of its issue; they have to follow it.
+    """
+    issue = None
+    size = 0  # of its comments
+    for record, length in records:
+        fields = record if isinstance(record, dict) else {}
+        if "issue_url" in fields and "title" not in fields:
+            size += length
+            if not issue or record["issue_url"] != issue.get("url"):
+                skipped["a comment without its issue"] += 1
+            elif size > LARGEST:
+                skipped[f"a comment of an issue {TOO_LARGE}"] += 1
             else:
-                yield from checked(lambda record=record: record, skipped)
+                issue["comments"].append(record)
+            continue
+
         if issue:
-            yield from checked(lambda: issue, skipped)
+            yield issue
+        issue = None
+        size = 0
+        if isinstance(fields.get("comments"), int) and {"title", "url"} <= fields.keys():
+            issue = record | {"comments": []}
+        else:
+            yield record
+    if issue:
+        yield issue
