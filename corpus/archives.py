@@ -1,9 +1,10 @@
 """Reads .tar (plain, .gz, .xz, .bz2) and .zip archives; nothing is unpacked to disk.
 
-An archive may be anybody's, and made to do harm: a few kilobytes can claim names, members or
-dictionaries of gigabytes. Memory stays below one document and HEADERS, whatever an archive claims.
+An archive may be anybody's, and made to do harm: a few kilobytes can claim names, members and
+dictionaries of gigabytes. Here memory stays below one document, one description of a member and
+what unpacking needs; an archive that claims more is refused in one line.
 
-Left out: .zip members in other methods than the two that nearly all have, and encrypted ones.
+Left out: .zip members that are encrypted, or packed in other ways than the two of nearly all.
 """
 
 import bz2
@@ -17,95 +18,94 @@ import zipfile
 from corpus.languages import SKIPPED_DIRECTORIES
 from corpus.records import LARGEST, Damaged, file_document, may_be_document
 
-HEADERS = 1_000_000  # bytes that may describe a member of a .tar: its name, its attributes
+DESCRIPTION = 1_000_000  # bytes that may describe a member of a .tar: its name, its attributes
 XZ_MEMORY = 200_000_000  # bytes that unpacking may take; `xz -9` needs 65 MB
 BLOCK = 1 << 20  # bytes that are read at once
 
 
 def is_skipped(name):
-    """True if a member lies in one of SKIPPED_DIRECTORIES."""
+    """True for a member in one of SKIPPED_DIRECTORIES."""
     return not SKIPPED_DIRECTORIES.isdisjoint(name.split("/")[:-1])
 
 
+# ---- .tar ----------------------------------------------------------------------------------------
+
+
 def read_tar(source, skipped, progress):
-    """The documents of a .tar archive (see `sources.readers`)."""
+    """The documents of a .tar archive; a reader (see `sources.Source`)."""
     unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": XzStream, ".bz2": bz2.open}
     ending = os.path.splitext(source)[1]
     with open(source, "rb") as packed:
         stream = GuardedStream(unpack[ending](packed) if ending in unpack else packed)
         archive = tarfile.open(fileobj=stream, mode="r:")
         while member := archive.next():
-            # tarfile would remember each member, and all that global headers say.
+            # tarfile would remember every member, and all that headers say of all members.
             archive.members.clear()
             archive.pax_headers.clear()
-            progress(packed.tell(), absolute=True)
 
-            is_file = member.isfile()
+            progress(packed.tell(), absolute=True)
             unseen = member.isdir() or is_skipped(member.name)
+            is_file = member.isfile()  # not a link or a device
             if not unseen and may_be_document(member.name, is_file, member.size, skipped):
                 stream.left = LARGEST
                 content = archive.extractfile(member).read()
-                document = file_document(member.name, content, skipped)
-                if document:
+                if document := file_document(member.name, content, skipped):
                     yield document
-            stream.left = HEADERS
+            stream.left = DESCRIPTION
         stream.check_end()
 
 
 class GuardedStream:
-    """The unpacked bytes of a .tar, as tarfile may read them."""
+    """The bytes of a .tar as tarfile may read them: forward, and `left` until the next member."""
 
     def __init__(self, stream):
         self.stream = stream
         self.position = 0
-        self.left = HEADERS  # bytes that may be read before the next member
+        self.left = DESCRIPTION
         self.last = b""  # what was read last
 
     def read(self, size):
-        """The next bytes, if that many are left: tarfile would take a name of any length."""
+        """The next bytes."""
+        # tarfile would take a name of any length, and any number of headers in a row.
         self.left -= size
         if size < 0 or self.left < 0:
-            raise Damaged(f"what describes a member takes over {HEADERS:,} bytes")
+            raise Damaged(f"what describes a member takes over {DESCRIPTION:,} bytes")
         self.last = self.stream.read(size)
         self.position += len(self.last)
         return self.last
 
     def tell(self):
-        """The position."""
+        """The number of bytes so far."""
         return self.position
 
     def seek(self, position):
-        """Skips bytes. Going back would read the same members for ever."""
+        """Skips bytes, which do not count."""
         if position < self.position:
+            # Going back would read the same members for ever.
             raise Damaged("a member of negative size")
-        while position > self.position:
-            size = len(self.stream.read(min(BLOCK, position - self.position)))
-            if not size:
-                break
-            self.position += size
+        while block := self.stream.read(min(BLOCK, position - self.position)):
+            self.position += len(block)
 
     def check_end(self):
-        """Raises tarfile.ReadError if zeros do not follow to the end, as they do in a whole .tar.
-
-        To tarfile, a damaged header is an end like any other. Reading on also checks the checksum
-        of a packed file.
-        """
+        """Raises tarfile.ReadError if the archive is cut."""
+        # To tarfile, a damaged header is an end like any other; at the real end are only zeros.
         end = self.last + self.stream.read(BLOCK)
         if not end or any(end):
             raise tarfile.ReadError("it ends in the middle")
+        # A packed file has its checksum at the very end.
         while self.stream.read(BLOCK):
             pass
 
 
 class XzStream:
-    """Unpacks an .xz file. lzma.open knows no limit: it takes the gigabytes that a file asks for."""
+    """Unpacks an .xz file, as lzma.open does; but that takes the gigabytes that a file asks for."""
 
     def __init__(self, packed):
         self.packed = packed
         self.decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
 
     def read(self, size):
-        """The next `size` bytes, or fewer at the end. Raises EOFError if it ends in the middle."""
+        """The next bytes, fewer only at the end. Raises EOFError if the file is cut."""
         pieces = []
         while size > 0:
             block = b""
@@ -126,12 +126,14 @@ class XzStream:
         return b"".join(pieces)
 
 
+# ---- .zip ----------------------------------------------------------------------------------------
+
+
 def read_zip(source, skipped, progress):
-    """The documents of a .zip archive (see `sources.readers`)."""
+    """The documents of a .zip archive; a reader (see `sources.Source`)."""
     with open(source, "rb") as file, zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        check_count(file, len(members))
-        for member in members:
+        check_count(file, len(archive.infolist()))
+        for member in archive.infolist():
             progress(member.compress_size)
             is_file = not stat.S_ISLNK(member.external_attr >> 16)
             if member.is_dir() or is_skipped(member.filename):
@@ -146,18 +148,16 @@ def read_zip(source, skipped, progress):
             else:
                 with archive.open(member) as f:  # gives no more than the size that was checked
                     content = f.read(LARGEST)
-                document = file_document(member.filename, content, skipped)
-                if document:
+                if document := file_document(member.filename, content, skipped):
                     yield document
 
 
 def check_count(file, count):
-    """Raises zipfile.BadZipFile if a .zip has fewer members than its end record says.
-
-    zipfile does not look: members that follow a damaged one would be lost in silence. An archive of
-    more than 65,534 members has the number elsewhere, and is not checked.
-    """
-    file.seek(-min(66_000, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    """Raises zipfile.BadZipFile if the end record of a .zip counts more or fewer members."""
+    # zipfile does not look: where its table of contents is damaged, members would be lost in
+    # silence. The record is in the last 66 kB, and holds numbers up to 65,534.
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 66_000))
     end = file.read()
     at = end.rindex(b"PK\5\6") + 10
     said = int.from_bytes(end[at : at + 2], "little")

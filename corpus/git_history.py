@@ -1,14 +1,14 @@
 """Reads the history of a git repository: how each commit changed each file.
 
-A stranger's repository can make git run any command. Its configuration names programs that fetch
-missing objects, compare files or check signatures, and it has hooks. So git never runs in it, but
-in an empty repository of our own, which borrows the packs and the loose objects of the stranger's,
-the name of its newest commit, and where a shallow history ends. Configuration, hooks, attributes,
-references and alternates stay behind.
+A stranger's repository can make git run any program: its configuration names some that fetch
+missing objects, compare files or check signatures, and it has hooks. So git never runs there. It
+runs in an empty repository of our own, which borrows the packs and loose objects of the stranger's,
+the name of its newest commit, and where its history ends if it is shallow. Configuration, hooks,
+attributes, references and alternates stay behind.
 
-Left out: merges, new files, renames, and all branches but the current one. Repositories whose
-references are a reftable, whose objects lie elsewhere (`git clone --shared`) or are not all there
-(partial clones) are refused.
+Left out: merges, new files, renames, and branches other than the current one. Refused: repositories
+whose references are a reftable, whose objects lie in another (`git clone --shared`), or of which
+some are missing (partial clones).
 """
 
 import contextlib
@@ -22,59 +22,49 @@ from typing import NamedTuple
 from corpus.languages import language_of, may_be_source
 from corpus.records import LARGEST, TOO_LARGE, Damaged, Document, commit_record
 
-COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, or SHA-256
-
-
 # ---- what is borrowed ----------------------------------------------------------------------------
+
+COMMIT = "[0-9a-f]{64}|[0-9a-f]{40}"  # the name of one: a SHA-256, or a SHA-1
+LONGEST_TEXT = 100_000_000  # characters; a million references take 60 MB
 
 
 def is_plain_file(path):
-    """True for a file that is no link, which may lead elsewhere, and no pipe, which never ends."""
+    """True for a file that is no link, which may lead anywhere, and no pipe, which never ends."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte in the path
         return stat.S_ISREG(os.lstat(path).st_mode)
     return False
 
 
-def read_text(path, most=-1):
-    """The first `most` characters of a plain file, without space around; "" if there is none."""
-    if not is_plain_file(path):
+def read_text(*path):
+    """What is in a file of git's, of which some parts of the path are given; "" if it is none."""
+    if not is_plain_file(os.path.join(*path)):
         return ""
-    with open(path, encoding="utf-8", errors="surrogateescape") as f:
-        return f.read(most).strip()
+    with open(os.path.join(*path), encoding="utf-8", errors="surrogateescape") as f:
+        return f.read(LONGEST_TEXT).strip()
 
 
 def git_directories(repository):
-    """The directory of a repository's HEAD, and that of its objects and references.
-
-    They differ in a linked work tree, whose `.git` is a file that names the first.
-    """
+    """The directory of a repository's HEAD, and that of its objects and references."""
     own = os.path.join(repository, ".git")
     if not os.path.lexists(own):
-        own = repository  # bare
-    if not os.path.isfile(own):
-        return own, os.path.realpath(own)
-    own = os.path.join(repository, read_text(own, 5000).removeprefix("gitdir:").strip())
-    shared = os.path.join(own, read_text(os.path.join(own, "commondir"), 5000))
+        own = repository  # a bare one
+    shared = own
+    if os.path.isfile(own):  # a linked work tree or a submodule: the file names the directory
+        own = os.path.join(repository, read_text(own).removeprefix("gitdir:").strip())
+        shared = os.path.join(own, read_text(own, "commondir"))
     return own, os.path.realpath(shared)
 
 
 def head_commit(own, shared):
-    """The name of the commit that HEAD stands for. Raises Damaged if there is none.
-
-    own, shared: the `git_directories`.
-    """
-    text = read_text(os.path.join(own, "HEAD"), 5000)
-    for _ in range(5):  # a reference may stand for another, and two for each other
-        reference = text.removeprefix("ref:").strip()
-        if COMMIT.fullmatch(reference):
-            return reference
-        if not reference.startswith("refs/") or ".." in reference:
-            break
-        text = read_text(os.path.join(shared, reference), 5000)
-        if not text:
-            packed = read_text(os.path.join(shared, "packed-refs")).split("\n")
-            lines = [line.partition(" ") for line in packed]
-            text = next((commit for commit, _, name in lines if name == reference), "")
+    """The name of the commit that HEAD stands for. Raises Damaged if there is none."""
+    head = read_text(own, "HEAD").removeprefix("ref:").strip()
+    # A branch is a file, or after `git pack-refs` a line. ".." would lead out of the repository.
+    if head.startswith("refs/") and ".." not in head:
+        line = rf"^({COMMIT}) {re.escape(head)}$"
+        packed = re.search(line, read_text(shared, "packed-refs"), re.MULTILINE)
+        head = read_text(shared, head) or (packed[1] if packed else "")
+    if re.fullmatch(COMMIT, head):
+        return head
     if os.path.isdir(os.path.join(shared, "reftable")):
         raise Damaged("its references are a reftable, which is not read here")
     raise Damaged("its HEAD stands for no commit")
@@ -83,71 +73,56 @@ def head_commit(own, shared):
 def borrow(repository, bare):
     """Makes the empty directory `bare` a git repository with the history of another.
 
-    Raises Damaged if that has no commit, or names files elsewhere.
+    Raises Damaged if that has no commit, or files that lie elsewhere.
     """
     own, shared = git_directories(repository)
     objects = os.path.join(shared, "objects")
     if os.path.lexists(os.path.join(objects, "info", "alternates")):
         raise Damaged("its objects lie in another repository, as after git clone --shared")
 
+    # The few files that git needs are written anew, each of its lines checked.
     head = head_commit(own, shared)
-    shallow = read_text(os.path.join(shared, "shallow")).split("\n")
-    is_sha1 = len(head) == 40
-    files = {
-        "HEAD": head,
-        "config": f"[core]\nbare = true\nrepositoryformatversion = {0 if is_sha1 else 1}\n"
-        + ("" if is_sha1 else "[extensions]\nobjectFormat = sha256\n"),
-        "shallow": "\n".join(line for line in shallow if COMMIT.fullmatch(line)),
-    }
-    for name, text in files.items():
+    ends = [line for line in read_text(shared, "shallow").split("\n") if re.fullmatch(COMMIT, line)]
+    sha256 = "repositoryformatversion = 1\n[extensions]\nobjectFormat = sha256\n"
+    config = "[core]\nbare = true\n" + (sha256 if len(head) == 64 else "")
+    for name, text in {"HEAD": head, "config": config, "shallow": "\n".join(ends)}.items():
         with open(os.path.join(bare, name), "w") as f:
             f.write(text)
     os.makedirs(os.path.join(bare, "refs"))
-    os.makedirs(os.path.join(bare, "objects", "pack"))
+    os.makedirs(os.path.join(bare, "objects"))
 
-    # Links to the files, not to the folder `pack`: it may hold more than packs and their indexes.
+    # Packs and loose objects are borrowed by links to each file. A link among them could lead to a
+    # private repository, and a pipe would keep git waiting for ever.
     for folder in os.listdir(objects):
         if not re.fullmatch("pack|[0-9a-f]{2}", folder):
             continue
         path = os.path.join(objects, folder)
-        check_objects(objects, folder)
-        if folder != "pack":
-            os.symlink(path, os.path.join(bare, "objects", folder))
-            continue
+        if os.path.islink(objects) or os.path.islink(path):
+            raise Damaged(f"objects/{folder} is a link")
+        os.makedirs(os.path.join(bare, "objects", folder))
         for name in os.listdir(path):
-            if name.endswith((".pack", ".idx")):
-                os.symlink(os.path.join(path, name), os.path.join(bare, "objects", folder, name))
-
-
-def check_objects(objects, folder):
-    """Raises Damaged if a folder of objects leads elsewhere, or holds other than plain files."""
-    path = os.path.join(objects, folder)
-    if os.path.islink(objects) or os.path.islink(path):
-        raise Damaged(f"objects/{folder} is a link")
-    for name in os.listdir(path):
-        read_by_git = folder != "pack" or name.endswith((".pack", ".idx"))
-        if read_by_git and not is_plain_file(os.path.join(path, name)):
-            raise Damaged(f"objects/{folder}/{name} is not a plain file")
+            if folder == "pack" and not name.endswith((".pack", ".idx")):
+                continue
+            if not is_plain_file(os.path.join(path, name)):
+                raise Damaged(f"objects/{folder}/{name} is not a plain file")
+            os.symlink(os.path.join(path, name), os.path.join(bare, "objects", folder, name))
 
 
 # ---- what git is asked ---------------------------------------------------------------------------
 
+LOG = """log --no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames
+--diff-filter=M -z --format=%x01%s HEAD""".split()
+
 
 @contextlib.contextmanager
 def git(bare, *arguments, **pipes):
-    """Runs git in a repository of our own, without the user's configuration and variables."""
+    """Runs git in a repository of our own, and ends it."""
+    # The user's own configuration counts as little: it may change what git prints.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment |= {
-        "GIT_DIR": bare,
-        "HOME": bare,
-        "XDG_CONFIG_HOME": bare,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_ATTR_NOSYSTEM": "1",
-        # Nothing should make it fetch; if something does, it fails.
-        "GIT_NO_LAZY_FETCH": "1",
-        "GIT_ALLOW_PROTOCOL": "none",
-        "GIT_TERMINAL_PROMPT": "0",
-    }
+    environment |= {"GIT_DIR": bare, "HOME": bare, "XDG_CONFIG_HOME": bare}
+    environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
+    # Nothing should make git fetch. If something does, it fails.
+    environment |= {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1"}
     pipes["stdout"] = subprocess.PIPE
     with subprocess.Popen(["git", *arguments], cwd=bare, env=environment, **pipes) as process:
         try:
@@ -156,54 +131,21 @@ def git(bare, *arguments, **pipes):
             process.kill()
 
 
-class Blobs:
-    """Gives the content of files in a history.
-
-    One process is asked for an object's size, and the other for its content, if that is not too
-    large: a packed blob may be a thousand times larger than its pack.
-    """
-
-    def __init__(self, sizes, contents, largest):
-        self.sizes = sizes
-        self.contents = contents
-        self.largest = largest
-
-    def read(self, name):
-        """The bytes of a file, or None if it is too large."""
-        kind, size = self._ask(self.sizes, name)
-        if kind != b"blob" or size > self.largest:
-            return None
-        self._ask(self.contents, name)
-        return self.contents.stdout.read(size + 1)[:-1]  # a newline follows
-
-    def _ask(self, process, name):
-        process.stdin.write(name + b"\n")
-        process.stdin.flush()
-        words = process.stdout.readline().split()
-        if len(words) != 3:
-            raise Damaged(f"git has no object {name.decode()}; a partial clone lacks some")
-        return words[1], int(words[2])
-
-
 class Change(NamedTuple):
     """How a commit changed a file."""
 
-    subject: str
+    subject: str  # the first line of the commit's message
     path: str
     is_file: bool  # before and after; not a link or a submodule
-    old: bytes  # the names of the two blobs
+    old: bytes  # the name of the object
     new: bytes
 
 
-LOG = """log --no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames
---diff-filter=M -z --format=%x01%s HEAD""".split()
-
-
 def changes(stream):
-    """Yields the `Change`s that `git log` writes with the arguments above.
+    r"""Yields each `Change` of what `git log` prints with the arguments LOG.
 
-    A commit is \\1 and its subject; each of its changes is ":mode mode old new M", and then the path.
-    NUL bytes stand between them.
+    A commit is \1 and its subject; a change is ":mode mode old new M", then the path. After each of
+    these is a NUL byte.
     """
     subject = ""
     fields = nul_separated(stream)
@@ -224,49 +166,63 @@ def nul_separated(stream):
     while block := stream.read1(1 << 16):
         *fields, rest = (rest + block).split(b"\0")
         yield from fields
-        if len(rest) > LARGEST:
+        if len(rest) > LARGEST:  # it could be any number of gigabytes
             raise Damaged(f"the subject of a commit is {TOO_LARGE}")
-    if rest:
-        yield rest
+
+
+def ask(process, name):
+    """The kind and the size of an object, from `git cat-file`."""
+    process.stdin.write(name + b"\n")
+    process.stdin.flush()
+    words = process.stdout.readline().split()
+    if len(words) != 3:
+        raise Damaged(f"git has no object {name.decode()}; a partial clone lacks some")
+    return words[1], int(words[2])
 
 
 def read_commits(source, skipped, progress, largest=LARGEST):
-    """The records of a repository's commits, the newest first (see `sources.readers`).
+    """The records of a repository's commits, the newest first; a reader (see `sources.Source`).
 
-    largest: bytes of a file; a change of a larger one is counted.
+    largest: bytes of a file; changes of larger ones are left out.
     """
     pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    with (
-        tempfile.TemporaryDirectory() as bare,
-        tempfile.TemporaryFile() as said,  # a pipe that is full would stop git
-        contextlib.ExitStack() as processes,
-    ):
+    with contextlib.ExitStack() as stack:
+        bare = stack.enter_context(tempfile.TemporaryDirectory())
         borrow(source, bare)
-        log = processes.enter_context(git(bare, *LOG, stderr=said))
-        sizes = processes.enter_context(git(bare, "cat-file", "--batch-check", **pipes))
-        contents = processes.enter_context(git(bare, "cat-file", "--batch", **pipes))
-        blobs = Blobs(sizes, contents, largest)
+        # Errors go to a file: a pipe that nobody reads would stop git when it is full.
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        log = stack.enter_context(git(bare, *LOG, stderr=errors))
+        # A few bytes of a pack may stand for gigabytes, so one process is asked for an object's
+        # size, and the other for its content if that is not too large.
+        sizes = stack.enter_context(git(bare, "cat-file", "--batch-check", **pipes))
+        contents = stack.enter_context(git(bare, "cat-file", "--batch", **pipes))
+
+        def blob(name):
+            """The content of a file, or None if it is too large."""
+            kind, size = ask(sizes, name)
+            if kind != b"blob" or size > largest:
+                return None
+            ask(contents, name)
+            return contents.stdout.read(size + 1)[:-1]  # a newline follows
 
         for change in changes(log.stdout):
-            document = document_of_change(change, blobs, skipped)
-            if document:
+            if not change.is_file or not may_be_source(change.path):
+                skipped["no known extension"] += 1
+                continue
+            old = blob(change.old)
+            new = blob(change.new)
+            if old is None or new is None:
+                skipped[TOO_LARGE] += 1
+            elif document := document_of_change(change, old, new, skipped):
                 yield document
 
         if log.wait():
-            said.seek(0)
-            raise Damaged(said.read(1000).decode(errors="replace").strip().split("\n")[0])
+            errors.seek(0)
+            raise Damaged(errors.read(1000).decode(errors="replace").strip().split("\n")[0])
 
 
-def document_of_change(change, blobs, skipped):
-    """The `Document` of a `Change`, or None; then the reason is counted in `skipped`."""
-    if not change.is_file or not may_be_source(change.path):
-        skipped["no known extension"] += 1
-        return None
-    old = blobs.read(change.old)
-    new = blobs.read(change.new)
-    if old is None or new is None:
-        skipped[TOO_LARGE] += 1
-        return None
+def document_of_change(change, old, new, skipped):
+    """The `Document` of a `Change` from one content to another, or None, counted."""
     language = language_of(change.path, new)
     if language is None:
         skipped["no known extension"] += 1

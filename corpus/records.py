@@ -1,9 +1,10 @@
 """What a document is, and the records that StarCoder makes of notebooks, commits and issues.
 
 A file is its bytes. A record is a list of pairs, a special token and the text after it; the layout
-of each kind stands at the head of its section.
+of each kind stands at the head of its section. What is left out is counted by its reason, in a
+Counter called `skipped`.
 
-Reference: Li et al., StarCoder, 2023, section 3. Left out: the tokens for the names of repositories
+Reference: Li et al., StarCoder, 2023, section 3. Left out: its tokens for the names of repositories
 and files and for stars, which StarEncoder does not have.
 """
 
@@ -34,7 +35,7 @@ class Damaged(ValueError):
 
 
 def may_be_document(name, is_file, size, skipped):
-    """True if a file is worth reading; if not, the reason is counted in `skipped`."""
+    """True if a file is worth reading, by its name and its size; else it is counted."""
     if not is_file:
         skipped["not a file"] += 1
     elif not may_be_source(name):
@@ -47,7 +48,7 @@ def may_be_document(name, is_file, size, skipped):
 
 
 def file_document(name, content, skipped):
-    """The `Document` of a file, or None; then the reason is counted in `skipped`."""
+    """The `Document` of a file, or None, counted."""
     if name.lower().endswith(".ipynb"):
         try:
             return Document("jupyter", notebook_record(json.loads(content)))
@@ -57,22 +58,21 @@ def file_document(name, content, skipped):
     language = language_of(name, content)
     if language is None:
         skipped["no known extension"] += 1
-        return None
-    return Document(language, content)
+    return language and Document(language, content)
 
 
 # ---- notebooks -----------------------------------------------------------------------------------
 # <jupyter_start> <jupyter_text> text <jupyter_code> code <jupyter_output> output
 #                                     <jupyter_code> code <empty_output> ...
+# Raw cells are left out.
 
 OUTPUT_CHARACTERS = 1000  # are kept of a cell's output
 
 
 def notebook_record(notebook):
-    """The record of a Jupyter notebook of format 3 or 4; [] if it has no text.
+    """The record of a Jupyter notebook of format 3 or 4, as json.loads returns it.
 
-    notebook: as json.loads returns it. Raw cells are left out. Raises TypeError, KeyError or
-    AttributeError for what is no notebook.
+    It is [] without any text. Raises TypeError, KeyError or AttributeError for what is no notebook.
     """
     if "cells" in notebook:
         cells = notebook["cells"]
@@ -85,38 +85,38 @@ def notebook_record(notebook):
         if cell["cell_type"] in ("markdown", "heading"):
             record.append(("<jupyter_text>", text))
         elif cell["cell_type"] == "code":
-            record.append(("<jupyter_code>", text))
             output = "".join(map(output_text, cell.get("outputs", [])))[:OUTPUT_CHARACTERS]
             has_output = bool(output.strip())
+            record.append(("<jupyter_code>", text))
             record.append(("<jupyter_output>", output) if has_output else ("<empty_output>", ""))
     return record if any(text.strip() for _, text in record) else []
 
 
 def output_text(output):
-    """What a cell printed, the name of its error, or its value as plain text."""
+    """What a cell printed, its value as plain text, or its error without the traceback."""
     if output.get("output_type") in ("error", "pyerr"):
         return f"{output.get('ename', '')}: {output.get('evalue', '')}\n"
     return joined(output.get("text") or output.get("data", {}).get("text/plain") or "")
 
 
 def joined(text):
-    """A notebook's text, which is a string or a list of lines; in format 3, without their ends."""
+    """A notebook's text, which is a string or a list of lines."""
     if isinstance(text, str):
         return text
-    has_ends = text and text[0].endswith("\n")
+    has_ends = text and text[0].endswith("\n")  # not in format 3
     return ("" if has_ends else "\n").join(text)
 
 
 # ---- commits -------------------------------------------------------------------------------------
 # <commit_before> old <commit_msg> subject <commit_after> new
-# The filters are those of StarCoder's table 5. Its random choices are made by the content here, so
-# that a corpus is the same each time.
+# The filters are those of StarCoder's table 5. The content itself draws the random numbers, so a
+# commit is kept or not, and cut, in the same way each time.
 
 LONGEST_FILE = 100_000  # characters
-WHOLE_FILE = 0.2  # the share of records that hold the whole file
-CONTEXT_LINES = 32  # at most, around a change, in the other records
+WHOLE_FILE = 0.2  # the share of records that hold the whole file; the others, the changed lines
+CONTEXT_LINES = 32  # at most, around the changed lines
 DATA_LANGUAGES = {"json", "yaml", "html", "xslt"}
-AUTOMATIC = re.compile(
+AUTOMATIC = re.compile(  # subjects that programs write
     r"^(merge\b|revert \"|bump\b|update (readme|changelog)(\.\w+)?$"
     r"|initial commit$|version \d|v?\d+(\.\d+)+$)",
     re.IGNORECASE,
@@ -124,32 +124,33 @@ AUTOMATIC = re.compile(
 
 
 def commit_record(old, new, subject, language, skipped):
-    """The record of how a commit changed one file, or None; then the filter is counted."""
+    """The record of a commit's change of one file, or None, counted."""
     before = old.splitlines(keepends=True)
     after = new.splitlines(keepends=True)
+    # The lines at the start and at the end that did not change.
     start = equal_lines(before, after)
     end = equal_lines(before[start:][::-1], after[start:][::-1])
     changed = max(len(before), len(after)) - start - end
-    keep, keep_data, whole, context = random_numbers(old, new, subject)
 
-    words = max(1, len(subject.split()))
+    keep, keep_data, whole, context = random_numbers(old, new, subject)
+    word_length = len(subject) / max(1, len(subject.split()))
     filters = {
         "file over 100,000 characters": max(len(old), len(new)) > LONGEST_FILE,
         "no subject": not subject.strip(),
         "automatic": AUTOMATIC.search(subject.strip()),
-        "a subject without words": len(subject) / words > 20,
-        "no change": not changed,
+        "a subject without words": word_length > 20,
+        "no change": changed == 0,
         "half of the changes of up to 2 lines": changed <= 2 and keep < 0.5,
         "90 % of the changes of 200 lines or more": changed >= 200 and keep < 0.9,
         "half of the data formats": language in DATA_LANGUAGES and keep_data < 0.5,
     }
-    for reason, applies in filters.items():
-        if applies:
-            skipped[f"commit: {reason}"] += 1
-            return None
+    reasons = [reason for reason, applies in filters.items() if applies]
+    if reasons:
+        skipped[f"commit: {reasons[0]}"] += 1
+        return None
 
     if whole >= WHOLE_FILE:
-        around = int(context * (CONTEXT_LINES + 1))
+        around = int(context * (CONTEXT_LINES + 1))  # 0 to 32
         start = max(0, start - around)
         end = max(0, end - around)
         old = "".join(before[start : len(before) - end])
@@ -171,6 +172,8 @@ def random_numbers(*texts):
 
 # ---- issues --------------------------------------------------------------------------------------
 # <issue_start> Title: title \n username_0: text <issue_comment> username_1: text ... <issue_closed>
+# Users are renamed: to username_0, username_1, ... in the order in which they speak, wherever they
+# are mentioned; anybody else who is mentioned, to @username. What bots say is left out.
 
 LONGEST_COMMENT = 80  # lines
 SHORTEST_ISSUE = 200  # characters
@@ -179,54 +182,77 @@ BOT = re.compile(
     r"|^(codecov|dependabot|renovate|greenkeeper|coveralls|stale|k8s-ci-robot|googlebot)\b",
     re.IGNORECASE,
 )
-
-# What mail programs and GitHub put around an answer: a mail that is forwarded below it, the line
-# above a quotation, and the device.
-FORWARDED = re.compile(
-    r"Reply to this email directly|-+ ?Original Message ?-+$"
-    r"|From: .*\n(Sent|Date|To|Cc|Subject): ",
+# What mail programs put at the end of an answer: the mail that it answers, as a copy or as a
+# quotation below a line that names its author, and the device.
+COPIED = re.compile(
+    r"^(?:Reply to this email directly|-+ ?Original Message ?-+$"
+    r"|From: .*\n(?:Sent|Date|To|Cc|Subject): )",
     re.MULTILINE,
 )
 QUOTED = re.compile(r"On (?=.*[\d@]).{0,300} (wrote|writes):")
 SENT_FROM = re.compile(r"Sent from my .{1,50}")
-
-# A word that may be a user's name, or The Stack's for one. Any character may stand beside it.
+# A word that may be a user's name, or The Stack's for one: ASCII, whatever stands beside it.
 NAME = re.compile(
     r"(?<![A-Za-z0-9-])(@?)(username_\d+|[A-Za-z0-9][A-Za-z0-9-]{0,38})(?![A-Za-z0-9-])"
 )
 
 
 class Comment(NamedTuple):
-    """What somebody said in an issue; the first is the issue's own text."""
+    """What somebody said in an issue."""
 
     authors: tuple  # the names of one person: the login, and The Stack's name for it
     is_bot: bool
-    text: str | None  # None: took part without a word, such as by closing the issue
+    text: str | None  # None: took part without a word, as by closing the issue
 
 
 class Issue(NamedTuple):
     """A GitHub issue, whatever the shape of its record."""
 
     title: str
-    comments: list  # those without a word last
+    comments: list  # the issue's own text first, those without a word last
     closed: bool
 
 
-def issue_record(issue, skipped):
-    """The record of an `Issue`, or None; then the filter is counted.
+def stack_issue(record):
+    """The `Issue` of a record of The Stack, which is a list of events."""
+    events = [event for event in record["events"] if isinstance(event, dict)]
+    titles = [event["title"] for event in events if event.get("title")]
+    said = []
+    silent = []
+    closed = False
+    for event in events:
+        names = [event.get("author"), event.get("masked_author")]
+        speaks = event.get("text") or event.get("action") == "opened"
+        (said if speaks else silent).append(comment_of(names, event.get("text")))
+        if event.get("action") in ("closed", "reopened"):
+            closed = event["action"] == "closed"
+    return Issue(record.get("title") or (titles or [""])[0], said + silent, closed)
 
-    Its users become username_0, username_1, ... in the order in which they speak, wherever they are
-    mentioned. Anybody else who is mentioned becomes @username. Comments of bots are dropped, and so
-    is an issue that a bot opened.
-    """
+
+def api_issue(record):
+    """The `Issue` of an answer of GitHub's API, with its comments in a list or without them."""
+    comments = record["comments"] if isinstance(record.get("comments"), list) else []
+    people = [(said.get("user") or {}, said["body"]) for said in [record, *comments]]
+    others = [record.get("closed_by"), *(record.get("assignees") or [])]
+    people += [(user, None) for user in others if user]
+    said = [comment_of([user.get("login")], text, user.get("type")) for user, text in people]
+    return Issue(record["title"], said, record.get("state") == "closed")
+
+
+def comment_of(names, text, type_of_user=None):
+    """A `Comment`. names: of its author, some of which may be None."""
+    names = tuple(name for name in names if name) or ("",)
+    is_bot = type_of_user == "Bot" or any(map(BOT.search, names))
+    return Comment(names, is_bot, text)
+
+
+def issue_record(issue, skipped):
+    """The record of an `Issue`, or None, counted."""
     if not issue.comments or issue.comments[0].is_bot:
         skipped["issue: opened by a bot"] += 1
         return None
-    people = [
-        comment._replace(text=without_mail(comment.text or ""))
-        for comment in issue.comments
-        if not comment.is_bot
-    ]
+    people = [comment for comment in issue.comments if not comment.is_bot]
+    people = [comment._replace(text=without_mail(comment.text or "")) for comment in people]
     said = people[:1] + [comment for comment in people[1:] if comment.text]
 
     # Who says something has the first numbers.
@@ -234,15 +260,15 @@ def issue_record(issue, skipped):
     for comment in said + people:
         authors = [author.lower() for author in comment.authors]
         known = [names[author] for author in authors if author in names]
-        name = known[0] if known else f"username_{len(set(names.values()))}"
-        names.update(dict.fromkeys(authors, name))
+        number = len(set(names.values()))
+        names |= dict.fromkeys(authors, known[0] if known else f"username_{number}")
 
-    texts = [
-        f"{names[comment.authors[0].lower()]}: {anonymous(comment.text, names)}" for comment in said
-    ]
+    speakers = [names[comment.authors[0].lower()] for comment in said]
+    texts = [anonymous(comment.text, names) for comment in said]
+    first, *others = [f"{speaker}: {text}" for speaker, text in zip(speakers, texts)]
     title = anonymous(issue.title.strip(), names)
-    record = [("<issue_start>", f"Title: {title}\n{texts[0]}")]
-    record += [("<issue_comment>", text) for text in texts[1:]]
+    record = [("<issue_start>", f"Title: {title}\n{first}")]
+    record += [("<issue_comment>", text) for text in others]
     if issue.closed:
         record.append(("<issue_closed>", ""))
     if sum(len(text) for _, text in record) < SHORTEST_ISSUE:
@@ -266,14 +292,11 @@ def anonymous(text, names):
 
 
 def without_mail(text):
-    """A comment of at most LONGEST_COMMENT lines, without what an answer by mail has at its end."""
-    lines = text.replace("\r\n", "\n").strip().split("\n")
-    for i in range(len(lines)):
-        if FORWARDED.match("\n".join(lines[i : i + 2])):
-            lines = lines[:i]
-            break
+    """A comment of at most LONGEST_COMMENT lines, without what mail programs put at its end."""
+    text = COPIED.split(text.replace("\r\n", "\n").strip(), maxsplit=1)[0]
 
-    # A quotation at the end goes, if a line above it says so; that line may be broken in two.
+    # A quotation at the end goes if the line above it says so, which may be broken in two.
+    lines = text.removesuffix("\n").split("\n")
     end = len(lines)
     while end and not lines[end - 1].split(">")[0].strip():
         end -= 1
@@ -288,56 +311,22 @@ def without_mail(text):
     return "\n".join(lines[:LONGEST_COMMENT]).strip()
 
 
-def stack_issue(record):
-    """The `Issue` of a record of The Stack: a list of events."""
-    events = [event for event in record["events"] if isinstance(event, dict)]
-    titles = [event["title"] for event in events if event.get("title")]
-    title = record.get("title") or (titles or [""])[0]
-    said, silent = [], []
-    closed = False
-    for event in events:
-        names = [name for name in (event.get("author"), event.get("masked_author")) if name]
-        is_bot = any(BOT.search(name) for name in names)
-        comment = Comment(tuple(names) or ("",), is_bot, event.get("text"))
-        speaks = comment.text or event.get("action") == "opened"
-        (said if speaks else silent).append(comment)
-        if event.get("action") in ("closed", "reopened"):
-            closed = event["action"] == "closed"
-    return Issue(title, said + silent, closed)
-
-
-def api_issue(record):
-    """The `Issue` of an answer of GitHub's API, with its comments in a list or left out."""
-
-    def comment_of(user, text):
-        login = user.get("login") or ""
-        return Comment((login,), user.get("type") == "Bot" or bool(BOT.search(login)), text)
-
-    answers = record["comments"] if isinstance(record.get("comments"), list) else []
-    comments = [comment_of(said.get("user") or {}, said["body"]) for said in [record, *answers]]
-    others = [record.get("closed_by"), *(record.get("assignees") or [])]
-    comments += [comment_of(user, None) for user in others if user]
-    return Issue(record["title"], comments, record.get("state") == "closed")
-
-
 # ---- rows of a table, lines of JSON --------------------------------------------------------------
 
 
 def document_of(record, skipped):
-    """The `Document` of a row or of a line, which says by its fields what it is; or None.
+    """The `Document` of a record, which says by its fields what it is; or None, counted.
 
-    Why there is none is counted in `skipped`. Raises ValueError, KeyError, TypeError or
-    AttributeError if the record is of unknown shape.
+    Raises ValueError, KeyError, TypeError or AttributeError if its shape is unknown.
     """
     if "content" in record and not isinstance(record.get("events"), list):
-        document = document_of_file(record, skipped)
+        document = row_document(record, skipped)
     elif "old_contents" in record:
-        document = document_of_commit(record, skipped)
+        document = commit_document(record, skipped)
     elif "cells" in record or "worksheets" in record:
         document = Document("jupyter", notebook_record(record))
     else:
-        is_of_the_stack = "events" in record
-        issue = stack_issue(record) if is_of_the_stack else api_issue(record)
+        issue = stack_issue(record) if "events" in record else api_issue(record)
         found = issue_record(issue, skipped)
         document = found and Document("github-issues", found)
 
@@ -350,39 +339,32 @@ def document_of(record, skipped):
     return document
 
 
-def document_of_file(record, skipped):
-    """The `Document` of a row with a `content`."""
+def row_document(record, skipped):
+    """The `Document` of a record with a `content`."""
     content = record["content"]
     if not isinstance(content, bytes):
         content = content.encode()
     path = path_of(record)
-    language = language_named(str(said_language(record) or language_of(path, content) or "other"))
+    name = record.get("lang") or record.get("language") or language_of(path, content) or "other"
+    language = language_named(str(name))
     if path.endswith(".ipynb") or language == "jupyter-notebook":
         return file_document("a.ipynb", content, skipped)
     return Document(language, content)
 
 
-def document_of_commit(record, skipped):
-    """The `Document` of a row with `old_contents` and `new_contents`."""
-    old = record["old_contents"]
+def commit_document(record, skipped):
+    """The `Document` of a record with `old_contents` and `new_contents`."""
     new = record["new_contents"]
     subject = (record.get("subject") or record.get("message") or "").split("\n")[0]
-    name = said_language(record)
-    if name:
-        language = language_named(str(name))
-    else:
-        language = language_of(path_of(record), new.encode(errors="replace"))
-    found = commit_record(old, new, subject, language, skipped)
+    name = record.get("lang") or record.get("language")
+    name = name or language_of(path_of(record), new.encode(errors="replace"))
+    language = language_named(str(name))
+    found = commit_record(record["old_contents"], new, subject, language, skipped)
     return found and Document("git-commits", found)
 
 
-def said_language(record):
-    """The language that a row names, if any."""
-    return record.get("lang") or record.get("language")
-
-
 def path_of(record):
-    """The path of the file of a row, or at least its extension."""
-    fields = ("path", "max_stars_repo_path", "new_file")
+    """The path of the file of a record, or at least its extension."""
+    fields = ("path", "max_stars_repo_path", "new_file")  # The Stack's v2, its v1, CommitPack's
     named = [str(record[field]) for field in fields if record.get(field)]
     return named[0] if named else f".{record.get('ext')}"

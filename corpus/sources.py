@@ -1,12 +1,12 @@
 """What a corpus is made of, read one document at a time.
 
-    a directory              source files, by languages.txt, and Jupyter notebooks; on request, the
-                             history of the git repositories in it
-    .tar .tar.gz .zip ...    the same files in an archive (archives.py)
-    .parquet .jsonl ...      The Stack's files, commits and issues (tables.py)
+    a directory             source files, by languages.txt, and Jupyter notebooks; on request, the
+                            history of the git repositories in it
+    .tar .tar.gz .zip ...   the same files in an archive (archives.py)
+    .parquet .jsonl ...     The Stack's files, commits and issues; notebooks (tables.py)
 
-Memory does not grow with a source, but for the names in a .zip. Documents over LARGEST are left out;
-what is left out is counted, by reason.
+Memory does not grow with a source, but for the names in a .zip. A document over LARGEST is left
+out; whatever is left out is counted, by reason.
 
 Reference: Kocetkov et al., The Stack, 2022.
 """
@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 from corpus.archives import read_tar, read_zip
@@ -27,52 +28,43 @@ from corpus.languages import SKIPPED_DIRECTORIES, may_be_source
 from corpus.records import LARGEST, TOO_LARGE, file_document, may_be_document
 from corpus.tables import read_jsonl, read_parquet
 
+# ---- directories ---------------------------------------------------------------------------------
+
 
 def walk(directory, unreadable=None):
-    """(folder, its folders, its files) as of os.walk, sorted; no links or SKIPPED_DIRECTORIES.
+    """Yields (folder, its folders, its files), sorted, of a directory and of all folders in it.
 
-    Only one level of os.walk at a time: Python 3.11's calls itself, and a stranger's folders may lie
-    a thousand deep. unreadable: is called with the error of a folder that cannot be read.
+    Not entered: links, SKIPPED_DIRECTORIES, and what the caller removes from the folders.
+    unreadable: is called with the error of a folder that cannot be read.
     """
     waiting = [directory]
     while waiting:
-        level = next(os.walk(waiting.pop(), onerror=unreadable), None)
-        if level is None:
-            continue
-        folder, folders, names = level
-        folders.sort()
-        yield folder, folders, sorted(names)
-        for name in reversed(folders):
-            inner = os.path.join(folder, name)
-            if name not in SKIPPED_DIRECTORIES and not os.path.islink(inner):
-                waiting.append(inner)
+        # Only one level of os.walk at a time: Python 3.11's calls itself for the next, and a
+        # stranger's folders may lie a thousand deep.
+        for folder, folders, names in islice(os.walk(waiting.pop(), onerror=unreadable), 1):
+            folders.sort()
+            yield folder, folders, sorted(names)
+            inner = [os.path.join(folder, n) for n in folders if n not in SKIPPED_DIRECTORIES]
+            waiting += [path for path in reversed(inner) if not os.path.islink(path)]
 
 
 def files_in(directory, skipped):
-    """The paths of all files in a directory. Unreadable folders and links to folders are counted."""
+    """Yields the paths of all files in a directory; folders that are not entered are counted."""
 
     def unreadable(error):
         skipped["unreadable"] += 1
 
     for folder, folders, names in walk(directory, unreadable):
-        paths = [os.path.join(folder, name) for name in folders]
-        skipped.update("not a file" for path in paths if os.path.islink(path))
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        skipped.update(["not a file"] * len(links))
         for name in names:
             yield os.path.join(folder, name)
 
 
-def size_of(path):
-    """Bytes of a file that may be a source; 0 for any other, and for one that is gone by now."""
-    try:
-        return os.path.getsize(path) if may_be_source(path) and os.path.isfile(path) else 0
-    except OSError:
-        return 0
-
-
 def read_directory(source, skipped, progress):
-    """The documents of the files in a directory (see `readers`)."""
+    """The documents of the files in a directory; a reader (see `Source`)."""
     for path in files_in(source, skipped):
-        # isfile is false for links to nothing or to themselves, and for pipes, which never end.
+        # A link to nothing or to itself is no file. Nor is a pipe: reading it would never end.
         if not may_be_document(path, os.path.isfile(path), 0, skipped):
             continue
         try:
@@ -84,11 +76,33 @@ def read_directory(source, skipped, progress):
         progress(len(content))
         if len(content) > LARGEST:
             skipped[TOO_LARGE] += 1
-            continue
-        document = file_document(path, content, skipped)
-        if document:
+        elif document := file_document(path, content, skipped):
             yield document
 
+
+def size_of(path):
+    """Bytes of a file that may be a source; 0 for any other, and for one that is gone by now."""
+    try:
+        return os.path.getsize(path) if may_be_source(path) and os.path.isfile(path) else 0
+    except OSError:
+        return 0
+
+
+def repositories(directory):
+    """Yields the git repositories in a directory, bare ones too; it may be one itself."""
+    for folder, folders, names in walk(directory):
+        path = os.path.join(folder, ".git")
+        # A `.git` that is a link or a file leads to another directory. The user may name one that
+        # does; a stranger's might lead to what is private.
+        is_named = folder == directory and os.path.lexists(path)
+        is_plain = os.path.isdir(path) and not os.path.islink(path)
+        is_bare = {"objects", "refs"}.issubset(folders) and "HEAD" in names
+        if is_named or is_plain or is_bare:
+            yield folder
+            folders.clear()  # repositories inside a repository are its project's files
+
+
+# ---- any source ----------------------------------------------------------------------------------
 
 READERS = {
     read_tar: (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"),
@@ -99,34 +113,22 @@ READERS = {
 TABLES = READERS[read_parquet] + READERS[read_jsonl]
 KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 
+# What a reader raises for a damaged file, besides OSError and pyarrow's errors.
+BAD_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
+BAD_PACKING = (EOFError, lzma.LZMAError, zlib.error)
+BAD_NUMBER = (ValueError, OverflowError, RecursionError)  # a header claims what cannot be
+
 
 class Source(NamedTuple):
     """A source, and how to read it."""
 
     path: str
-    reader: Callable  # a generator of `Document`; arguments: path, and two of those of `read`
-    size: int  # bytes on disk, of which the reader tells its progress
-
-
-def repositories(directory):
-    """The paths of the git repositories in a directory, which may be one itself; also bare ones.
-
-    Repositories inside a repository are its project's files, and not entered. A `.git` that leads
-    elsewhere, as a file or a link, counts only in the directory that the user named: a stranger's
-    might lead to a private one.
-    """
-    for folder, folders, names in walk(directory):
-        path = os.path.join(folder, ".git")
-        is_named = folder == directory and os.path.lexists(path)
-        is_plain = os.path.isdir(path) and not os.path.islink(path)
-        is_bare = {"objects", "refs"}.issubset(folders) and "HEAD" in names
-        if is_named or is_plain or is_bare:
-            yield folder
-            folders.clear()
+    reader: Callable  # yields documents; its arguments are those of `read` without itself
+    size: int  # bytes on disk
 
 
 def readers(source, commits=False):
-    """[`Source`, ...] of a path. commits: also the histories of the git repositories in it.
+    """[`Source`, ...] of a path. commits: the histories of the git repositories in it, too.
 
     Raises ValueError if it is missing or of an unknown kind, OSError if it cannot be read.
     """
@@ -135,11 +137,9 @@ def readers(source, commits=False):
         if commits and not shutil.which("git"):
             raise ValueError("--commits: needs the git program")
         size = sum(map(size_of, files_in(source, Counter())))
-        histories = repositories(source) if commits else []
-        return [
-            Source(source, read_directory, size),
-            *(Source(path, read_commits, 0) for path in histories),
-        ]
+        found = repositories(source) if commits else []
+        histories = [Source(path, read_commits, 0) for path in found]
+        return [Source(source, read_directory, size), *histories]
     if not os.path.exists(source):
         raise ValueError(f"{source}: no such file or directory")
     for reader, endings in READERS.items():
@@ -148,34 +148,19 @@ def readers(source, commits=False):
     raise ValueError(f"{source}: not a source; give {KINDS}")
 
 
-# What the readers raise for a damaged file, besides pyarrow's error and OSError. The last three come
-# from numbers in headers that cannot be.
-DAMAGED = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    NotImplementedError,
-    EOFError,
-    lzma.LZMAError,
-    zlib.error,
-    ValueError,
-    OverflowError,
-    RecursionError,
-)
-
-
 def read(source, reader, skipped, progress):
-    """The documents of one of the `readers` of a source.
+    """Yields each `Document` of a source, by one of its `readers`.
 
-    skipped: a Counter; what is left out is added to it, by reason. progress: is called with a
-    number of bytes, read since the last call, or, with absolute=True, read so far.
+    skipped: a Counter, to which is added what is left out, by reason.
+    progress: is called with bytes read since the last call, or, with absolute=True, in all.
     Raises ValueError if the source is damaged or cannot be read.
     """
     import pyarrow
 
     try:
         yield from reader(source, skipped, progress)
-    except (OSError, pyarrow.ArrowException, *DAMAGED) as error:
-        if isinstance(error, OSError) and error.errno:
+    except (OSError, pyarrow.ArrowException, *BAD_ARCHIVE, *BAD_PACKING, *BAD_NUMBER) as error:
+        if isinstance(error, OSError) and error.errno:  # pyarrow's have none
             raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None
