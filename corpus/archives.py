@@ -1,8 +1,8 @@
 """Reads .tar (plain, .gz, .xz, .bz2) and .zip archives; nothing is unpacked to disk.
 
 An archive may be anybody's, and made to do harm: a few kilobytes can claim names, members and
-dictionaries of gigabytes. Here memory stays below one document, one description of a member and
-what unpacking needs; an archive that claims more is refused in one line.
+dictionaries of gigabytes. Memory stays below one document, one description of a member and what
+unpacking needs; an archive that claims more is refused in one line.
 
 Left out: .zip members that are encrypted, or packed in other ways than the two of nearly all.
 """
@@ -33,6 +33,7 @@ def is_skipped(name):
 
 def read_tar(source, skipped, progress):
     """The documents of a .tar archive; a reader (see `sources.Source`)."""
+    # tarfile would unpack .gz and the like itself, but without a limit, and by going back.
     unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": XzStream, ".bz2": bz2.open}
     ending = os.path.splitext(source)[1]
     with open(source, "rb") as packed:
@@ -47,7 +48,7 @@ def read_tar(source, skipped, progress):
             unseen = member.isdir() or is_skipped(member.name)
             is_file = member.isfile()  # not a link or a device
             if not unseen and may_be_document(member.name, is_file, member.size, skipped):
-                stream.left = LARGEST
+                stream.left = LARGEST  # enough for the content, whose size has been checked
                 content = archive.extractfile(member).read()
                 if document := file_document(member.name, content, skipped):
                     yield document
@@ -59,9 +60,9 @@ class GuardedStream:
     """The bytes of a .tar as tarfile may read them: forward, and `left` until the next member."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream  # without seek
         self.position = 0
-        self.left = DESCRIPTION
+        self.left = DESCRIPTION  # bytes
         self.last = b""  # what was read last
 
     def read(self, size):
@@ -102,6 +103,7 @@ class XzStream:
 
     def __init__(self, packed):
         self.packed = packed
+        # Raises LZMAError if the file asks for more memory.
         self.decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
 
     def read(self, size):
@@ -121,6 +123,7 @@ class XzStream:
                 block = self.packed.read(BLOCK)
                 if not block:
                     raise EOFError("it ends in the middle")
+            # What is beyond `size` waits in the decoder, packed.
             pieces.append(self.decoder.decompress(block, size))
             size -= len(pieces[-1])
         return b"".join(pieces)
@@ -135,12 +138,12 @@ def read_zip(source, skipped, progress):
         check_count(file, len(archive.infolist()))
         for member in archive.infolist():
             progress(member.compress_size)
-            is_file = not stat.S_ISLNK(member.external_attr >> 16)
+            is_file = not stat.S_ISLNK(member.external_attr >> 16)  # the mode in Unix
             if member.is_dir() or is_skipped(member.filename):
                 continue
             if not may_be_document(member.filename, is_file, member.file_size, skipped):
                 continue
-            if member.flag_bits & 1:
+            if member.flag_bits & 1:  # needs a password
                 skipped["encrypted"] += 1
             elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 # zipfile unpacks bzip2 and LZMA to any size, whatever size a member claims.

@@ -45,11 +45,13 @@ def read_text(*path):
 
 def git_directories(repository):
     """The directory of a repository's HEAD, and that of its objects and references."""
+    # They are the same, but in a linked work tree or a submodule. There `.git` is a file that names
+    # the first, in which a file may name the second.
     own = os.path.join(repository, ".git")
     if not os.path.lexists(own):
         own = repository  # a bare one
     shared = own
-    if os.path.isfile(own):  # a linked work tree or a submodule: the file names the directory
+    if os.path.isfile(own):
         own = os.path.join(repository, read_text(own).removeprefix("gitdir:").strip())
         shared = os.path.join(own, read_text(own, "commondir"))
     return own, os.path.realpath(shared)
@@ -117,13 +119,15 @@ LOG = """log --no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev 
 @contextlib.contextmanager
 def git(bare, *arguments, **pipes):
     """Runs git in a repository of our own, and ends it."""
-    # The user's own configuration counts as little: it may change what git prints.
+    # Nor does the user's own configuration count, which may change what git prints; nor variables
+    # such as GIT_DIR, which name another repository if a hook of git's runs this program.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {"GIT_DIR": bare, "HOME": bare, "XDG_CONFIG_HOME": bare}
     environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
     # Nothing should make git fetch. If something does, it fails.
     environment |= {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1"}
     pipes["stdout"] = subprocess.PIPE
+    # What reads the pipe may end before git does.
     with subprocess.Popen(["git", *arguments], cwd=bare, env=environment, **pipes) as process:
         try:
             yield process
@@ -162,7 +166,7 @@ def changes(stream):
 
 def nul_separated(stream):
     """Yields what lies between the NUL bytes of a stream."""
-    rest = b""
+    rest = b""  # what is not ended yet
     while block := stream.read1(1 << 16):
         *fields, rest = (rest + block).split(b"\0")
         yield from fields
@@ -172,6 +176,7 @@ def nul_separated(stream):
 
 def ask(process, name):
     """The kind and the size of an object, from `git cat-file`."""
+    # It answers "name kind size", or "name missing".
     process.stdin.write(name + b"\n")
     process.stdin.flush()
     words = process.stdout.readline().split()
@@ -206,6 +211,7 @@ def read_commits(source, skipped, progress, largest=LARGEST):
             return contents.stdout.read(size + 1)[:-1]  # a newline follows
 
         for change in changes(log.stdout):
+            # The name may say that there is nothing to read.
             if not change.is_file or not may_be_source(change.path):
                 skipped["no known extension"] += 1
                 continue
@@ -216,20 +222,20 @@ def read_commits(source, skipped, progress, largest=LARGEST):
             elif document := document_of_change(change, old, new, skipped):
                 yield document
 
-        if log.wait():
+        if log.wait():  # it failed; the first line of what it says will do
             errors.seek(0)
             raise Damaged(errors.read(1000).decode(errors="replace").strip().split("\n")[0])
 
 
 def document_of_change(change, old, new, skipped):
-    """The `Document` of a `Change` from one content to another, or None, counted."""
+    """The `Document` of a `Change` from one content to another; None if it is left out."""
     language = language_of(change.path, new)
     if language is None:
         skipped["no known extension"] += 1
         return None
     try:
         record = commit_record(old.decode(), new.decode(), change.subject, language, skipped)
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # in either of the two
         skipped["not UTF-8"] += 1
         return None
     return record and Document("git-commits", record)

@@ -4,8 +4,8 @@ A file is its bytes. A record is a list of pairs, a special token and the text a
 of each kind stands at the head of its section. What is left out is counted by its reason, in a
 Counter called `skipped`.
 
-Reference: Li et al., StarCoder, 2023, section 3. Left out: its tokens for the names of repositories
-and files and for stars, which StarEncoder does not have.
+Reference: Li et al., StarCoder, 2023, section 3. Left out: its tokens for stars and for the names
+of repositories and files.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Damaged(ValueError):
 
 
 def may_be_document(name, is_file, size, skipped):
-    """True if a file is worth reading, by its name and its size; else it is counted."""
+    """True if a file is worth reading, by its name and its size."""
     if not is_file:
         skipped["not a file"] += 1
     elif not may_be_source(name):
@@ -48,7 +48,7 @@ def may_be_document(name, is_file, size, skipped):
 
 
 def file_document(name, content, skipped):
-    """The `Document` of a file, or None, counted."""
+    """The `Document` of a file; None if it is left out."""
     if name.lower().endswith(".ipynb"):
         try:
             return Document("jupyter", notebook_record(json.loads(content)))
@@ -81,10 +81,11 @@ def notebook_record(notebook):
 
     record = [("<jupyter_start>", "")]
     for cell in cells:
-        text = joined(cell["source"] if "source" in cell else cell.get("input", ""))
+        text = joined(cell["source"] if "source" in cell else cell.get("input", ""))  # format 3
         if cell["cell_type"] in ("markdown", "heading"):
             record.append(("<jupyter_text>", text))
         elif cell["cell_type"] == "code":
+            # An output may be a table of any length, or nothing but line ends.
             output = "".join(map(output_text, cell.get("outputs", [])))[:OUTPUT_CHARACTERS]
             has_output = bool(output.strip())
             record.append(("<jupyter_code>", text))
@@ -109,13 +110,12 @@ def joined(text):
 
 # ---- commits -------------------------------------------------------------------------------------
 # <commit_before> old <commit_msg> subject <commit_after> new
-# The filters are those of StarCoder's table 5. The content itself draws the random numbers, so a
-# commit is kept or not, and cut, in the same way each time.
+# The filters are those of StarCoder's table 5.
 
 LONGEST_FILE = 100_000  # characters
 WHOLE_FILE = 0.2  # the share of records that hold the whole file; the others, the changed lines
 CONTEXT_LINES = 32  # at most, around the changed lines
-DATA_LANGUAGES = {"json", "yaml", "html", "xslt"}
+DATA_LANGUAGES = {"json", "yaml", "html", "xslt"}  # seldom written by hand
 AUTOMATIC = re.compile(  # subjects that programs write
     r"^(merge\b|revert \"|bump\b|update (readme|changelog)(\.\w+)?$"
     r"|initial commit$|version \d|v?\d+(\.\d+)+$)",
@@ -124,15 +124,20 @@ AUTOMATIC = re.compile(  # subjects that programs write
 
 
 def commit_record(old, new, subject, language, skipped):
-    """The record of a commit's change of one file, or None, counted."""
+    """The record of a commit's change of one file; None if it is left out."""
     before = old.splitlines(keepends=True)
     after = new.splitlines(keepends=True)
-    # The lines at the start and at the end that did not change.
+    # How many lines did not change, at the start and at the end; and how many did.
     start = equal_lines(before, after)
     end = equal_lines(before[start:][::-1], after[start:][::-1])
     changed = max(len(before), len(after)) - start - end
 
-    keep, keep_data, whole, context = random_numbers(old, new, subject)
+    # Four numbers in [0, 1): the content draws them, so they are the same each time.
+    digest = hashlib.sha256("\0".join([old, new, subject]).encode(errors="replace")).digest()
+    numbers = [int.from_bytes(digest[i : i + 8]) / 2**64 for i in range(0, 32, 8)]
+    keep, keep_data, whole, context = numbers
+
+    # The first filter that applies is the one that is counted.
     word_length = len(subject) / max(1, len(subject.split()))
     filters = {
         "file over 100,000 characters": max(len(old), len(new)) > LONGEST_FILE,
@@ -149,6 +154,7 @@ def commit_record(old, new, subject, language, skipped):
         skipped[f"commit: {reasons[0]}"] += 1
         return None
 
+    # Most records hold only the changed lines and some around them.
     if whole >= WHOLE_FILE:
         around = int(context * (CONTEXT_LINES + 1))  # 0 to 32
         start = max(0, start - around)
@@ -162,12 +168,6 @@ def equal_lines(a, b):
     """How many lines two lists share at the beginning."""
     pairs = enumerate(zip(a, b))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def random_numbers(*texts):
-    """Four numbers in [0, 1) that depend on the texts alone."""
-    digest = hashlib.sha256("\0".join(texts).encode(errors="replace")).digest()
-    return [int.from_bytes(digest[i : i + 8]) / 2**64 for i in range(0, 32, 8)]
 
 
 # ---- issues --------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Issue(NamedTuple):
 
     title: str
     comments: list  # the issue's own text first, those without a word last
-    closed: bool
+    closed: bool  # in the end; it may have been reopened
 
 
 def stack_issue(record):
@@ -222,7 +222,7 @@ def stack_issue(record):
     closed = False
     for event in events:
         names = [event.get("author"), event.get("masked_author")]
-        speaks = event.get("text") or event.get("action") == "opened"
+        speaks = event.get("text") or event.get("action") == "opened"  # an issue may have no text
         (said if speaks else silent).append(comment_of(names, event.get("text")))
         if event.get("action") in ("closed", "reopened"):
             closed = event["action"] == "closed"
@@ -234,7 +234,7 @@ def api_issue(record):
     comments = record["comments"] if isinstance(record.get("comments"), list) else []
     people = [(said.get("user") or {}, said["body"]) for said in [record, *comments]]
     others = [record.get("closed_by"), *(record.get("assignees") or [])]
-    people += [(user, None) for user in others if user]
+    people += [(user, None) for user in others if user]  # deleted users are None
     said = [comment_of([user.get("login")], text, user.get("type")) for user, text in people]
     return Issue(record["title"], said, record.get("state") == "closed")
 
@@ -247,15 +247,17 @@ def comment_of(names, text, type_of_user=None):
 
 
 def issue_record(issue, skipped):
-    """The record of an `Issue`, or None, counted."""
+    """The record of an `Issue`; None if it is left out."""
     if not issue.comments or issue.comments[0].is_bot:
         skipped["issue: opened by a bot"] += 1
         return None
+    # Everybody who took part; of them, those who still say something without what mail adds. The
+    # issue's own text may be empty.
     people = [comment for comment in issue.comments if not comment.is_bot]
     people = [comment._replace(text=without_mail(comment.text or "")) for comment in people]
     said = people[:1] + [comment for comment in people[1:] if comment.text]
 
-    # Who says something has the first numbers.
+    # Those who say something have the first numbers. A person may have several names.
     names = {}
     for comment in said + people:
         authors = [author.lower() for author in comment.authors]
@@ -284,8 +286,9 @@ def anonymous(text, names):
         at, name = match.groups()
         if name.lower() in names:
             return at + names[name.lower()]
+        # Somebody who did not take part is known by an @, unless it is in a@b.c or @babel/core.
         is_address = re.match(r"[\w.@/]", text[max(0, match.start() - 1) : match.start()])
-        is_package = text[match.end() : match.end() + 1] == "/"  # as in @babel/core
+        is_package = text[match.end() : match.end() + 1] == "/"
         return match[0] if not at or is_address or is_package else "@username"
 
     return NAME.sub(renamed, text)
@@ -295,7 +298,8 @@ def without_mail(text):
     """A comment of at most LONGEST_COMMENT lines, without what mail programs put at its end."""
     text = COPIED.split(text.replace("\r\n", "\n").strip(), maxsplit=1)[0]
 
-    # A quotation at the end goes if the line above it says so, which may be broken in two.
+    # A quotation at the end goes if the line above it says so, which mail may break in two.
+    # Other quotations stay: they are what the answer is about.
     lines = text.removesuffix("\n").split("\n")
     end = len(lines)
     while end and not lines[end - 1].split(">")[0].strip():
@@ -305,6 +309,7 @@ def without_mail(text):
             lines = lines[: end - n]
             break
 
+    # The device is named in the last line that is left.
     lines = "\n".join(lines).strip().split("\n")
     if SENT_FROM.fullmatch(lines[-1].strip()):
         lines.pop()
@@ -315,14 +320,31 @@ def without_mail(text):
 
 
 def document_of(record, skipped):
-    """The `Document` of a record, which says by its fields what it is; or None, counted.
+    """The `Document` of a record, which says by its fields what it is; None if it is left out.
 
     Raises ValueError, KeyError, TypeError or AttributeError if its shape is unknown.
     """
-    if "content" in record and not isinstance(record.get("events"), list):
-        document = row_document(record, skipped)
-    elif "old_contents" in record:
-        document = commit_document(record, skipped)
+    language = record.get("lang") or record.get("language")
+    paths = ("path", "max_stars_repo_path", "new_file")  # The Stack v2, The Stack, CommitPack
+    path = [str(record[field]) for field in paths if record.get(field)]
+    path = path[0] if path else f".{record.get('ext')}"
+
+    if "content" in record and not isinstance(record.get("events"), list):  # a file
+        content = record["content"]
+        if not isinstance(content, bytes):
+            content = content.encode()
+        language = language_named(str(language or language_of(path, content) or "other"))
+        if path.endswith(".ipynb") or language == "jupyter-notebook":
+            document = file_document("a.ipynb", content, skipped)
+        else:
+            document = Document(language, content)
+    elif "old_contents" in record:  # a commit
+        new = record["new_contents"]
+        subject = (record.get("subject") or record.get("message") or "").split("\n")[0]
+        language = language or language_of(path, new.encode(errors="replace"))
+        language = language_named(str(language))
+        found = commit_record(record["old_contents"], new, subject, language, skipped)
+        document = found and Document("git-commits", found)
     elif "cells" in record or "worksheets" in record:
         document = Document("jupyter", notebook_record(record))
     else:
@@ -330,41 +352,11 @@ def document_of(record, skipped):
         found = issue_record(issue, skipped)
         document = found and Document("github-issues", found)
 
+    # Only files of their own have been held to this size so far.
     if document:
-        content = document.content
-        is_file = isinstance(content, bytes)
-        if (len(content) if is_file else sum(len(text) for _, text in content)) > LARGEST:
+        is_file = isinstance(document.content, bytes)
+        texts = [document.content] if is_file else [text for _, text in document.content]
+        if sum(map(len, texts)) > LARGEST:
             skipped[TOO_LARGE] += 1
             return None
     return document
-
-
-def row_document(record, skipped):
-    """The `Document` of a record with a `content`."""
-    content = record["content"]
-    if not isinstance(content, bytes):
-        content = content.encode()
-    path = path_of(record)
-    name = record.get("lang") or record.get("language") or language_of(path, content) or "other"
-    language = language_named(str(name))
-    if path.endswith(".ipynb") or language == "jupyter-notebook":
-        return file_document("a.ipynb", content, skipped)
-    return Document(language, content)
-
-
-def commit_document(record, skipped):
-    """The `Document` of a record with `old_contents` and `new_contents`."""
-    new = record["new_contents"]
-    subject = (record.get("subject") or record.get("message") or "").split("\n")[0]
-    name = record.get("lang") or record.get("language")
-    name = name or language_of(path_of(record), new.encode(errors="replace"))
-    language = language_named(str(name))
-    found = commit_record(record["old_contents"], new, subject, language, skipped)
-    return found and Document("git-commits", found)
-
-
-def path_of(record):
-    """The path of the file of a record, or at least its extension."""
-    fields = ("path", "max_stars_repo_path", "new_file")  # The Stack's v2, its v1, CommitPack's
-    named = [str(record[field]) for field in fields if record.get(field)]
-    return named[0] if named else f".{record.get('ext')}"

@@ -34,9 +34,9 @@ from corpus.tables import read_jsonl, read_parquet
 def walk(directory, unreadable=None):
     """Yields (folder, its folders, its files), sorted, of a directory and of all folders in it.
 
-    Not entered: links, SKIPPED_DIRECTORIES, and what the caller removes from the folders.
     unreadable: is called with the error of a folder that cannot be read.
     """
+    # Not entered: links, SKIPPED_DIRECTORIES, and what the caller removes from the folders.
     waiting = [directory]
     while waiting:
         # Only one level of os.walk at a time: Python 3.11's calls itself for the next, and a
@@ -55,6 +55,7 @@ def files_in(directory, skipped):
         skipped["unreadable"] += 1
 
     for folder, folders, names in walk(directory, unreadable):
+        # A link may lead to a folder above, or out of the source.
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         skipped.update(["not a file"] * len(links))
         for name in names:
@@ -69,8 +70,8 @@ def read_directory(source, skipped, progress):
             continue
         try:
             with open(path, "rb") as f:
-                content = f.read(LARGEST + 1)
-        except OSError:
+                content = f.read(LARGEST + 1)  # it may have grown, or have no size, as in /proc
+        except OSError:  # it is gone, or private, or the disk is bad
             skipped["unreadable"] += 1
             continue
         progress(len(content))
@@ -104,12 +105,14 @@ def repositories(directory):
 
 # ---- any source ----------------------------------------------------------------------------------
 
+# The endings of what each reader reads.
 READERS = {
     read_tar: (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"),
     read_zip: (".zip", ".whl"),
     read_parquet: (".parquet",),
     read_jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
 }
+# In these, records name languages that are not in languages.txt.
 TABLES = READERS[read_parquet] + READERS[read_jsonl]
 KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 
@@ -124,7 +127,7 @@ class Source(NamedTuple):
 
     path: str
     reader: Callable  # yields documents; its arguments are those of `read` without itself
-    size: int  # bytes on disk
+    size: int  # bytes on disk; 0 for a history
 
 
 def readers(source, commits=False):
@@ -136,7 +139,7 @@ def readers(source, commits=False):
         os.scandir(source).close()  # raises; a folder inside that cannot be read is only counted
         if commits and not shutil.which("git"):
             raise ValueError("--commits: needs the git program")
-        size = sum(map(size_of, files_in(source, Counter())))
+        size = sum(map(size_of, files_in(source, Counter())))  # counted when they are read
         found = repositories(source) if commits else []
         histories = [Source(path, read_commits, 0) for path in found]
         return [Source(source, read_directory, size), *histories]
@@ -155,12 +158,13 @@ def read(source, reader, skipped, progress):
     progress: is called with bytes read since the last call, or, with absolute=True, in all.
     Raises ValueError if the source is damaged or cannot be read.
     """
-    import pyarrow
+    import pyarrow  # here, because it takes a moment
 
     try:
         yield from reader(source, skipped, progress)
     except (OSError, pyarrow.ArrowException, *BAD_ARCHIVE, *BAD_PACKING, *BAD_NUMBER) as error:
         if isinstance(error, OSError) and error.errno:  # pyarrow's have none
             raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
+        # An archive that was cut is by far the most frequent.
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None

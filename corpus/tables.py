@@ -22,11 +22,12 @@ subject message events title comments body user state""".split()
 
 def read_parquet(source, skipped, progress):
     """The documents of a .parquet file; a reader (see `sources.Source`)."""
-    import pyarrow.parquet
+    import pyarrow.parquet  # takes a moment, and most sources do not need it
 
     # 64 rows at once, and small buffers: a row group of The Stack may take gigabytes.
     options = dict(buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
     with pyarrow.parquet.ParquetFile(source, **options) as table:
+        # A table of something else is an error, not a million rows that are left out.
         names = [name for name in COLUMNS if name in table.schema_arrow.names]
         if not {"content", "old_contents", "events", "title"}.intersection(names):
             raise Damaged("it has neither a content, nor commits, nor issues")
@@ -36,6 +37,7 @@ def read_parquet(source, skipped, progress):
             for row in range(len(batch)):
                 if document := counted(functools.partial(record_of, batch, row), skipped):
                     yield document
+            # Where it is in the file, pyarrow does not say.
             seen += len(batch)
             progress(size * seen // max(table.metadata.num_rows, 1), absolute=True)
 
@@ -49,6 +51,7 @@ def read_jsonl(source, skipped, progress):
     """The documents of a file of JSON lines; a reader (see `sources.Source`)."""
     with open(source, "rb") as packed:
         stream = unpacked(source, packed)
+        # A line in JSON may be longer than its document, but not that much.
         while line := stream.readline(2 * LARGEST):
             progress(packed.tell(), absolute=True)
             if len(line) == 2 * LARGEST and not line.endswith(b"\n"):
@@ -68,16 +71,17 @@ def unpacked(source, packed):
     if source.endswith(".zst"):
         import pyarrow
 
+        # Python has no Zstandard before 3.14, and pyarrow's stream no lines.
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd")
         return io.BufferedReader(stream, 1 << 20)
     return packed
 
 
 def counted(read_record, skipped):
-    """The `Document` of the record that a function returns, or None, counted."""
+    """The `Document` of the record that a function returns; None if it is left out."""
     try:
         return document_of(read_record(), skipped)
-    except json.JSONDecodeError:
+    except json.JSONDecodeError:  # the end of a file that was cut, say
         skipped["not JSON"] += 1
     except UnicodeError:  # or half a surrogate pair, which JSON can spell and UTF-8 cannot
         skipped["not UTF-8"] += 1
