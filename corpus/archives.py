@@ -33,7 +33,7 @@ def is_skipped(name):
 
 def read_tar(source, skipped, progress):
     """The documents of a .tar archive; a reader (see `sources.Source`)."""
-    # tarfile would unpack .gz and the like itself, but without a limit, and by going back.
+    # tarfile can unpack these itself, but then nothing could stand between it and the content.
     unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": XzStream, ".bz2": bz2.open}
     ending = os.path.splitext(source)[1]
     with open(source, "rb") as packed:
@@ -110,7 +110,7 @@ class XzStream:
         """The next bytes, fewer only at the end. Raises EOFError if the file is cut."""
         pieces = []
         while size > 0:
-            block = b""
+            block = b""  # packed
             if self.decoder.eof:
                 # `cat` puts several streams into one file; zeros may lie between them.
                 block = self.decoder.unused_data.lstrip(b"\0")

@@ -36,7 +36,7 @@ def is_plain_file(path):
 
 
 def read_text(*path):
-    """What is in a file of git's, of which some parts of the path are given; "" if it is none."""
+    """What is in a small file of git's; "" if it is not a plain file. path: its parts."""
     if not is_plain_file(os.path.join(*path)):
         return ""
     with open(os.path.join(*path), encoding="utf-8", errors="surrogateescape") as f:
@@ -45,8 +45,8 @@ def read_text(*path):
 
 def git_directories(repository):
     """The directory of a repository's HEAD, and that of its objects and references."""
-    # They are the same, but in a linked work tree or a submodule. There `.git` is a file that names
-    # the first, in which a file may name the second.
+    # They differ in a linked work tree. There, as in a submodule, `.git` is a file with the path of
+    # the first, and a file in that has the path of the second.
     own = os.path.join(repository, ".git")
     if not os.path.lexists(own):
         own = repository  # a bare one
@@ -82,7 +82,7 @@ def borrow(repository, bare):
     if os.path.lexists(os.path.join(objects, "info", "alternates")):
         raise Damaged("its objects lie in another repository, as after git clone --shared")
 
-    # The few files that git needs are written anew, each of its lines checked.
+    # The few small files that git needs are written anew; no other line of the stranger's gets in.
     head = head_commit(own, shared)
     ends = [line for line in read_text(shared, "shallow").split("\n") if re.fullmatch(COMMIT, line)]
     sha256 = "repositoryformatversion = 1\n[extensions]\nobjectFormat = sha256\n"
@@ -93,18 +93,20 @@ def borrow(repository, bare):
     os.makedirs(os.path.join(bare, "refs"))
     os.makedirs(os.path.join(bare, "objects"))
 
-    # Packs and loose objects are borrowed by links to each file. A link among them could lead to a
-    # private repository, and a pipe would keep git waiting for ever.
+    # Packs and loose objects are borrowed by a link to each file. The stranger's must not be links,
+    # which could lead to a private repository, or pipes, on which git would wait for ever.
+    if os.path.islink(objects):
+        raise Damaged("its directory of objects is a link")
     for folder in os.listdir(objects):
         if not re.fullmatch("pack|[0-9a-f]{2}", folder):
-            continue
+            continue  # info, which names alternates
         path = os.path.join(objects, folder)
-        if os.path.islink(objects) or os.path.islink(path):
+        if os.path.islink(path):
             raise Damaged(f"objects/{folder} is a link")
         os.makedirs(os.path.join(bare, "objects", folder))
         for name in os.listdir(path):
             if folder == "pack" and not name.endswith((".pack", ".idx")):
-                continue
+                continue  # .bitmap, .keep, .promisor: git can do without
             if not is_plain_file(os.path.join(path, name)):
                 raise Damaged(f"objects/{folder}/{name} is not a plain file")
             os.symlink(os.path.join(path, name), os.path.join(bare, "objects", folder, name))
@@ -112,22 +114,22 @@ def borrow(repository, bare):
 
 # ---- what git is asked ---------------------------------------------------------------------------
 
-LOG = """log --no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames
---diff-filter=M -z --format=%x01%s HEAD""".split()
+# M: changes of files that were there before. %s: the subject of the commit.
+LOG = """log --no-merges --encoding=UTF-8 --raw --no-abbrev --no-renames --diff-filter=M -z
+--format=%x01%s HEAD""".split()
 
 
 @contextlib.contextmanager
 def git(bare, *arguments, **pipes):
     """Runs git in a repository of our own, and ends it."""
-    # Nor does the user's own configuration count, which may change what git prints; nor variables
-    # such as GIT_DIR, which name another repository if a hook of git's runs this program.
+    # The user's configuration stays out, too, which can change what git prints; and variables such
+    # as GIT_DIR, which names another repository if a hook has started this program.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {"GIT_DIR": bare, "HOME": bare, "XDG_CONFIG_HOME": bare}
     environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
     # Nothing should make git fetch. If something does, it fails.
     environment |= {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1"}
-    pipes["stdout"] = subprocess.PIPE
-    # What reads the pipe may end before git does.
+    pipes["stdout"] = subprocess.PIPE  # stdin and stderr differ
     with subprocess.Popen(["git", *arguments], cwd=bare, env=environment, **pipes) as process:
         try:
             yield process
@@ -139,7 +141,7 @@ class Change(NamedTuple):
     """How a commit changed a file."""
 
     subject: str  # the first line of the commit's message
-    path: str
+    path: str  # the same before and after
     is_file: bool  # before and after; not a link or a submodule
     old: bytes  # the name of the object
     new: bytes
@@ -148,25 +150,25 @@ class Change(NamedTuple):
 def changes(stream):
     r"""Yields each `Change` of what `git log` prints with the arguments LOG.
 
-    A commit is \1 and its subject; a change is ":mode mode old new M", then the path. After each of
-    these is a NUL byte.
+    A commit is \1 and its subject; a change is ":mode mode old new M", then the path. A NUL byte
+    ends each of these.
     """
-    subject = ""
+    subject = ""  # of the commit that the next changes belong to
     fields = nul_separated(stream)
     for field in fields:
-        field = field.lstrip(b"\n")
+        field = field.lstrip(b"\n")  # one stands between a commit and its changes
         if field.startswith(b"\1"):
             subject = field[1:].decode(errors="replace")
         elif field.startswith(b":"):
             old_mode, new_mode, old, new, _ = field.split()
             path = next(fields, b"").decode(errors="replace")
-            is_file = old_mode.startswith(b":100") and new_mode.startswith(b"100")
+            is_file = old_mode.startswith(b":100") and new_mode.startswith(b"100")  # as 100644
             yield Change(subject, path, is_file, old, new)
 
 
 def nul_separated(stream):
     """Yields what lies between the NUL bytes of a stream."""
-    rest = b""  # what is not ended yet
+    rest = b""  # the beginning of the next field
     while block := stream.read1(1 << 16):
         *fields, rest = (rest + block).split(b"\0")
         yield from fields
@@ -190,6 +192,7 @@ def read_commits(source, skipped, progress, largest=LARGEST):
 
     largest: bytes of a file; changes of larger ones are left out.
     """
+    # One ExitStack ends all that is begun here, whenever the caller stops reading.
     pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with contextlib.ExitStack() as stack:
         bare = stack.enter_context(tempfile.TemporaryDirectory())
@@ -197,8 +200,8 @@ def read_commits(source, skipped, progress, largest=LARGEST):
         # Errors go to a file: a pipe that nobody reads would stop git when it is full.
         errors = stack.enter_context(tempfile.TemporaryFile())
         log = stack.enter_context(git(bare, *LOG, stderr=errors))
-        # A few bytes of a pack may stand for gigabytes, so one process is asked for an object's
-        # size, and the other for its content if that is not too large.
+        # A kilobyte of a pack may unpack to gigabytes. So one process tells the size of an object,
+        # and the other gives its content if that is not too large.
         sizes = stack.enter_context(git(bare, "cat-file", "--batch-check", **pipes))
         contents = stack.enter_context(git(bare, "cat-file", "--batch", **pipes))
 
@@ -211,7 +214,7 @@ def read_commits(source, skipped, progress, largest=LARGEST):
             return contents.stdout.read(size + 1)[:-1]  # a newline follows
 
         for change in changes(log.stdout):
-            # The name may say that there is nothing to read.
+            # Do not read what cannot be a source by its name.
             if not change.is_file or not may_be_source(change.path):
                 skipped["no known extension"] += 1
                 continue
@@ -222,20 +225,21 @@ def read_commits(source, skipped, progress, largest=LARGEST):
             elif document := document_of_change(change, old, new, skipped):
                 yield document
 
-        if log.wait():  # it failed; the first line of what it says will do
+        if log.wait():  # it failed; its first line says why
             errors.seek(0)
             raise Damaged(errors.read(1000).decode(errors="replace").strip().split("\n")[0])
 
 
 def document_of_change(change, old, new, skipped):
     """The `Document` of a `Change` from one content to another; None if it is left out."""
+    # A text that was not UTF-8 before its change has no place in a record, either.
     language = language_of(change.path, new)
     if language is None:
         skipped["no known extension"] += 1
         return None
     try:
         record = commit_record(old.decode(), new.decode(), change.subject, language, skipped)
-    except UnicodeDecodeError:  # in either of the two
+    except UnicodeDecodeError:
         skipped["not UTF-8"] += 1
         return None
     return record and Document("git-commits", record)

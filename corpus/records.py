@@ -90,7 +90,7 @@ def notebook_record(notebook):
             has_output = bool(output.strip())
             record.append(("<jupyter_code>", text))
             record.append(("<jupyter_output>", output) if has_output else ("<empty_output>", ""))
-    return record if any(text.strip() for _, text in record) else []
+    return record if any(text.strip() for _, text in record) else []  # no cells, or empty ones
 
 
 def output_text(output):

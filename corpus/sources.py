@@ -42,7 +42,7 @@ def walk(directory, unreadable=None):
         # Only one level of os.walk at a time: Python 3.11's calls itself for the next, and a
         # stranger's folders may lie a thousand deep.
         for folder, folders, names in islice(os.walk(waiting.pop(), onerror=unreadable), 1):
-            folders.sort()
+            folders.sort()  # the same order on every machine
             yield folder, folders, sorted(names)
             inner = [os.path.join(folder, n) for n in folders if n not in SKIPPED_DIRECTORIES]
             waiting += [path for path in reversed(inner) if not os.path.islink(path)]
@@ -82,7 +82,8 @@ def read_directory(source, skipped, progress):
 
 
 def size_of(path):
-    """Bytes of a file that may be a source; 0 for any other, and for one that is gone by now."""
+    """Bytes of a file that may be a source, and 0 of any other."""
+    # It may be gone since it was listed.
     try:
         return os.path.getsize(path) if may_be_source(path) and os.path.isfile(path) else 0
     except OSError:
@@ -95,24 +96,26 @@ def repositories(directory):
         path = os.path.join(folder, ".git")
         # A `.git` that is a link or a file leads to another directory. The user may name one that
         # does; a stranger's might lead to what is private.
-        is_named = folder == directory and os.path.lexists(path)
+        is_named = folder == directory and os.path.lexists(path)  # by the user
         is_plain = os.path.isdir(path) and not os.path.islink(path)
+        # A bare repository is what would be in `.git`.
         is_bare = {"objects", "refs"}.issubset(folders) and "HEAD" in names
         if is_named or is_plain or is_bare:
             yield folder
-            folders.clear()  # repositories inside a repository are its project's files
+            # Repositories inside a repository are its project's files: do not enter.
+            folders.clear()
 
 
 # ---- any source ----------------------------------------------------------------------------------
 
-# The endings of what each reader reads.
+# The endings that tell what reads a file.
 READERS = {
     read_tar: (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"),
     read_zip: (".zip", ".whl"),
     read_parquet: (".parquet",),
     read_jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
 }
-# In these, records name languages that are not in languages.txt.
+# Their records may name languages that are not in languages.txt.
 TABLES = READERS[read_parquet] + READERS[read_jsonl]
 KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 
@@ -126,7 +129,8 @@ class Source(NamedTuple):
     """A source, and how to read it."""
 
     path: str
-    reader: Callable  # yields documents; its arguments are those of `read` without itself
+    # Called with (path, skipped, progress), as `read` is; yields documents.
+    reader: Callable
     size: int  # bytes on disk; 0 for a history
 
 
@@ -139,7 +143,8 @@ def readers(source, commits=False):
         os.scandir(source).close()  # raises; a folder inside that cannot be read is only counted
         if commits and not shutil.which("git"):
             raise ValueError("--commits: needs the git program")
-        size = sum(map(size_of, files_in(source, Counter())))  # counted when they are read
+        # The Counter is dropped: files that are left out are counted when they are read.
+        size = sum(map(size_of, files_in(source, Counter())))
         found = repositories(source) if commits else []
         histories = [Source(path, read_commits, 0) for path in found]
         return [Source(source, read_directory, size), *histories]
@@ -163,8 +168,9 @@ def read(source, reader, skipped, progress):
     try:
         yield from reader(source, skipped, progress)
     except (OSError, pyarrow.ArrowException, *BAD_ARCHIVE, *BAD_PACKING, *BAD_NUMBER) as error:
-        if isinstance(error, OSError) and error.errno:  # pyarrow's have none
+        # An OSError without a number is a damaged file, as gzip and pyarrow say it.
+        if isinstance(error, OSError) and error.errno:
             raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
-        # An archive that was cut is by far the most frequent.
+        # The first line of the error; some have no words.
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None

@@ -15,7 +15,8 @@ import os
 
 from corpus.records import LARGEST, TOO_LARGE, Damaged, document_of
 
-# What is read of a .parquet: the columns that `document_of` looks at.
+# What is read of a .parquet: the columns that `document_of` looks at. The Stack has dozens more,
+# and some hold more text than the content.
 COLUMNS = """content lang language ext path max_stars_repo_path new_file old_contents new_contents
 subject message events title comments body user state""".split()
 
@@ -37,13 +38,14 @@ def read_parquet(source, skipped, progress):
             for row in range(len(batch)):
                 if document := counted(functools.partial(record_of, batch, row), skipped):
                     yield document
-            # Where it is in the file, pyarrow does not say.
+            # pyarrow does not tell its position in the file.
             seen += len(batch)
             progress(size * seen // max(table.metadata.num_rows, 1), absolute=True)
 
 
 def record_of(batch, row):
-    """{column: value} of a row. Raises UnicodeError, or OverflowError for a date after 9999."""
+    """{column: value} of a row."""
+    # Raises UnicodeError for bad text, and OverflowError for a date after the year 9999.
     return {name: batch[name][row].as_py() for name in batch.schema.names}
 
 
@@ -51,7 +53,7 @@ def read_jsonl(source, skipped, progress):
     """The documents of a file of JSON lines; a reader (see `sources.Source`)."""
     with open(source, "rb") as packed:
         stream = unpacked(source, packed)
-        # A line in JSON may be longer than its document, but not that much.
+        # A line may be longer than its document, as JSON spells some characters with six.
         while line := stream.readline(2 * LARGEST):
             progress(packed.tell(), absolute=True)
             if len(line) == 2 * LARGEST and not line.endswith(b"\n"):
@@ -59,7 +61,7 @@ def read_jsonl(source, skipped, progress):
                 skipped[TOO_LARGE] += 1
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(LARGEST)
-            elif line.strip():
+            elif line.strip():  # an empty line is nothing that is left out
                 if document := counted(functools.partial(json.loads, line), skipped):
                     yield document
 
@@ -79,9 +81,10 @@ def unpacked(source, packed):
 
 def counted(read_record, skipped):
     """The `Document` of the record that a function returns; None if it is left out."""
+    # One bad row must not cost the others, so reading the row is tried here, too.
     try:
         return document_of(read_record(), skipped)
-    except json.JSONDecodeError:  # the end of a file that was cut, say
+    except json.JSONDecodeError:
         skipped["not JSON"] += 1
     except UnicodeError:  # or half a surrogate pair, which JSON can spell and UTF-8 cannot
         skipped["not UTF-8"] += 1
