@@ -4,7 +4,7 @@ An archive may be anybody's, and made to do harm: a few kilobytes can claim name
 dictionaries of gigabytes. Memory stays below one document, one description of a member and what
 unpacking needs; an archive that claims more is refused in one line.
 
-Left out: .zip members that are encrypted, or packed in other ways than the two of nearly all.
+Left out: members of a .zip that are encrypted, or packed by another method than deflate.
 """
 
 import bz2
@@ -57,7 +57,7 @@ def read_tar(source, skipped, progress):
 
 
 class GuardedStream:
-    """The bytes of a .tar as tarfile may read them: forward, and `left` until the next member."""
+    """What tarfile may read of a .tar: forward only, and `left` bytes before the next member."""
 
     def __init__(self, stream):
         self.stream = stream  # without seek
@@ -157,8 +157,8 @@ def read_zip(source, skipped, progress):
 
 def check_count(file, count):
     """Raises zipfile.BadZipFile if the end record of a .zip counts more or fewer members."""
-    # zipfile does not look: where its table of contents is damaged, members would be lost in
-    # silence. The record is in the last 66 kB, and holds numbers up to 65,534.
+    # zipfile does not look: if the table of contents is damaged, members would be lost in silence.
+    # The record is in the last 66 kB, and holds numbers up to 65,534.
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 66_000))
     end = file.read()
