@@ -4,6 +4,7 @@ No input crashes the reader, makes it hang or fill the memory, or vanishes witho
 """
 
 import contextlib
+import doctest
 import errno
 import gzip
 import io
@@ -89,6 +90,10 @@ def text_of(record):
 )
 def test_shared_extensions(name, content, language):
     assert languages.language_of(name, content.encode()) == language
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(languages).failed == 0
 
 
 # ---- files, archives, tables ---------------------------------------------------------------------
@@ -380,50 +385,50 @@ def change(lines, changed, mark="changed"):
 
 
 def test_commit_records():
-    kept, whole, spans, skipped = 0, 0, [], Counter()
+    """Five changed lines among 200: a fifth of the records hold the file, others 0 to 32 lines."""
+    whole = 0
+    spans = set()
+    skipped = Counter()
     for i in range(400):
         old, new = change(200, range(90, 95), mark=f"change {i}")
         record = records.commit_record(old, new, "Mend the lines", "python", skipped)
-        (before, a), (message, subject), (after, b) = record
-        assert (before, message, after, subject) == (
-            "<commit_before>",
-            "<commit_msg>",
-            "<commit_after>",
-            "Mend the lines",
-        )
-        kept += 1
+        (before, a), message, (after, b) = record
+        assert (before, after) == ("<commit_before>", "<commit_after>")
+        assert message == ("<commit_msg>", "Mend the lines")
         if a == old:
             assert b == new
             whole += 1
         else:
             around = 90 - int(a.split("\n")[0][5:])
-            assert 0 <= around <= 32 and a == "".join(
-                f"line {j}\n" for j in range(90 - around, 95 + around)
-            )
-            assert (
-                b == a.replace("line", f"change {i}") if not around else b.count(f"change {i}") == 5
-            )
-            spans.append(around)
-    assert not skipped and 0.14 < whole / kept < 0.27 and {0, 32} <= set(spans)
-    small = [
-        records.commit_record(*change(50, [7], f"m{i}"), "Mend it", "python", skipped)
-        for i in range(400)
-    ]
-    assert 150 < sum(record is None for record in small) < 250
-    large = [
-        records.commit_record(*change(300, range(290), f"m{i}"), "Mend it", "python", skipped)
-        for i in range(400)
-    ]
-    assert 340 < sum(record is None for record in large) < 380
-    for subject, reason in {
-        " ": "no subject",
-        "Merge branch x": "automatic",
-        "f" * 30: "a subject without words",
-    }.items():
-        skipped = Counter()
-        assert records.commit_record(
-            *change(50, range(5)), subject, "python", skipped
-        ) is None and dict(skipped) == {f"commit: {reason}": 1}
+            lines = [f"line {j}\n" for j in range(90 - around, 95 + around)]
+            assert 0 <= around <= 32 and a == "".join(lines)
+            lines[around : around + 5] = [f"change {i} {j}\n" for j in range(90, 95)]
+            assert b == "".join(lines)
+            spans.add(around)
+    assert not skipped and 0.14 < whole / 400 < 0.27 and {0, 32} <= spans
+
+
+@pytest.mark.parametrize("lines, changed, least, most", [(50, 1, 150, 250), (300, 290, 340, 380)])
+def test_most_small_and_large_changes_are_left_out(lines, changed, least, most):
+    left_out = 0
+    for i in range(400):
+        old, new = change(lines, range(7, 7 + changed), f"m{i}")
+        left_out += records.commit_record(old, new, "Mend it", "python", Counter()) is None
+    assert least < left_out < most
+
+
+@pytest.mark.parametrize(
+    "subject, reason",
+    [
+        (" ", "no subject"),
+        ("Merge branch x", "automatic"),
+        ("f" * 30, "a subject without words"),
+    ],
+)
+def test_subjects_that_leave_a_commit_out(subject, reason):
+    skipped = Counter()
+    assert records.commit_record(*change(50, range(5)), subject, "python", skipped) is None
+    assert skipped == {f"commit: {reason}": 1}
 
 
 @given(old=st.text(max_size=80), new=st.text(max_size=80), subject=st.text(min_size=1, max_size=9))
