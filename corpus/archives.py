@@ -1,4 +1,11 @@
-"""TODO."""
+"""Reads .tar (plain, .gz, .xz, .bz2) and .zip archives; nothing is unpacked to disk.
+
+An archive may be anybody's, and made to do harm: a few kilobytes can claim names, members and
+dictionaries of gigabytes. Memory stays below one document, one description of a member and what
+unpacking needs; an archive that claims more is refused in one line.
+
+Left out: members of a .zip that are encrypted, or packed by another method than deflate.
+"""
 
 import bz2
 import gzip
@@ -8,138 +15,154 @@ import stat
 import tarfile
 import zipfile
 
-from corpus.languages import SKIPPED_DIRECTORIES, may_be_source
-from corpus.records import LARGEST, TOO_LARGE, Damaged, file_document
+from corpus.languages import SKIPPED_DIRECTORIES
+from corpus.records import LARGEST, Damaged, file_document, may_be_document
 
-HEADERS = 1_000_000  # bytes at most that describe a member of an archive: its name, its attributes
-
-
-XZ_MEMORY = 200_000_000  # bytes that unpacking may take; `xz -9` asks for 65 MB
-
-
-class _Rationed:
-    """A stream that gives `left` bytes and no more: tarfile would take a name of any length."""
-
-    def __init__(self, stream):
-        self.stream, self.left, self.last = stream, HEADERS, b""
-        self.seek, self.tell = stream.seek, stream.tell
-
-    def read(self, size):
-        self.left -= size
-        if size < 0 or self.left < 0:
-            raise Damaged(f"what describes a member takes over {HEADERS:,} bytes")
-        self.last = self.stream.read(size)
-        return self.last
+DESCRIPTION = 1_000_000  # bytes that may describe a member of a .tar: its name, its attributes
+XZ_MEMORY = 200_000_000  # bytes that unpacking may take; `xz -9` needs 65 MB
+BLOCK = 1 << 20  # bytes that are read at once
 
 
-class _Xz:
-    """What is in an .xz file, read forward. lzma.open takes the gigabytes that a file asks for."""
+def is_skipped(name):
+    """True for a member in one of SKIPPED_DIRECTORIES."""
+    return not SKIPPED_DIRECTORIES.isdisjoint(name.split("/")[:-1])
 
-    def __init__(self, packed):
-        self.packed, self.position, self.rest = packed, 0, b""
-        self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
 
-    def read(self, size):
-        pieces = []
-        while size:
-            if self.stream.eof:  # another stream may follow, after zeros
-                self.rest = self.stream.unused_data.lstrip(b"\0")
-                while not self.rest:
-                    block = self.packed.read(1 << 16)
-                    if not block:
-                        break
-                    self.rest = block.lstrip(b"\0")
-                if not self.rest:
-                    break
-                self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
-            elif self.stream.needs_input:
-                self.rest = self.packed.read(1 << 16)
-                if not self.rest:
-                    raise EOFError("it ends in the middle")
-            pieces.append(self.stream.decompress(self.rest, size))
-            size -= len(pieces[-1])
-            self.rest = b""
-        content = b"".join(pieces)
-        self.position += len(content)
-        return content
-
-    def tell(self):
-        return self.position
-
-    def seek(self, position):
-        if position < self.position:
-            raise Damaged("a member of negative size")
-        while position > self.position and self.read(min(1 << 20, position - self.position)):
-            pass
+# ---- .tar ----------------------------------------------------------------------------------------
 
 
 def read_tar(source, skipped, progress):
-    unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": _Xz, ".bz2": bz2.open}
-    with open(source, "rb") as raw:
-        plain = raw if source.endswith(".tar") else unpack[os.path.splitext(source)[1]](raw)
-        rationed = _Rationed(plain)
-        archive = tarfile.open(fileobj=rationed, mode="r:")
-        offset = -1
+    """The documents of a .tar archive; a reader (see `sources.Source`)."""
+    # tarfile can unpack these itself, but then nothing could stand between it and the content.
+    unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": XzStream, ".bz2": bz2.open}
+    ending = os.path.splitext(source)[1]
+    with open(source, "rb") as packed:
+        stream = GuardedStream(unpack[ending](packed) if ending in unpack else packed)
+        archive = tarfile.open(fileobj=stream, mode="r:")
         while member := archive.next():
-            archive.members.clear()  # tarfile would keep them all,
-            archive.pax_headers.clear()  # and all that is said of all members
-            if archive.offset <= offset:
-                raise Damaged("a member of negative size")
-            offset = archive.offset
-            rationed.left = HEADERS
-            progress(raw.tell(), absolute=True)
-            folders = member.name.split("/")[:-1]
-            if member.isdir() or SKIPPED_DIRECTORIES.intersection(folders):
-                continue
-            if not member.isfile():
-                skipped["not a file"] += 1
-            elif not may_be_source(member.name):
-                skipped["no known extension"] += 1
-            elif member.size > LARGEST:
-                skipped[TOO_LARGE] += 1
-            else:
-                rationed.left = LARGEST
+            # tarfile would remember every member, and all that headers say of all members.
+            archive.members.clear()
+            archive.pax_headers.clear()
+
+            progress(packed.tell(), absolute=True)
+            unseen = member.isdir() or is_skipped(member.name)
+            is_file = member.isfile()  # not a link or a device
+            if not unseen and may_be_document(member.name, is_file, member.size, skipped):
+                stream.left = LARGEST  # enough for the content, whose size has been checked
                 content = archive.extractfile(member).read()
-                rationed.left = HEADERS
                 if document := file_document(member.name, content, skipped):
                     yield document
-        # To tarfile a damaged header is the end like any other. The real end is blocks of zeros, of
-        # which it read the first; reading the others also checks the checksum.
-        end = rationed.last + plain.read(1 << 20)
+            stream.left = DESCRIPTION
+        stream.check_end()
+
+
+class GuardedStream:
+    """What tarfile may read of a .tar: forward only, and `left` bytes before the next member."""
+
+    def __init__(self, stream):
+        self.stream = stream  # without seek
+        self.position = 0
+        self.left = DESCRIPTION  # bytes
+        self.last = b""  # what was read last
+
+    def read(self, size):
+        """The next bytes."""
+        # tarfile would take a name of any length, and any number of headers in a row.
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise Damaged(f"what describes a member takes over {DESCRIPTION:,} bytes")
+        self.last = self.stream.read(size)
+        self.position += len(self.last)
+        return self.last
+
+    def tell(self):
+        """The number of bytes so far."""
+        return self.position
+
+    def seek(self, position):
+        """Skips bytes, which do not count."""
+        if position < self.position:
+            # Going back would read the same members for ever.
+            raise Damaged("a member of negative size")
+        while block := self.stream.read(min(BLOCK, position - self.position)):
+            self.position += len(block)
+
+    def check_end(self):
+        """Raises tarfile.ReadError if the archive is cut."""
+        # To tarfile, a damaged header is an end like any other; at the real end are only zeros.
+        end = self.last + self.stream.read(BLOCK)
         if not end or any(end):
             raise tarfile.ReadError("it ends in the middle")
-        while plain.read(1 << 20):
+        # A packed file has its checksum at the very end.
+        while self.stream.read(BLOCK):
             pass
 
 
+class XzStream:
+    """Unpacks an .xz file, as lzma.open does; but that takes the gigabytes that a file asks for."""
+
+    def __init__(self, packed):
+        self.packed = packed
+        # Raises LZMAError if the file asks for more memory.
+        self.decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+
+    def read(self, size):
+        """The next bytes, fewer only at the end. Raises EOFError if the file is cut."""
+        pieces = []
+        while size > 0:
+            block = b""  # packed
+            if self.decoder.eof:
+                # `cat` puts several streams into one file; zeros may lie between them.
+                block = self.decoder.unused_data.lstrip(b"\0")
+                while not block and (more := self.packed.read(BLOCK)):
+                    block = more.lstrip(b"\0")
+                if not block:
+                    break
+                self.decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY)
+            elif self.decoder.needs_input:
+                block = self.packed.read(BLOCK)
+                if not block:
+                    raise EOFError("it ends in the middle")
+            # What is beyond `size` waits in the decoder, packed.
+            pieces.append(self.decoder.decompress(block, size))
+            size -= len(pieces[-1])
+        return b"".join(pieces)
+
+
+# ---- .zip ----------------------------------------------------------------------------------------
+
+
 def read_zip(source, skipped, progress):
-    with open(source, "rb") as raw, zipfile.ZipFile(raw) as archive:
-        raw.seek(
-            max(0, os.path.getsize(source) - 66_000)
-        )  # the end record says how many members there are; zipfile does not look
-        end = raw.read()
-        count = int.from_bytes(end[end.rindex(b"PK\5\6") + 10 :][:2], "little")
-        if count not in (0xFFFF, len(archive.infolist())):
-            raise zipfile.BadZipFile(
-                f"{count} members are said to be there, {len(archive.infolist())} are"
-            )
+    """The documents of a .zip archive; a reader (see `sources.Source`)."""
+    with open(source, "rb") as file, zipfile.ZipFile(file) as archive:
+        check_count(file, len(archive.infolist()))
         for member in archive.infolist():
             progress(member.compress_size)
-            if member.is_dir() or SKIPPED_DIRECTORIES.intersection(member.filename.split("/")[:-1]):
+            is_file = not stat.S_ISLNK(member.external_attr >> 16)  # the mode in Unix
+            if member.is_dir() or is_skipped(member.filename):
                 continue
-            if stat.S_ISLNK(member.external_attr >> 16):
-                skipped["not a file"] += 1
-            elif not may_be_source(member.filename):
-                skipped["no known extension"] += 1
-            elif member.file_size > LARGEST:
-                skipped[TOO_LARGE] += 1
-            elif member.flag_bits & 1:
+            if not may_be_document(member.filename, is_file, member.file_size, skipped):
+                continue
+            if member.flag_bits & 1:  # needs a password
                 skipped["encrypted"] += 1
             elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                # zipfile unpacks bzip2 and LZMA to any size, whatever a member claims.
+                # zipfile unpacks bzip2 and LZMA to any size, whatever size a member claims.
                 skipped["neither stored nor deflated"] += 1
             else:
-                with archive.open(member) as f:  # reads no more than the size that was checked
+                with archive.open(member) as f:  # gives no more than the size that was checked
                     content = f.read(LARGEST)
                 if document := file_document(member.filename, content, skipped):
                     yield document
+
+
+def check_count(file, count):
+    """Raises zipfile.BadZipFile if the end record of a .zip counts more or fewer members."""
+    # zipfile does not look: if the table of contents is damaged, members would be lost in silence.
+    # The record is in the last 66 kB, and holds numbers up to 65,534.
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 66_000))
+    end = file.read()
+    at = end.rindex(b"PK\5\6") + 10
+    said = int.from_bytes(end[at : at + 2], "little")
+    if said not in (0xFFFF, count):
+        raise zipfile.BadZipFile(f"{said} members are said to be there, {count} are")

@@ -1,4 +1,15 @@
-"""TODO."""
+"""Reads the history of a git repository: how each commit changed each file.
+
+A stranger's repository can make git run any program: its configuration names some that fetch
+missing objects, compare files or check signatures, and it has hooks. So git never runs there. It
+runs in an empty repository of our own, which borrows the packs and loose objects of the stranger's,
+the name of its newest commit, and where its history ends if it is shallow. Configuration, hooks,
+attributes, references and alternates stay behind.
+
+Left out: merges, new files, renames, and branches other than the current one. Refused: repositories
+whose references are a reftable, whose objects lie in another (`git clone --shared`), or of which
+some are missing (partial clones).
+"""
 
 import contextlib
 import os
@@ -6,211 +17,229 @@ import re
 import stat
 import subprocess
 import tempfile
+from typing import NamedTuple
 
 from corpus.languages import language_of, may_be_source
 from corpus.records import LARGEST, TOO_LARGE, Damaged, Document, commit_record
 
+# ---- what is borrowed ----------------------------------------------------------------------------
 
-def _is_file(path):
-    """Whether a path is a plain file: a link may lead elsewhere, and reading a pipe never ends."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte
+COMMIT = "[0-9a-f]{64}|[0-9a-f]{40}"  # the name of one: a SHA-256, or a SHA-1
+LONGEST_TEXT = 100_000_000  # characters; a million references take 60 MB
+
+
+def is_plain_file(path):
+    """True for a file that is no link, which may lead anywhere, and no pipe, which never ends."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte in the path
         return stat.S_ISREG(os.lstat(path).st_mode)
     return False
 
 
-def _line(path):
-    """What a small file of git's holds; "" without it."""
-    if not _is_file(path):
+def read_text(*path):
+    """What is in a small file of git's; "" if it is not a plain file. path: its parts."""
+    if not is_plain_file(os.path.join(*path)):
         return ""
-    with open(path, "rb") as f:
-        return os.fsdecode(f.read(5000).strip())
+    with open(os.path.join(*path), encoding="utf-8", errors="surrogateescape") as f:
+        return f.read(LONGEST_TEXT).strip()
 
 
-COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, or SHA-256
+def git_directories(repository):
+    """The directory of a repository's HEAD, and that of its objects and references."""
+    # They differ in a linked work tree. There, as in a submodule, `.git` is a file with the path of
+    # the first, and a file in that has the path of the second.
+    own = os.path.join(repository, ".git")
+    if not os.path.lexists(own):
+        own = repository  # a bare one
+    shared = own
+    if os.path.isfile(own):
+        own = os.path.join(repository, read_text(own).removeprefix("gitdir:").strip())
+        shared = os.path.join(own, read_text(own, "commondir"))
+    return own, os.path.realpath(shared)
 
 
-def _head(own, shared):
-    """The name of the commit that a repository's HEAD stands for. Raises Damaged without one.
-
-    own, shared: its directories; two where it is a linked work tree.
-    """
-    text = _line(os.path.join(own, "HEAD"))
-    for _ in range(5):  # a reference may stand for another
-        reference = text.removeprefix("ref:").strip()
-        if COMMIT.fullmatch(reference):
-            return reference
-        if not reference.startswith("refs/") or ".." in reference:
-            break
-        text = _line(os.path.join(shared, reference))
-        packed = os.path.join(shared, "packed-refs")
-        if not text and _is_file(packed):
-            with open(packed, "rb") as f:
-                names = (os.fsdecode(line.strip()).partition(" ") for line in f)
-                text = next((commit for commit, _, name in names if name == reference), "")
+def head_commit(own, shared):
+    """The name of the commit that HEAD stands for. Raises Damaged if there is none."""
+    head = read_text(own, "HEAD").removeprefix("ref:").strip()
+    # A branch is a file, or after `git pack-refs` a line. ".." would lead out of the repository.
+    if head.startswith("refs/") and ".." not in head:
+        line = rf"^({COMMIT}) {re.escape(head)}$"
+        packed = re.search(line, read_text(shared, "packed-refs"), re.MULTILINE)
+        head = read_text(shared, head) or (packed[1] if packed else "")
+    if re.fullmatch(COMMIT, head):
+        return head
     if os.path.isdir(os.path.join(shared, "reftable")):
         raise Damaged("its references are a reftable, which is not read here")
     raise Damaged("its HEAD stands for no commit")
 
 
-def _borrow(repository, bare):
-    """Makes the directory `bare` a git repository with the history of another, and no more of it.
+def borrow(repository, bare):
+    """Makes the empty directory `bare` a git repository with the history of another.
 
-    A stranger's repository may have git run any command: its configuration names programs that
-    fetch missing objects, compare files or check signatures, and it has hooks. So git is only
-    pointed at a repository of our own, which takes over the name of a commit, where a shallow
-    history ends, and the packs and loose objects: no configuration, hooks, attributes, references
-    or alternates.
-    Raises Damaged for one without a commit, or that names files elsewhere.
+    Raises Damaged if that has no commit, or files that lie elsewhere.
     """
-    own = os.path.join(repository, ".git")
-    own = own if os.path.lexists(own) else repository
-    shared = own
-    if os.path.isfile(own):  # a linked work tree or a submodule: a file that names the directory
-        own = os.path.join(repository, _line(own).removeprefix("gitdir:").strip())
-        shared = os.path.join(own, _line(os.path.join(own, "commondir")))
-    shared = os.path.realpath(shared)
+    own, shared = git_directories(repository)
     objects = os.path.join(shared, "objects")
     if os.path.lexists(os.path.join(objects, "info", "alternates")):
         raise Damaged("its objects lie in another repository, as after git clone --shared")
 
-    head = _head(own, shared)
-    config = "[core]\nbare = true\nrepositoryformatversion = 0\n"
-    if len(head) == 64:
-        config = config.replace("= 0", "= 1") + "[extensions]\nobjectFormat = sha256\n"
-    files = {"HEAD": head + "\n", "config": config}
-    shallow = os.path.join(shared, "shallow")
-    if _is_file(shallow):
-        with open(shallow, errors="replace") as f:
-            files["shallow"] = "".join(line for line in f if COMMIT.fullmatch(line.strip()))
-    for name, text in files.items():
+    # The few small files that git needs are written anew; no other line of the stranger's gets in.
+    head = head_commit(own, shared)
+    ends = [line for line in read_text(shared, "shallow").split("\n") if re.fullmatch(COMMIT, line)]
+    sha256 = "repositoryformatversion = 1\n[extensions]\nobjectFormat = sha256\n"
+    config = "[core]\nbare = true\n" + (sha256 if len(head) == 64 else "")
+    for name, text in {"HEAD": head, "config": config, "shallow": "\n".join(ends)}.items():
         with open(os.path.join(bare, name), "w") as f:
             f.write(text)
     os.makedirs(os.path.join(bare, "refs"))
-    os.makedirs(os.path.join(bare, "objects", "pack"))
+    os.makedirs(os.path.join(bare, "objects"))
 
+    # Packs and loose objects are borrowed by a link to each file. The stranger's must not be links,
+    # which could lead to a private repository, or pipes, on which git would wait for ever.
+    if os.path.islink(objects):
+        raise Damaged("its directory of objects is a link")
     for folder in os.listdir(objects):
         if not re.fullmatch("pack|[0-9a-f]{2}", folder):
-            continue
+            continue  # info, which names alternates
         path = os.path.join(objects, folder)
-        if os.path.islink(objects) or os.path.islink(path):
+        if os.path.islink(path):
             raise Damaged(f"objects/{folder} is a link")
-        names = os.listdir(path)
-        if folder == "pack":
-            names = [name for name in names if name.endswith((".pack", ".idx"))]
-        for name in names:
-            if not _is_file(os.path.join(path, name)):
+        os.makedirs(os.path.join(bare, "objects", folder))
+        for name in os.listdir(path):
+            if folder == "pack" and not name.endswith((".pack", ".idx")):
+                continue  # .bitmap, .keep, .promisor: git can do without
+            if not is_plain_file(os.path.join(path, name)):
                 raise Damaged(f"objects/{folder}/{name} is not a plain file")
-        if folder == "pack":
-            for name in names:
-                os.symlink(os.path.join(path, name), os.path.join(bare, "objects", "pack", name))
-        else:
-            os.symlink(path, os.path.join(bare, "objects", folder))
+            os.symlink(os.path.join(path, name), os.path.join(bare, "objects", folder, name))
 
 
-def _git(bare, *arguments, **pipes):
-    """Starts git in a repository of our own, with no configuration or variables of the user's."""
+# ---- what git is asked ---------------------------------------------------------------------------
+
+# M: changes of files that were there before. %s: the subject of the commit.
+LOG = """log --no-merges --encoding=UTF-8 --raw --no-abbrev --no-renames --diff-filter=M -z
+--format=%x01%s HEAD""".split()
+
+
+@contextlib.contextmanager
+def git(bare, *arguments, **pipes):
+    """Runs git in a repository of our own, and ends it."""
+    # The user's configuration stays out, too, which can change what git prints; and variables such
+    # as GIT_DIR, which names another repository if a hook has started this program.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment |= {
-        "GIT_DIR": bare,
-        "HOME": bare,
-        "XDG_CONFIG_HOME": bare,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_ATTR_NOSYSTEM": "1",
-        # Should it want to fetch something for all that:
-        "GIT_NO_LAZY_FETCH": "1",
-        "GIT_ALLOW_PROTOCOL": "none",
-        "GIT_TERMINAL_PROMPT": "0",
-    }
-    command = ["git", *arguments]
-    return subprocess.Popen(command, cwd=bare, stdout=subprocess.PIPE, env=environment, **pipes)
-
-
-def read_commits(source, skipped, progress):
-    """The changes of files by the commits of a git repository's current branch, the newest first.
-
-    Merges and new files are none. No command runs that the repository names (see `_borrow`).
-    """
-    with tempfile.TemporaryDirectory() as bare:
-        _borrow(source, bare)
-        yield from _read_commits(bare, skipped)
-
-
-def _read_commits(bare, skipped):
-    how = "--no-merges --no-show-signature --encoding=UTF-8 --raw --no-abbrev --no-renames --diff-filter=M -z --format=%x01%s".split()
-    said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop git when it is full
-    log = _git(bare, "log", *how, "HEAD", stderr=said)
-    # One process is asked for an object's size, another for its content where that is not too much.
-    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    sizes = _git(bare, "cat-file", "--batch-check", **pipes)
-    objects = _git(bare, "cat-file", "--batch", **pipes)
-
-    def ask(process, name):
-        process.stdin.write(name + b"\n")
-        process.stdin.flush()
-        words = process.stdout.readline().split()
-        if len(words) != 3:
-            raise Damaged(f"git has no object {name.decode()}; a partial clone lacks some")
-        return words[1], int(words[2])
-
-    def blob(name):
-        """The content of a file, or None where it is too large."""
-        kind, size = ask(sizes, name)
-        if kind != b"blob" or size > LARGEST:
-            return None
-        ask(objects, name)
-        return objects.stdout.read(size + 1)[:-1]
-
-    try:
-        subject, change = "", None
-        for field in _fields(log.stdout):
-            if not change:
-                field = field.lstrip(b"\n")
-                if field.startswith(b"\1"):
-                    subject = field[1:].decode(errors="replace")
-                elif field.startswith(b":"):
-                    change = field.split()
-            else:
-                path, (old_mode, new_mode, old, new, _) = field.decode(errors="replace"), change
-                change = None
-                if not (
-                    old_mode.startswith(b":100") and new_mode.startswith(b"100")
-                ) or not may_be_source(path):
-                    skipped["no known extension"] += 1
-                    continue
-                old, new = blob(old), blob(new)
-                if old is None or new is None:
-                    skipped[TOO_LARGE] += 1
-                    continue
-                if (language := language_of(path, new)) is None:
-                    skipped["no known extension"] += 1
-                    continue
-                try:
-                    record = commit_record(old.decode(), new.decode(), subject, language, skipped)
-                except UnicodeDecodeError:
-                    skipped["not UTF-8"] += 1
-                    continue
-                if record:
-                    yield Document("git-commits", record)
-        if log.wait():
-            said.seek(0)
-            raise Damaged(said.read(1000).decode(errors="replace").strip().split("\n")[0])
-    finally:
-        for process in (log, sizes, objects):
+    environment |= {"GIT_DIR": bare, "HOME": bare, "XDG_CONFIG_HOME": bare}
+    environment |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
+    # Nothing should make git fetch. If something does, it fails.
+    environment |= {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1"}
+    pipes["stdout"] = subprocess.PIPE  # stdin and stderr differ
+    with subprocess.Popen(["git", *arguments], cwd=bare, env=environment, **pipes) as process:
+        try:
+            yield process
+        finally:
             process.kill()
-            for pipe in filter(None, (process.stdin, process.stdout)):
-                with contextlib.suppress(OSError):  # a pipe whose other end is gone
-                    pipe.close()
-            process.wait()
-        said.close()
 
 
-def _fields(stream):
-    """What lies between the NUL bytes of a stream."""
-    rest = b""
+class Change(NamedTuple):
+    """How a commit changed a file."""
+
+    subject: str  # the first line of the commit's message
+    path: str  # the same before and after
+    is_file: bool  # before and after; not a link or a submodule
+    old: bytes  # the name of the object
+    new: bytes
+
+
+def changes(stream):
+    r"""Yields each `Change` of what `git log` prints with the arguments LOG.
+
+    A commit is \1 and its subject; a change is ":mode mode old new M", then the path. A NUL byte
+    ends each of these.
+    """
+    subject = ""  # of the commit that the next changes belong to
+    fields = nul_separated(stream)
+    for field in fields:
+        field = field.lstrip(b"\n")  # one stands between a commit and its changes
+        if field.startswith(b"\1"):
+            subject = field[1:].decode(errors="replace")
+        elif field.startswith(b":"):
+            old_mode, new_mode, old, new, _ = field.split()
+            path = next(fields, b"").decode(errors="replace")
+            is_file = old_mode.startswith(b":100") and new_mode.startswith(b"100")  # as 100644
+            yield Change(subject, path, is_file, old, new)
+
+
+def nul_separated(stream):
+    """Yields what lies between the NUL bytes of a stream."""
+    rest = b""  # the beginning of the next field
     while block := stream.read1(1 << 16):
         *fields, rest = (rest + block).split(b"\0")
         yield from fields
-        if len(rest) > LARGEST:
+        if len(rest) > LARGEST:  # it could be any number of gigabytes
             raise Damaged(f"the subject of a commit is {TOO_LARGE}")
-    if rest:
-        yield rest
+
+
+def ask(process, name):
+    """The kind and the size of an object, from `git cat-file`."""
+    # It answers "name kind size", or "name missing".
+    process.stdin.write(name + b"\n")
+    process.stdin.flush()
+    words = process.stdout.readline().split()
+    if len(words) != 3:
+        raise Damaged(f"git has no object {name.decode()}; a partial clone lacks some")
+    return words[1], int(words[2])
+
+
+def read_commits(source, skipped, progress, largest=LARGEST):
+    """The records of a repository's commits, the newest first; a reader (see `sources.Source`).
+
+    largest: bytes of a file; changes of larger ones are left out.
+    """
+    # One ExitStack ends all that is begun here, whenever the caller stops reading.
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with contextlib.ExitStack() as stack:
+        bare = stack.enter_context(tempfile.TemporaryDirectory())
+        borrow(source, bare)
+        # Errors go to a file: a pipe that nobody reads would stop git when it is full.
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        log = stack.enter_context(git(bare, *LOG, stderr=errors))
+        # A kilobyte of a pack may unpack to gigabytes. So one process tells the size of an object,
+        # and the other gives its content if that is not too large.
+        sizes = stack.enter_context(git(bare, "cat-file", "--batch-check", **pipes))
+        contents = stack.enter_context(git(bare, "cat-file", "--batch", **pipes))
+
+        def blob(name):
+            """The content of a file, or None if it is too large."""
+            kind, size = ask(sizes, name)
+            if kind != b"blob" or size > largest:
+                return None
+            ask(contents, name)
+            return contents.stdout.read(size + 1)[:-1]  # a newline follows
+
+        for change in changes(log.stdout):
+            # Do not read what cannot be a source by its name.
+            if not change.is_file or not may_be_source(change.path):
+                skipped["no known extension"] += 1
+                continue
+            old = blob(change.old)
+            new = blob(change.new)
+            if old is None or new is None:
+                skipped[TOO_LARGE] += 1
+            elif document := document_of_change(change, old, new, skipped):
+                yield document
+
+        if log.wait():  # it failed; its first line says why
+            errors.seek(0)
+            raise Damaged(errors.read(1000).decode(errors="replace").strip().split("\n")[0])
+
+
+def document_of_change(change, old, new, skipped):
+    """The `Document` of a `Change` from one content to another; None if it is left out."""
+    # A text that was not UTF-8 before its change has no place in a record, either.
+    language = language_of(change.path, new)
+    if language is None:
+        skipped["no known extension"] += 1
+        return None
+    try:
+        record = commit_record(old.decode(), new.decode(), change.subject, language, skipped)
+    except UnicodeDecodeError:
+        skipped["not UTF-8"] += 1
+        return None
+    return record and Document("git-commits", record)

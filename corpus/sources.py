@@ -1,154 +1,176 @@
-"""TODO."""
+"""What a corpus is made of, read one document at a time.
 
-import contextlib
-import itertools
+    a directory             source files, by languages.txt, and Jupyter notebooks; on request, the
+                            history of the git repositories in it
+    .tar .tar.gz .zip ...   the same files in an archive (archives.py)
+    .parquet .jsonl ...     The Stack's files, commits and issues; notebooks (tables.py)
+
+Memory does not grow with a source, but for the names in a .zip. A document over LARGEST is left
+out; whatever is left out is counted, by reason.
+
+Reference: Kocetkov et al., The Stack, 2022.
+"""
+
 import lzma
 import os
 import shutil
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from typing import NamedTuple
 
 from corpus.archives import read_tar, read_zip
 from corpus.git_history import read_commits
 from corpus.languages import SKIPPED_DIRECTORIES, may_be_source
-from corpus.records import LARGEST, TOO_LARGE, file_document
+from corpus.records import LARGEST, TOO_LARGE, file_document, may_be_document
 from corpus.tables import read_jsonl, read_parquet
+
+# ---- directories ---------------------------------------------------------------------------------
 
 
 def walk(directory, unreadable=None):
-    """(folder, its folders, its files) as of os.walk, sorted; no links or SKIPPED_DIRECTORIES.
+    """Yields (folder, its folders, its files), sorted, of a directory and of all folders in it.
 
-    One level of os.walk at a time: Python 3.11's calls itself, and fails a thousand folders deep.
-    unreadable: called with the error of a folder that cannot be read.
+    unreadable: is called with the error of a folder that cannot be read.
     """
+    # Not entered: links, SKIPPED_DIRECTORIES, and what the caller removes from the folders.
     waiting = [directory]
     while waiting:
-        level = os.walk(waiting.pop(), onerror=unreadable)
-        for folder, folders, names in itertools.islice(level, 1):
-            folders.sort()
+        # Only one level of os.walk at a time: Python 3.11's calls itself for the next, and a
+        # stranger's folders may lie a thousand deep.
+        for folder, folders, names in islice(os.walk(waiting.pop(), onerror=unreadable), 1):
+            folders.sort()  # the same order on every machine
             yield folder, folders, sorted(names)
-            entered = [name for name in folders if name not in SKIPPED_DIRECTORIES]
-            inner = [os.path.join(folder, name) for name in reversed(entered)]
-            waiting += [path for path in inner if not os.path.islink(path)]
+            inner = [os.path.join(folder, n) for n in folders if n not in SKIPPED_DIRECTORIES]
+            waiting += [path for path in reversed(inner) if not os.path.islink(path)]
 
 
-def files_in(directory, skipped=None):
+def files_in(directory, skipped):
+    """Yields the paths of all files in a directory; folders that are not entered are counted."""
+
     def unreadable(error):
-        if skipped is not None:
-            skipped["unreadable"] += 1
+        skipped["unreadable"] += 1
 
     for folder, folders, names in walk(directory, unreadable):
-        if skipped is not None and (
-            links := sum(os.path.islink(os.path.join(folder, f)) for f in folders)
-        ):
-            skipped["not a file"] += links  # they are not followed
+        # A link may lead to a folder above, or out of the source.
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        skipped.update(["not a file"] * len(links))
         for name in names:
             yield os.path.join(folder, name)
 
 
-def size_of(path):
-    """Bytes of a file that may be a source; 0 of what is none, or is gone by now."""
-    with contextlib.suppress(OSError):
-        if may_be_source(path) and os.path.isfile(path):
-            return os.path.getsize(path)
-    return 0
-
-
 def read_directory(source, skipped, progress):
+    """The documents of the files in a directory; a reader (see `Source`)."""
     for path in files_in(source, skipped):
-        if not os.path.isfile(
-            path
-        ):  # a link to nothing or to itself, a pipe: reading it would fail or never end
-            skipped["not a file"] += 1
-        elif not may_be_source(path):
-            skipped["no known extension"] += 1
-        else:
-            try:
-                with open(path, "rb") as f:
-                    content = f.read(LARGEST + 1)
-            except OSError:
-                skipped["unreadable"] += 1
-                continue
-            progress(len(content))
-            if len(content) > LARGEST:
-                skipped[TOO_LARGE] += 1
-            elif document := file_document(path, content, skipped):
-                yield document
+        # A link to nothing or to itself is no file. Nor is a pipe: reading it would never end.
+        if not may_be_document(path, os.path.isfile(path), 0, skipped):
+            continue
+        try:
+            with open(path, "rb") as f:
+                content = f.read(LARGEST + 1)  # it may have grown, or have no size, as in /proc
+        except OSError:  # it is gone, or private, or the disk is bad
+            skipped["unreadable"] += 1
+            continue
+        progress(len(content))
+        if len(content) > LARGEST:
+            skipped[TOO_LARGE] += 1
+        elif document := file_document(path, content, skipped):
+            yield document
 
 
+def size_of(path):
+    """Bytes of a file that may be a source, and 0 of any other."""
+    # It may be gone since it was listed.
+    try:
+        return os.path.getsize(path) if may_be_source(path) and os.path.isfile(path) else 0
+    except OSError:
+        return 0
+
+
+def repositories(directory):
+    """Yields the git repositories in a directory, bare ones too; it may be one itself."""
+    for folder, folders, names in walk(directory):
+        path = os.path.join(folder, ".git")
+        # A `.git` that is a link or a file leads to another directory. The user may name one that
+        # does; a stranger's might lead to what is private.
+        is_named = folder == directory and os.path.lexists(path)  # by the user
+        is_plain = os.path.isdir(path) and not os.path.islink(path)
+        # A bare repository is what would be in `.git`.
+        is_bare = {"objects", "refs"}.issubset(folders) and "HEAD" in names
+        if is_named or is_plain or is_bare:
+            yield folder
+            # Repositories inside a repository are its project's files: do not enter.
+            folders.clear()
+
+
+# ---- any source ----------------------------------------------------------------------------------
+
+# The endings that tell what reads a file.
 READERS = {
     read_tar: (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"),
     read_zip: (".zip", ".whl"),
     read_parquet: (".parquet",),
     read_jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
 }
-
-
+# Their records may name languages that are not in languages.txt.
 TABLES = READERS[read_parquet] + READERS[read_jsonl]
-
-
 KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 
+# What a reader raises for a damaged file, besides OSError and pyarrow's errors.
+BAD_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
+BAD_PACKING = (EOFError, lzma.LZMAError, zlib.error)
+BAD_NUMBER = (ValueError, OverflowError, RecursionError)  # a header claims what cannot be
 
-def _repositories(directory):
-    """The git repositories in a directory, which may be one itself: with a work tree, or bare.
 
-    Those inside a repository are its project's files, and not entered. Nor is a `.git` that leads
-    elsewhere, a file or a link, but for that of the directory itself, which the user named.
-    """
-    for folder, folders, names in walk(directory):
-        git = os.path.join(folder, ".git")
-        named = folder == directory and os.path.lexists(git)
-        plain = os.path.isdir(git) and not os.path.islink(git)
-        bare = {"objects", "refs"} <= {*folders} and "HEAD" in names
-        if named or plain or bare:
-            yield folder
-            folders.clear()
+class Source(NamedTuple):
+    """A source, and how to read it."""
+
+    path: str
+    # Called with (path, skipped, progress), as `read` is; yields documents.
+    reader: Callable
+    size: int  # bytes on disk; 0 for a history
 
 
 def readers(source, commits=False):
-    """[(path, reader, bytes on disk), ...] of a source.
+    """[`Source`, ...] of a path. commits: the histories of the git repositories in it, too.
 
-    Raises ValueError for one that is missing or of an unknown kind, OSError for one that cannot be
-    read.
-
-    A reader is a generator of `Document`; its arguments are the path, a Counter of what is left out, by reason, and a function that is
-    told of progress in bytes. commits: the histories of the git repositories in a directory, too.
+    Raises ValueError if it is missing or of an unknown kind, OSError if it cannot be read.
     """
     if os.path.isdir(source):
-        os.scandir(source).close()  # a folder inside that cannot be read is counted; not this one
-        size = sum(map(size_of, files_in(source)))
+        os.scandir(source).close()  # raises; a folder inside that cannot be read is only counted
         if commits and not shutil.which("git"):
             raise ValueError("--commits: needs the git program")
-        return [(source, read_directory, size)] + [
-            (path, read_commits, 0) for path in (_repositories(source) if commits else [])
-        ]
+        # The Counter is dropped: files that are left out are counted when they are read.
+        size = sum(map(size_of, files_in(source, Counter())))
+        found = repositories(source) if commits else []
+        histories = [Source(path, read_commits, 0) for path in found]
+        return [Source(source, read_directory, size), *histories]
     if not os.path.exists(source):
         raise ValueError(f"{source}: no such file or directory")
     for reader, endings in READERS.items():
         if source.endswith(endings):
-            return [(source, reader, os.path.getsize(source))]
+            return [Source(source, reader, os.path.getsize(source))]
     raise ValueError(f"{source}: not a source; give {KINDS}")
 
 
 def read(source, reader, skipped, progress):
-    """The documents of a source by one of its `readers`. Raises ValueError for a damaged one."""
-    import pyarrow
+    """Yields each `Document` of a source, by one of its `readers`.
 
-    archives = (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        NotImplementedError,
-        EOFError,
-        lzma.LZMAError,
-        zlib.error,
-    )
-    numbers = (ValueError, OverflowError, RecursionError)  # of a header that claims the impossible
+    skipped: a Counter, to which is added what is left out, by reason.
+    progress: is called with bytes read since the last call, or, with absolute=True, in all.
+    Raises ValueError if the source is damaged or cannot be read.
+    """
+    import pyarrow  # here, because it takes a moment
+
     try:
         yield from reader(source, skipped, progress)
-    except (OSError, pyarrow.ArrowException, *archives, *numbers) as error:
+    except (OSError, pyarrow.ArrowException, *BAD_ARCHIVE, *BAD_PACKING, *BAD_NUMBER) as error:
+        # An OSError without a number is a damaged file, as gzip and pyarrow say it.
         if isinstance(error, OSError) and error.errno:
             raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
+        # The first line of the error; some have no words.
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None
