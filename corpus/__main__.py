@@ -39,17 +39,15 @@ def command_line():
     path = "use this tokenizer.json, or the one in this directory"
     either.add_argument("--tokenizer", metavar="PATH", help=path)
 
-    # Which documents are taken. Each of these is part of what a corpus is made by.
+    # Which documents are taken. To go on with a corpus, these must be as they were.
     add("--commits", action="store_true", help="take the histories of git repositories too")
-    names = {"type": lambda text: text.split(","), "metavar": "A,B,..."}
-    add("--languages", **names, help="take only these languages")
-    limit = "take the first N distinct documents of each language (before cleaning)"
+    add("--languages", type=lambda text: text.split(","), metavar="A,B,...", help="only these")
+    limit = "the first N distinct documents of each language (before cleaning)"
     add("--limit-per-language", type=int, metavar="N", help=limit)
     clean = "leave out what StarCoder's basic filters do: long lines, generated files, ..."
     add("--clean", action="store_true", help=clean)
     add("--near-dedup", action="store_true", help="leave out near duplicates, by MinHash")
-    share = "share of the documents held out (default: 0.05)"
-    add("--validation", type=float, metavar="P", help=share)
+    add("--validation", type=float, metavar="P", help="share held out (default: 0.05)")
 
     # Who does the work. The files are the same whatever these say.
     parts = "write every N-th part from the I-th: one of N machines (default: 0/1)"

@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
     """Items of one part."""
 
     part: int  # its number
-    items: list
+    items: list  # of `Item`
 
 
 class Encoded(NamedTuple):
@@ -83,7 +83,7 @@ class Encoder(NamedTuple):
         if self.near_dedup:
             # Also of what is read over: a document of this part may be like one of another.
             signature = NearDuplicates.signature("\n".join(text for _, text in pieces))
-        if not tokenize:
+        if not tokenize:  # the part is there already, or another shard's
             return Encoded(signature=signature)
 
         tokenizer = _tokenizer(self.directory)

@@ -13,6 +13,7 @@ def summary(meta):
     languages = meta["languages"]
     total = {name: sum(counts[name] for counts in languages.values()) for name in COLUMNS}
     lines = [f"{'language':24}{'documents':>12}{'MB':>10}{'tokens':>16}{'bytes/token':>13}"]
+    # The languages come as in meta.json, the largest first; the total is the last line.
     for name, counts in [*languages.items(), (f"all {len(languages)}", total)]:
         documents, size, tokens = (counts[column] for column in COLUMNS)
         # Every language that is listed has tokens: see `read_meta`.
@@ -24,5 +25,5 @@ def summary(meta):
     for split, counts in meta["splits"].items():
         splits.append(f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     lines.append(f"{', '.join(splits)}; vocabulary {meta['vocab_size']:,}")
-    lines.append(f"skipped: {reasons(meta['skipped'])}")
+    lines.append(f"skipped: {reasons(meta['skipped'])}")  # the most frequent reason first
     return "\n".join(lines)
