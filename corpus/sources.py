@@ -163,11 +163,11 @@ def read(source, reader, skipped, progress):
     progress: is called with bytes read since the last call, or, with absolute=True, in all.
     Raises ValueError if the source is damaged or cannot be read.
     """
-    import pyarrow  # here, because it takes a moment
-
     try:
         yield from reader(source, skipped, progress)
-    except (OSError, pyarrow.ArrowException, *BAD_ARCHIVE, *BAD_PACKING, *BAD_NUMBER) as error:
+    except ImportError as error:
+        raise ValueError(f"{source}: needs the {error.name} package (pip install it)") from None
+    except (OSError, *BAD_ARCHIVE, *BAD_PACKING, *BAD_NUMBER) as error:
         # An OSError without a number is a damaged file, as gzip and pyarrow say it.
         if isinstance(error, OSError) and error.errno:
             raise ValueError(f"{source}: cannot be read ({error.strerror})") from None

@@ -25,9 +25,17 @@ def read_parquet(source, skipped, progress):
     """The documents of a .parquet file; a reader (see `sources.Source`)."""
     import pyarrow.parquet  # takes a moment, and most sources do not need it
 
+    try:
+        yield from rows_of(pyarrow.parquet.ParquetFile, source, skipped, progress)
+    except pyarrow.ArrowException as error:  # of a dozen kinds, some of which are no ValueError
+        raise Damaged(str(error)) from None
+
+
+def rows_of(parquet_file, source, skipped, progress):
+    """`read_parquet`, by a class that opens such files."""
     # 64 rows at once, and small buffers: a row group of The Stack may take gigabytes.
     options = dict(buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
-    with pyarrow.parquet.ParquetFile(source, **options) as table:
+    with parquet_file(source, **options) as table:
         # A table of something else is an error, not a million rows that are left out.
         names = [name for name in COLUMNS if name in table.schema_arrow.names]
         if not {"content", "old_contents", "events", "title"}.intersection(names):
