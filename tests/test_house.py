@@ -183,7 +183,7 @@ def test_no_mock_of_the_project_itself():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute):
                 words = ast.unparse(node.func).split(".")
-                if "patch" in words and root_name(node.args[0]) in own:
+                if words[-1] != "setattr" and "patch" in words and root_name(node.args[0]) in own:
                     found.append(f"{file}:{node.lineno}: {ast.unparse(node)[:70]}")
     assert not found, "\n".join(found)
     programs = [file for file in code_files() if "import mock" in ast.unparse(tree_of(file))]
