@@ -1,88 +1,93 @@
-"""TODO."""
+"""The command line: `python -m bench kernels|model|data|pii|pictures`.
 
-import torch
+Each measurement prints a table and writes it, with the machine and the versions, to results/.
+"""
 
-import kernels
-from bench.data_speed import bench_corpus, bench_data
-from bench.kernel_speed import bench_kernels, bench_tune
-from bench.model_speed import bench_model, bench_profile
-from bench.pii_speed import bench_pii
-from bench.resources import bench_resources
 from common.command_line import CommandLine, run_command
 
+# Each measurement is imported only if it is asked for: together they take ten seconds, and --help
+# should take none.
 
-def main(argv=None):
-    """The command line."""
-    parser = CommandLine(
-        prog="python -m bench", description="Measure the speeds that the README claims."
-    )
-    parser.add_argument("what", choices=["data", "kernels", "model", "pii"])
-    parser.add_argument(
-        "--resources",
-        action="store_true",
-        help="kernels: compile for sm_80, sm_89, sm_90, sm_100 and show what they take",
-    )
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="kernels: try other launch settings on this GPU and print a table of the best",
-    )
-    parser.add_argument(
-        "--ablate", action="store_true", help="model: what each saving of the step is worth"
-    )
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="model: where the time of a step goes, beside the least that it could take",
-    )
-    parser.add_argument(
-        "--megabytes",
-        type=int,
-        default=100,
-        metavar="N",
-        help="pii: how much to look through (default: 100)",
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", help="the JSON file to write (default: one in results/)"
-    )
-    arguments = parser.parse_args(argv)
-    flags = {
-        "data": [],
-        "kernels": ["resources", "tune"],
-        "model": ["ablate", "profile"],
-        "pii": [],
-    }
-    given = [flag for flag in sum(flags.values(), []) if getattr(arguments, flag)]
-    if len(given) > 1 or not {*given} <= {*flags[arguments.what]}:
-        takes = " or ".join(f"--{flag}" for flag in flags[arguments.what]) or "no flag"
-        raise ValueError(f"{arguments.what}: takes {takes}, one at a time")
-    if arguments.what == "data":
-        bench_data(arguments.out)
-        return bench_corpus(arguments.out and f"{arguments.out}.corpus")
-    if arguments.what == "pii":
-        return bench_pii(arguments.out, size=arguments.megabytes * 1_000_000)
-    if arguments.what == "model":
-        return (
-            bench_profile(arguments.out)
-            if arguments.profile
-            else bench_model(arguments.out, ablate=arguments.ablate)
-        )
+
+def measure_kernels(arguments):
+    import torch
+
+    import kernels
+    from bench.kernel_speed import bench_kernels, bench_tune
+    from bench.resources import bench_resources
+
     if arguments.tune and not torch.cuda.is_available():
         raise ValueError("--tune: needs a CUDA device")
     if not kernels.HAS_TRITON or kernels.INTERPRETED:
-        raise ValueError(
-            "kernels: needs Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset"
-        )
+        needed = "Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset"
+        raise ValueError(f"kernels: needs {needed}")
     if arguments.tune:
         bench_tune(arguments.out)
     elif torch.cuda.is_available() and not arguments.resources:
         bench_kernels(arguments.out)
     else:
+        # A CPU can compile the kernels for any chip, but it says nothing about their speed.
         if not arguments.resources:
-            print(
-                "There is no CUDA device here, and on a CPU the speed of these kernels means nothing. What they take of a chip:"
-            )
+            print("There is no CUDA device here: no speeds, but what the kernels take of a chip.")
         bench_resources(arguments.out)
+
+
+def measure_model(arguments):
+    from bench.model_speed import bench_model, bench_profile
+
+    measure = bench_profile if arguments.profile else bench_model
+    measure(arguments.out)
+
+
+def measure_data(arguments):
+    from bench.data_speed import bench_corpus, bench_data
+
+    bench_data(arguments.out)
+    bench_corpus(arguments.out and f"{arguments.out}.corpus")  # None: each has a default
+
+
+def measure_pii(arguments):
+    from bench.pii_speed import bench_pii
+
+    bench_pii(arguments.out)
+
+
+def draw(arguments):
+    from bench.pictures import draw_pictures
+
+    draw_pictures(arguments.run)
+
+
+def main(argv=None):
+    """The command line."""
+    parser = CommandLine(prog="python -m bench", description="Measure the speeds in results/.")
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+
+    def command(name, function, help):
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(function=function)
+        return added
+
+    kernels = command("kernels", measure_kernels, "Triton kernels beside their peers (GPU)")
+    model = command("model", measure_model, "a training step beside transformers' models")
+    data = command("data", measure_data, "from text to tokens, from tokens to batches")
+    pii = command("pii", measure_pii, "finding personal data in code, beside other detectors")
+    pictures = command("pictures", draw, "draw the front page's two pictures from a run")
+
+    choices = kernels.add_mutually_exclusive_group()
+    help = "compile for sm_80, sm_89, sm_90 and sm_100, and show what the kernels take of each"
+    choices.add_argument("--resources", action="store_true", help=help)
+    help = "try other launch settings on this GPU and print the best"
+    choices.add_argument("--tune", action="store_true", help=help)
+    help = "show where the time of a step goes, beside the least that it could take"
+    model.add_argument("--profile", action="store_true", help=help)
+    for measurement in (kernels, model, data, pii):
+        help = "the JSON file to write (default: one in results/, named after the device)"
+        measurement.add_argument("--out", metavar="FILE", help=help)
+    pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
+
+    arguments = parser.parse_args(argv)
+    arguments.function(arguments)
 
 
 if __name__ == "__main__":
