@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import assert_refused, program
 
-from bench import data_speed, measure, model_speed
+import train
+from bench import data_speed, measure, model_speed, pictures
 from starencoder import StarEncoderConfig
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -87,6 +88,20 @@ def test_data_speed(small_corpus, tmp_path, monkeypatch):
 def test_python_files_are_no_larger_than_asked():
     files, total = measure.python_files(200_000)
     assert len(files) == len(set(files)) > 5 and 100_000 < total <= 200_000
+
+
+@pytest.mark.slow
+def test_pictures_of_a_run(small_corpus, tmp_path):
+    config = train.TrainConfig(
+        data=small_corpus, out=str(tmp_path / "run"), max_length=48, steps=2, batch_size=2,
+        eval_examples=2, workers=0, device="cpu", hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    train.train(config)
+    pictures.draw_pictures(config.out, str(tmp_path / "pictures"))
+    for name in ("tiny-curves.png", "filled-masks.png"):
+        content = (tmp_path / "pictures" / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and 10_000 < len(content) < 120_000
 
 
 def test_refusals():
