@@ -95,15 +95,15 @@ def draw_masks(figure, run):
     panels = figure.subplots(1, len(LINES), sharex=True)
     for axes, line in zip(panels, LINES):
         (answers,) = fill_mask(model, tokenizer, line, top_k=5)
-        names = [answer["token_str"].strip() or repr(answer["token_str"]) for answer in answers]
+        names = [readable(answer["token_str"]) for answer in answers]
         percent = [100 * answer["score"] for answer in answers]
 
         # The most probable answer on top, in the colour of the mask.
-        bars = axes.barh(names, percent, color=[ACCENT] + 4 * [LIGHT])
+        bars = axes.barh(range(5), percent, color=[ACCENT] + 4 * [LIGHT])
         axes.bar_label(bars, [f"{value:.0f} %" for value in percent], padding=4)
         axes.invert_yaxis()
         axes.spines["bottom"].set_visible(False)
-        axes.set(xticks=[])
+        axes.set(xticks=[], yticks=range(5), yticklabels=names)
         axes.margins(x=0.15)  # room for the numbers
         axes.tick_params(axis="y", length=0, labelfontfamily="monospace", labelsize=11)
 
@@ -113,6 +113,12 @@ def draw_masks(figure, run):
         blank = re.sub(r"\S", " ", before)
         draw_code(axes, f"{before}      {after}", "black")
         draw_code(axes, f"{blank}<mask>" + "\n" * after.count("\n"), ACCENT)
+
+
+def readable(token):
+    """A token without the space that it begins with; white space and the like as Python writes it."""
+    name = token.strip()
+    return name if name and name.isprintable() else repr(token)[1:-1]
 
 
 def draw_code(axes, text, color):
