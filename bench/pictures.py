@@ -116,7 +116,7 @@ def draw_masks(figure, run):
 
 
 def readable(token):
-    """A token without the space that it begins with; white space and the like as Python writes it."""
+    """A token without the space that it begins with; white space as Python writes it."""
     name = token.strip()
     return name if name and name.isprintable() else repr(token)[1:-1]
 
