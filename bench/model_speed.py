@@ -44,8 +44,15 @@ def original_lengths(directory, max_length, count):
     return [lengths[(2 * i + 1) * len(lengths) // (2 * count)] for i in range(count)]
 
 
-def random_batch(config, lengths):
-    """The same random sequences twice, as arguments of a model: packed, and padded."""
+class Batch(NamedTuple):
+    """The same sequences twice, as arguments of a model."""
+
+    packed: dict  # for this project: T tokens end to end
+    padded: dict  # for transformers: (B, L), and a label for every token
+
+
+def random_batch(lengths, config):
+    """A `Batch` of random sequences of these lengths, with 15 % of their tokens masked."""
     generator = torch.Generator().manual_seed(0)
     T = sum(lengths)
     ids = torch.randint(config.vocab_size - 20, (T,), generator=generator)
@@ -60,40 +67,79 @@ def random_batch(config, lengths):
         "seed": torch.tensor(5),
     }
 
-    # transformers takes a label for every token, -100 where nothing is to be predicted.
-    labels = torch.full((T,), -100).index_copy(0, masked, ids[masked])
-    ones = torch.ones(T, dtype=torch.int64)
+    def pad(tokens, value):
+        """(T,) -> (B, L)."""
+        parts = tokens.split(lengths)
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+
     padded = {
-        "input_ids": pad(ids, lengths, 0),  # (B, L), as are the two below
-        "attention_mask": pad(ones, lengths, 0),
-        "labels": pad(labels, lengths, -100),
+        "input_ids": pad(ids, 0),
+        "attention_mask": pad(torch.ones_like(ids), 0),
+        "labels": pad(torch.full((T,), -100).index_copy(0, masked, ids[masked]), -100),
         "next_sentence_label": neighbours,
     }
-    return tuple({name: t.to(DEVICE) for name, t in batch.items()} for batch in (packed, padded))
+    return Batch(*({name: t.to(DEVICE) for name, t in kind.items()} for kind in (packed, padded)))
 
 
-def pad(tokens, lengths, value):
-    """(T,) -> (B, L)."""
-    parts = tokens.split(lengths)
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+# How each model is made, and how it is asked for its loss on a batch.
+
+
+def own_loss(model, batch):
+    return model(**batch.packed, max_seqlen=model.config.max_position_embeddings).loss
+
+
+def loss_of_all_tokens(model, batch):
+    """The same loss as most implementations compute it: logits of every token, in fp32."""
+    inputs = {name: batch.packed[name] for name in ("input_ids", "cu_seqlens", "seed")}
+    out = model(**inputs, max_seqlen=model.config.max_position_embeddings)
+    labels = batch.padded["labels"][batch.padded["attention_mask"].bool()]  # (T,)
+    mlm_loss = F.cross_entropy(out.mlm_logits.float(), labels)
+    return mlm_loss + F.cross_entropy(out.nsp_logits.float(), batch.packed["next_sentence_label"])
+
+
+def make_bert(config):
+    bert = transformers.BertConfig(**asdict(config), attn_implementation="sdpa")
+    return transformers.BertForPreTraining(bert)
+
+
+def bert_loss(model, batch):
+    return model(**batch.padded).loss
+
+
+def make_modern_bert(config):
+    """ModernBERT-base; for a config that is smaller than StarEncoder's, one of its shape."""
+    shape = {}
+    if config.hidden_size != StarEncoderConfig.hidden_size:
+        sizes = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+        shape = {name: getattr(config, name) for name in sizes}
+    # Its own special tokens lie beyond this vocabulary.
+    specials = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    shape |= {"vocab_size": config.vocab_size, **specials}
+    modern = transformers.ModernBertConfig(**shape, attn_implementation="sdpa")
+    return transformers.ModernBertForMaskedLM(modern)
+
+
+def modern_bert_loss(model, batch):
+    inputs = {name: t for name, t in batch.padded.items() if name != "next_sentence_label"}
+    return model(**inputs).loss
 
 
 class Contender(NamedTuple):
-    """A model, and how it is asked for its loss."""
-
-    make: Callable  # () -> a new model
-    loss: Callable  # model -> its loss on the batch
+    make: Callable  # config -> model
+    loss: Callable  # model, batch -> loss
     compiled: bool = False
 
-    def training_step(self, tokens):
-        """A function that takes one step of a new model and returns `tokens`."""
-        model = self.make().to(DEVICE).train()
+    def training_step(self, config, batch):
+        """A function that takes a step of a new model and returns its number of tokens."""
+        tokens = len(batch.packed["input_ids"])
+        model = self.make(config).to(DEVICE).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        called = torch.compile(model) if self.compiled else model
+        if self.compiled:
+            model.compile()
 
         def step():
             with torch.autocast(DEVICE, torch.bfloat16):
-                loss = self.loss(called)
+                loss = self.loss(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -105,89 +151,48 @@ class Contender(NamedTuple):
         return step
 
 
-def make_contenders(config, lengths):
-    """{name: Contender} on one batch of sequences of these lengths."""
-    packed, padded = random_batch(config, lengths)
-    max_seqlen = config.max_position_embeddings
-
-    def own_loss(model):
-        return model(**packed, max_seqlen=max_seqlen).loss
-
-    def loss_of_all_tokens(model):
-        """As most implementations compute it: logits of every token, and their loss in fp32."""
-        inputs = {name: packed[name] for name in ("input_ids", "cu_seqlens", "seed")}
-        out = model(**inputs, max_seqlen=max_seqlen)
-        labels = padded["labels"][padded["attention_mask"].bool()]  # (T,)
-        mlm_loss = F.cross_entropy(out.mlm_logits.float(), labels)
-        return mlm_loss + F.cross_entropy(out.nsp_logits.float(), packed["next_sentence_label"])
-
-    def bert_loss(model):
-        return model(**padded).loss
-
-    def modern_loss(model):
-        only_mlm = {name: t for name, t in padded.items() if name != "next_sentence_label"}
-        return model(**only_mlm).loss
-
-    def make_own():
-        return StarEncoderForPreTraining(config)
-
-    def make_bert():
-        bert = transformers.BertConfig(**asdict(config), attn_implementation="sdpa")
-        return transformers.BertForPreTraining(bert)
-
-    def make_modern():
-        return transformers.ModernBertForMaskedLM(modern_config(config))
-
-    contenders = {
-        "transformers BertForPreTraining, sdpa": Contender(make_bert, bert_loss),
-        "StarEncoder": Contender(make_own, own_loss),
-        "StarEncoder, logits of all tokens": Contender(make_own, loss_of_all_tokens),
-        "ModernBERT-base, sdpa": Contender(make_modern, modern_loss),
-    }
-    # torch.compile takes minutes on a CPU, and again for each batch of other lengths.
-    if DEVICE == "cuda" and len(set(lengths)) == 1:
-        contenders["transformers BertForPreTraining, sdpa, compiled"] = Contender(
-            make_bert, bert_loss, compiled=True
-        )
-        contenders["StarEncoder, --compile"] = Contender(make_own, own_loss, compiled=True)
-    return contenders
+CONTENDERS = {
+    "transformers BertForPreTraining, sdpa": Contender(make_bert, bert_loss),
+    "StarEncoder": Contender(StarEncoderForPreTraining, own_loss),
+    "StarEncoder, logits of all tokens": Contender(StarEncoderForPreTraining, loss_of_all_tokens),
+    "ModernBERT-base, sdpa": Contender(make_modern_bert, modern_bert_loss),
+    "transformers BertForPreTraining, sdpa, compiled": Contender(make_bert, bert_loss, True),
+    "StarEncoder, --compile": Contender(StarEncoderForPreTraining, own_loss, True),
+}
 
 
-def modern_config(config):
-    """ModernBERT-base, or a model of its kind in the shape of `config` if that is a smaller one."""
-    shape = {}
-    if config.hidden_size != StarEncoderConfig.hidden_size:
-        sizes = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-        shape = {name: getattr(config, name) for name in sizes}
-    # Its own special tokens lie beyond this vocabulary.
-    specials = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
-    return transformers.ModernBertConfig(
-        vocab_size=config.vocab_size, attn_implementation="sdpa", **shape, **specials
-    )
+def training_steps(config, batch, compiled):
+    """({name: training step, warmed up}, {name: GB of memory at its peak}) of all contenders.
 
-
-def measure_memory(contender, tokens):
-    """(its training step, warmed up; GB at the peak of a step, "-" on a CPU)."""
-    gc.collect()
-    if DEVICE == "cpu":
-        before = 0
-    else:
+    compiled: whether those that are compiled take part. Whoever finds too little memory does not.
+    """
+    steps = {}
+    memory = {}
+    for name, contender in CONTENDERS.items():
+        if contender.compiled and not compiled:
+            continue
+        gc.collect()  # one that ran out of memory must not stand in the way of the next
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()  # by the contenders before this one
-
-    step = contender.training_step(tokens)
-    for _ in range(2):
-        step()
-    if DEVICE == "cpu":
-        return step, "-"
-    return step, f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.1f}"
+        before = torch.cuda.memory_allocated()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            step = contender.training_step(config, batch)
+            for _ in range(2):
+                step()
+        except torch.OutOfMemoryError:
+            print(f"{name}: left out, the memory of this GPU is too small")
+            step = None
+            continue
+        steps[name] = step
+        memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e9  # 0 on a CPU
+    return steps, memory
 
 
 def bench_model(path=None, config=None, sizes=None, directory=CORPUS, repetitions=5):
     """A training step of the full model beside those of transformers, on two kinds of batches.
 
-    sizes: sequences of the batch of full ones and of that with the lengths of the original's data.
+    sizes: sequences of the batch of full ones, and of that with the lengths of the original's data.
     """
     config = config or StarEncoderConfig()
     full, original = sizes or ((64, 64) if DEVICE == "cuda" else (2, 4))
@@ -201,17 +206,13 @@ def bench_model(path=None, config=None, sizes=None, directory=CORPUS, repetition
 
     rows = []
     for kind, lengths in batches.items():
-        tokens = sum(lengths)
-        steps = {}
-        memory = {}
-        for name, contender in make_contenders(config, lengths).items():
-            try:
-                steps[name], memory[name] = measure_memory(contender, tokens)
-            except torch.OutOfMemoryError:
-                print(f"{name}: left out, as the memory of this GPU is too small")
+        # torch.compile takes minutes on a CPU, and again for every batch of other lengths.
+        compiled = DEVICE == "cuda" and kind == "full"
+        steps, memory = training_steps(config, random_batch(lengths, config), compiled)
         speeds = medians(steps, repetitions)
+        reference, *_ = speeds.values()  # BERT's
 
-        slowest, *_ = speeds.values()  # BERT, to which all are compared
+        tokens = sum(lengths)
         flops = model_flops(config, lengths, round(MASKED * tokens)) / tokens
         for name, speed in speeds.items():
             # The FLOPs are those of this shape, which ModernBERT does not have.
@@ -221,8 +222,8 @@ def bench_model(path=None, config=None, sizes=None, directory=CORPUS, repetition
                     "lengths": f"{kind}: {len(lengths)} x {tokens / len(lengths):,.0f}",
                     "by": name,
                     "tokens/s": f"{speed:,.1f}",
-                    "ratio": f"{speed / slowest:.2f}",
-                    "peak memory (GB)": memory[name],
+                    "ratio": f"{speed / reference:.2f}",
+                    "peak memory (GB)": f"{memory[name]:.1f}" if DEVICE == "cuda" else "-",
                     "MFU": f"{speed * flops / peak:.1%}" if known else "-",
                 }
             )
@@ -311,7 +312,8 @@ def bench_profile(path=None, config=None, sequences=None, ceilings=None, repetit
     ceilings = ceilings or measure_ceilings(DEVICE)
     L = config.max_position_embeddings
     T = sequences * L
-    step = make_contenders(config, [L] * sequences)["StarEncoder"].training_step(T)
+    batch = random_batch([L] * sequences, config)
+    step = CONTENDERS["StarEncoder"].training_step(config, batch)
     for _ in range(2):
         step()
     whole = T / medians({"step": step}, repetitions)["step"]  # seconds, without the profiler

@@ -11,7 +11,7 @@ from conftest import assert_refused, program
 
 import train
 from bench import data_speed, measure, model_speed, pictures
-from starencoder import StarEncoderConfig
+from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 
@@ -44,10 +44,10 @@ def test_both_ways_to_the_loss_agree():
     config = StarEncoderConfig(
         vocab_size=600, max_position_embeddings=48, pad_token_id=596, **SHAPE
     )
-    contenders = model_speed.make_contenders(config, [48, 20, 7])
-    model = contenders["StarEncoder"].make().to(model_speed.DEVICE).eval()
-    own = contenders["StarEncoder"].loss(model)
-    other = contenders["StarEncoder, logits of all tokens"].loss(model)
+    batch = model_speed.random_batch([48, 20, 7], config)
+    model = StarEncoderForPreTraining(config).to(model_speed.DEVICE).eval()
+    own = model_speed.own_loss(model, batch)
+    other = model_speed.loss_of_all_tokens(model, batch)
     torch.testing.assert_close(own, other)
 
 
