@@ -1,8 +1,9 @@
 """Every speed that this project claims, measured beside its peers in one run: `python -m bench`.
 
     measure        contenders that take turns, and the table and JSON file of a measurement
-    model_speed    a training step beside transformers' models, and where its time goes
-    data_speed     from text to tokens on disk, and from there to batches
+    model_speed    a training step beside transformers' models
+    step_profile   where the time of that step goes
+    data_speed     from tokens on disk to batches, beside tokenizing on the fly
     pii_speed      finding personal data and secrets, beside other detectors
     kernel_speed   each Triton kernel beside its peers, on a GPU; the search for launch settings
     resources      what the compiled kernels take of a chip, without that chip

@@ -16,11 +16,13 @@ def measure_kernels(arguments):
     from bench.kernel_speed import bench_kernels, bench_tune
     from bench.resources import bench_resources
 
+    # What cannot work is refused before anything is compiled.
     if arguments.tune and not torch.cuda.is_available():
         raise ValueError("--tune: needs a CUDA device")
     if not kernels.HAS_TRITON or kernels.INTERPRETED:
         needed = "Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset"
         raise ValueError(f"kernels: needs {needed}")
+    # Three measurements, of which one needs no GPU.
     if arguments.tune:
         bench_tune(arguments.out)
     elif torch.cuda.is_available() and not arguments.resources:
@@ -33,17 +35,17 @@ def measure_kernels(arguments):
 
 
 def measure_model(arguments):
-    from bench.model_speed import bench_model, bench_profile
+    from bench.model_speed import bench_model
+    from bench.step_profile import bench_profile
 
     measure = bench_profile if arguments.profile else bench_model
     measure(arguments.out)
 
 
 def measure_data(arguments):
-    from bench.data_speed import bench_corpus, bench_data
+    from bench.data_speed import bench_data
 
     bench_data(arguments.out)
-    bench_corpus(arguments.out and f"{arguments.out}.corpus")  # None: each has a default
 
 
 def measure_pii(arguments):
@@ -63,17 +65,22 @@ def main(argv=None):
     parser = CommandLine(prog="python -m bench", description="Measure the speeds in results/.")
     commands = parser.add_subparsers(required=True, metavar="WHAT")
 
+    # Each is a command of its own, with its own flags and its own --help.
     def command(name, function, help):
         added = commands.add_parser(name, help=help, description=help)
         added.set_defaults(function=function)
         return added
 
+    # What can be measured, and one thing that can be drawn.
     kernels = command("kernels", measure_kernels, "Triton kernels beside their peers (GPU)")
     model = command("model", measure_model, "a training step beside transformers' models")
-    data = command("data", measure_data, "from text to tokens, from tokens to batches")
+    data = command(
+        "data", measure_data, "from tokens on disk to batches, beside tokenizing on the fly"
+    )
     pii = command("pii", measure_pii, "finding personal data in code, beside other detectors")
     pictures = command("pictures", draw, "draw the front page's two pictures from a run")
 
+    # Flags that only one of them has, then the one that all measurements share.
     choices = kernels.add_mutually_exclusive_group()
     help = "compile for sm_80, sm_89, sm_90 and sm_100, and show what the kernels take of each"
     choices.add_argument("--resources", action="store_true", help=help)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.files import write_whole
 from corpus.build import prepare
 
-REPETITIONS = 7
+REPETITIONS = 7  # rounds, of which the median counts
 CORPUS = "corpora/bench"  # the standard library, with a vocabulary of the published size
 
 
@@ -29,14 +29,14 @@ def medians(contenders, repetitions=REPETITIONS):
     for _ in tqdm(range(repetitions), desc="benchmark", unit="round"):
         for name, work in contenders.items():
             begin = time.perf_counter()
-            units = work()
+            units = work()  # tokens, FLOPs, bytes: whatever the contender counts
             speeds[name].append(units / (time.perf_counter() - begin))
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def prepared(directory=CORPUS, vocab_size=49156):
     """The directory, in which the standard library is prepared at the first call."""
-    if not os.path.exists(os.path.join(directory, "meta.json")):
+    if not os.path.exists(os.path.join(directory, "meta.json")):  # the file that is written last
         prepare(None, directory, vocab_size=vocab_size)
     return directory
 
@@ -47,6 +47,7 @@ def python_files(size):
     total = 0
     library = sysconfig.get_paths()["stdlib"]  # most installations keep their packages in it
     for path in sorted(glob.glob(os.path.join(library, "**", "*.py"), recursive=True)):
+        # Smaller files may still fit where a larger one does not.
         if total + os.path.getsize(path) <= size:
             chosen.append(path)
             total += os.path.getsize(path)
@@ -58,15 +59,17 @@ def report(path, name, rows, **facts):
 
     path: the file, or None for results/NAME-DEVICE.json. facts: what else the file should say.
     """
+    # The table: columns as wide as their widest cell.
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
     header = {key: key for key in widths}
     for row in [header, *rows]:
         print("  ".join(f"{str(row[key]):{width}}" for key, width in widths.items()).rstrip())
 
+    # What the figures depend on: the machine, the code and the libraries.
     device = f"CPU, {os.cpu_count()} cores, {platform.machine()}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    git = ["git", "describe", "--always", "--dirty"]
+    git = ["git", "describe", "--always", "--dirty"]  # -dirty: with changes that no commit has
     head = {
         "device": device,
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
@@ -79,7 +82,8 @@ def report(path, name, rows, **facts):
     }
 
     # One line for each row, so that a change of one figure is a change of one line.
-    path = path or f"results/{name}-{device.split(',')[0].replace(' ', '-').lower()}.json"
+    short = device.split(",")[0].replace(" ", "-").lower()  # such as nvidia-h200, or cpu
+    path = path or f"results/{name}-{short}.json"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     head_lines = json.dumps(head, indent=1).removesuffix("\n}")
     row_lines = ",\n  ".join(json.dumps(row) for row in rows)

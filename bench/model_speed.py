@@ -1,4 +1,4 @@
-"""How fast a training step is beside the models of transformers, and where its time goes.
+"""How fast a training step is, beside the models of transformers.
 
 A step is forward, backward, clipping and AdamW in bf16 autocast, with dropout. All models see the
 same sequences: packed for this project, padded to the longest one for transformers. Speeds are of
@@ -9,7 +9,6 @@ real tokens; padding does not count. MFU is the share of the GPU's peak that the
 import gc
 import itertools
 import random
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
@@ -18,7 +17,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from bench.kernel_speed import measure_ceilings
 from bench.measure import CORPUS, medians, prepared, report
 from corpus.tokenizer import Tokenizer
 from data import PairDataset
@@ -55,16 +53,16 @@ def random_batch(lengths, config):
     """A `Batch` of random sequences of these lengths, with 15 % of their tokens masked."""
     generator = torch.Generator().manual_seed(0)
     T = sum(lengths)
-    ids = torch.randint(config.vocab_size - 20, (T,), generator=generator)
+    ids = torch.randint(config.vocab_size - 20, (T,), generator=generator)  # no special tokens
     masked = torch.randperm(T, generator=generator)[: round(MASKED * T)].sort().values  # (M,)
-    neighbours = torch.randint(2, (len(lengths),), generator=generator)
+    neighbours = torch.randint(2, (len(lengths),), generator=generator)  # (B,)
     packed = {
-        "input_ids": ids,
+        "input_ids": ids,  # (T,)
         "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-        "labels": ids[masked],
+        "labels": ids[masked],  # (M,)
         "next_sentence_label": neighbours,
         "masked_positions": masked,
-        "seed": torch.tensor(5),
+        "seed": torch.tensor(5),  # of dropout; a tensor, so that torch.compile does not bake it in
     }
 
     def pad(tokens, value):
@@ -73,15 +71,16 @@ def random_batch(lengths, config):
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
 
     padded = {
-        "input_ids": pad(ids, 0),
-        "attention_mask": pad(torch.ones_like(ids), 0),
+        "input_ids": pad(ids, 0),  # (B, L)
+        "attention_mask": pad(torch.ones_like(ids), 0),  # (B, L)
         "labels": pad(torch.full((T,), -100).index_copy(0, masked, ids[masked]), -100),
         "next_sentence_label": neighbours,
     }
     return Batch(*({name: t.to(DEVICE) for name, t in kind.items()} for kind in (packed, padded)))
 
 
-# How each model is made, and how it is asked for its loss on a batch.
+# How each model is made, and how it is asked for its loss on a batch. Only our own model is told
+# the longest sequence and the masked positions: the others have no use for either.
 
 
 def own_loss(model, batch):
@@ -108,7 +107,7 @@ def bert_loss(model, batch):
 
 def make_modern_bert(config):
     """ModernBERT-base; for a config that is smaller than StarEncoder's, one of its shape."""
-    shape = {}
+    shape = {}  # -base is the default
     if config.hidden_size != StarEncoderConfig.hidden_size:
         sizes = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
         shape = {name: getattr(config, name) for name in sizes}
@@ -120,6 +119,7 @@ def make_modern_bert(config):
 
 
 def modern_bert_loss(model, batch):
+    # It has no head for pairs.
     inputs = {name: t for name, t in batch.padded.items() if name != "next_sentence_label"}
     return model(**inputs).loss
 
@@ -133,6 +133,7 @@ class Contender(NamedTuple):
         """A function that takes a step of a new model and returns its number of tokens."""
         tokens = len(batch.packed["input_ids"])
         model = self.make(config).to(DEVICE).train()
+        # Whatever is learned from random tokens: the rate only has to keep the numbers finite.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if self.compiled:
             model.compile()
@@ -168,6 +169,7 @@ def training_steps(config, batch, compiled):
     """
     steps = {}
     memory = {}
+    # All models stay in memory, as they take turns later.
     for name, contender in CONTENDERS.items():
         if contender.compiled and not compiled:
             continue
@@ -178,11 +180,11 @@ def training_steps(config, batch, compiled):
             torch.cuda.reset_peak_memory_stats()
         try:
             step = contender.training_step(config, batch)
-            for _ in range(2):
+            for _ in range(2):  # the first one makes the optimizer's moments, and compiles
                 step()
         except torch.OutOfMemoryError:
             print(f"{name}: left out, the memory of this GPU is too small")
-            step = None
+            step = None  # and with it the model
             continue
         steps[name] = step
         memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e9  # 0 on a CPU
@@ -202,7 +204,7 @@ def bench_model(path=None, config=None, sizes=None, directory=CORPUS, repetition
         "full": [max_length] * full,
         "as the original's": original_lengths(directory, max_length, original),
     }
-    peak = peak_flops(torch.device(DEVICE))
+    peak = peak_flops(torch.device(DEVICE))  # None on a CPU, and there is no MFU then
 
     rows = []
     for kind, lengths in batches.items():
@@ -212,6 +214,7 @@ def bench_model(path=None, config=None, sizes=None, directory=CORPUS, repetition
         speeds = medians(steps, repetitions)
         reference, *_ = speeds.values()  # BERT's
 
+        # FLOPs a token, as our model computes them: the head on masked positions only.
         tokens = sum(lengths)
         flops = model_flops(config, lengths, round(MASKED * tokens)) / tokens
         for name, speed in speeds.items():
@@ -229,113 +232,3 @@ def bench_model(path=None, config=None, sizes=None, directory=CORPUS, repetition
             )
     facts = dict(parameters=count_parameters(config), max_length=max_length)
     report(path, "model", rows, **facts, repetitions=repetitions)
-
-
-# The parts of a step by the names of the operators that belong to them; the first that fits counts.
-# An operator on a tensor with an axis of the size of the vocabulary belongs to the head as well.
-HEAD = "head and embeddings"
-PARTS = {
-    "optimizer": "_fused_adamw|_foreach_|vector_norm",
-    HEAD: "cross_?entropy",
-    "attention": "attention|bmm|softmax|scaled_dot_product",
-    "LayerNorm and dropout": "layer_?norm|dropout",
-    "matmul": r"::(mm|addmm|matmul|linear)$",
-    "GELU, casts and the rest": "",
-}
-
-
-def part_of(event, vocab_size):
-    """The part of a step that an operator belongs to."""
-    shapes = [shape for shape in event.input_shapes or [] if isinstance(shape, list)]
-    sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
-    padded = vocab_size + -vocab_size % 64  # the head pads its matrix on a GPU
-    of_vocabulary = not sizes.isdisjoint((vocab_size, padded))
-    for part, words in PARTS.items():
-        if re.search(words, event.key, re.IGNORECASE) or (part == HEAD and of_vocabulary):
-            return part
-
-
-def time_by_part(step, vocab_size, repetitions):
-    """{part: seconds of a step} by PyTorch's profiler."""
-    with torch.profiler.profile(record_shapes=True) as profile:
-        for _ in range(repetitions):
-            step()
-    seconds = dict.fromkeys(PARTS, 0.0)
-    for event in profile.key_averages(group_by_input_shape=True):
-        # An operator runs on the CPU and brings with it the time of the kernels that it launched.
-        if event.device_type == torch.autograd.DeviceType.CPU:
-            on_gpu = event.self_device_time_total
-            microseconds = on_gpu if DEVICE == "cuda" else event.self_cpu_time_total
-            seconds[part_of(event, vocab_size)] += microseconds / 1e6 / repetitions
-    return seconds
-
-
-def least_times(config, sequences, ceilings):
-    """{part: seconds} that a step on full sequences must take at the rates of `ceilings`.
-
-    FLOPs go by the rate of a large matmul, bytes that must move by the rate of a large copy.
-    """
-    L = config.max_position_embeddings
-    H = config.hidden_size
-    layers = config.num_hidden_layers
-    T = sequences * L
-    masked = round(MASKED * T)
-    flops = model_flops(config, [L] * sequences, masked)
-    attention = 12 * layers * H * T * L
-    head = 6 * (H * config.vocab_size + H * H) * masked
-    matmul = flops - attention - head
-
-    # bf16 numbers a token: LayerNorm moves three rows forward and five backward, twice a layer;
-    # GELU two forward and three backward. AdamW reads gradient, weight and moments in fp32 and
-    # writes the last three.
-    norm_bytes = 2 * layers * (3 + 5) * 2 * T * H
-    gelu_bytes = layers * (2 + 3) * 2 * T * config.intermediate_size
-    adamw_bytes = 4 * (4 + 3) * count_parameters(config)
-    return {
-        "matmul": matmul / ceilings["matmul"],
-        "attention": attention / ceilings["matmul"],
-        HEAD: head / ceilings["matmul"],
-        "LayerNorm and dropout": norm_bytes / ceilings["copy"],
-        "optimizer": adamw_bytes / ceilings["copy"],
-        "GELU, casts and the rest": gelu_bytes / ceilings["copy"],
-    }
-
-
-def bench_profile(path=None, config=None, sequences=None, ceilings=None, repetitions=5):
-    """Where the time of a training step goes on full sequences, beside the least it could take.
-
-    ceilings: rates as by `measure_ceilings`, which is called if they are not given. Gaps are the
-    time in which a GPU waits. Without Triton "the rest" makes the dropout masks, too.
-    """
-    config = config or StarEncoderConfig()
-    sequences = sequences or (64 if DEVICE == "cuda" else 2)
-    ceilings = ceilings or measure_ceilings(DEVICE)
-    L = config.max_position_embeddings
-    T = sequences * L
-    batch = random_batch([L] * sequences, config)
-    step = CONTENDERS["StarEncoder"].training_step(config, batch)
-    for _ in range(2):
-        step()
-    whole = T / medians({"step": step}, repetitions)["step"]  # seconds, without the profiler
-
-    # Under the profiler a step may take longer than by itself, so that gaps cannot be negative and
-    # shares are of the sum of the parts.
-    spent = time_by_part(step, config.vocab_size, repetitions)
-    spent = dict(sorted(spent.items(), key=lambda item: -item[1]))
-    spent["gaps"] = max(0.0, whole - sum(spent.values()))
-    total = sum(spent.values())
-    least = least_times(config, sequences, ceilings) | {"gaps": 0.0}
-    spent["step, by itself"] = whole
-    least["step, by itself"] = sum(least.values())
-
-    rows = [
-        {
-            "part": part,
-            "ms": f"{1e3 * seconds:,.1f}",
-            "least (ms)": f"{1e3 * least[part]:,.1f}",
-            "share": f"{seconds / total:.1%}",
-        }
-        for part, seconds in spent.items()
-    ]
-    facts = dict(sequences=sequences, max_length=L, ceilings=ceilings)
-    report(path, "profile", rows, **facts, tokens_per_second=round(T / whole, 1))
