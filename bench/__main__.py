@@ -9,76 +9,20 @@ from common.command_line import CommandLine, run_command
 # should take none.
 
 
-def measure_kernels(arguments):
-    import torch
-
-    import kernels
-    from bench.kernel_speed import bench_kernels, bench_tune
-    from bench.resources import bench_resources
-
-    # What cannot work is refused before anything is compiled.
-    if arguments.tune and not torch.cuda.is_available():
-        raise ValueError("--tune: needs a CUDA device")
-    if not kernels.HAS_TRITON or kernels.INTERPRETED:
-        needed = "Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset"
-        raise ValueError(f"kernels: needs {needed}")
-    # Three measurements, of which one needs no GPU.
-    if arguments.tune:
-        bench_tune(arguments.out)
-    elif torch.cuda.is_available() and not arguments.resources:
-        bench_kernels(arguments.out)
-    else:
-        # A CPU can compile the kernels for any chip, but it says nothing about their speed.
-        if not arguments.resources:
-            print("There is no CUDA device here: no speeds, but what the kernels take of a chip.")
-        bench_resources(arguments.out)
-
-
-def measure_model(arguments):
-    from bench.model_speed import bench_model
-    from bench.step_profile import bench_profile
-
-    measure = bench_profile if arguments.profile else bench_model
-    measure(arguments.out)
-
-
-def measure_data(arguments):
-    from bench.data_speed import bench_data
-
-    bench_data(arguments.out)
-
-
-def measure_pii(arguments):
-    from bench.pii_speed import bench_pii
-
-    bench_pii(arguments.out)
-
-
-def draw(arguments):
-    from bench.pictures import draw_pictures
-
-    draw_pictures(arguments.run)
-
-
 def main(argv=None):
     """The command line."""
     parser = CommandLine(prog="python -m bench", description="Measure the speeds in results/.")
-    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    commands = parser.add_subparsers(required=True, dest="what", metavar="WHAT")
 
-    # Each is a command of its own, with its own flags and its own --help.
-    def command(name, function, help):
-        added = commands.add_parser(name, help=help, description=help)
-        added.set_defaults(function=function)
-        return added
+    def command(name, help):
+        return commands.add_parser(name, help=help, description=help)
 
-    # What can be measured, and one thing that can be drawn.
-    kernels = command("kernels", measure_kernels, "Triton kernels beside their peers (GPU)")
-    model = command("model", measure_model, "a training step beside transformers' models")
-    data = command(
-        "data", measure_data, "from tokens on disk to batches, beside tokenizing on the fly"
-    )
-    pii = command("pii", measure_pii, "finding personal data in code, beside other detectors")
-    pictures = command("pictures", draw, "draw the front page's two pictures from a run")
+    # What can be measured, and one thing that can be drawn. Each has its own flags and --help.
+    kernels = command("kernels", "Triton kernels beside their peers (GPU)")
+    model = command("model", "a training step beside transformers' models")
+    data = command("data", "from tokens on disk to batches, beside tokenizing on the fly")
+    pii = command("pii", "finding personal data in code, beside other detectors")
+    pictures = command("pictures", "draw the front page's two pictures from a run")
 
     # Flags that only one of them has, then the one that all measurements share.
     choices = kernels.add_mutually_exclusive_group()
@@ -94,7 +38,59 @@ def main(argv=None):
     pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
 
     arguments = parser.parse_args(argv)
-    arguments.function(arguments)
+    run(arguments)
+
+
+def run(arguments):
+    """Imports the measurement that is asked for, and nothing else, and starts it."""
+    if arguments.what == "kernels":
+        measure_kernels(arguments)
+    elif arguments.what == "model" and arguments.profile:
+        from bench.step_profile import bench_profile
+
+        bench_profile(arguments.out)
+    elif arguments.what == "model":
+        from bench.model_speed import bench_model
+
+        bench_model(arguments.out)
+    elif arguments.what == "data":
+        from bench.data_speed import bench_data
+
+        bench_data(arguments.out)
+    elif arguments.what == "pii":
+        from bench.pii_speed import bench_pii
+
+        bench_pii(arguments.out)
+    else:
+        from bench.pictures import draw_pictures
+
+        draw_pictures(arguments.run)
+
+
+def measure_kernels(arguments):
+    import torch
+
+    import kernels
+    from bench.kernel_speed import bench_kernels, bench_tune
+    from bench.resources import bench_resources
+
+    # What cannot work is refused before anything is compiled.
+    if arguments.tune and not torch.cuda.is_available():
+        raise ValueError("--tune: needs a CUDA device")
+    if not kernels.HAS_TRITON or kernels.INTERPRETED:
+        needed = "Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset"
+        raise ValueError(f"kernels: needs {needed}")
+
+    # Three measurements, of which one needs no GPU.
+    if arguments.tune:
+        bench_tune(arguments.out)
+    elif torch.cuda.is_available() and not arguments.resources:
+        bench_kernels(arguments.out)
+    else:
+        # A CPU can compile the kernels for any chip, but it says nothing about their speed.
+        if not arguments.resources:
+            print("There is no CUDA device here: no speeds, but what the kernels take of a chip.")
+        bench_resources(arguments.out)
 
 
 if __name__ == "__main__":
