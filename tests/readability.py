@@ -32,9 +32,11 @@ def count(path):
     with open(path, "rb") as f:
         tokens = list(tokenize.tokenize(f.readline))
     tree = ast.parse(source)
+    # `a = b + 1` has eight nodes: the operator and the names' contexts are nodes as well.
     nodes = list(ast.walk(tree))
     lines = source.decode().splitlines()
 
+    # A "#" in a string is no comment, which only a tokenizer can tell.
     comment_lines = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
     long_functions = [
         f"{node.name} ({length_of(node)})"
@@ -93,6 +95,7 @@ def tracked_files(root):
 def measure_project(root):
     """{name of a file or group: its figures} of a checkout of this project."""
     counts = {file: count(os.path.join(root, file)) for file in tracked_files(root)}
+    # Notebooks are lessons, with scripts that belong to them, and count for neither.
     tests = [file for file in counts if file.startswith("tests/")]
     code = [file for file in counts if not file.startswith(("tests/", "notebooks/"))]
     groups = {
@@ -136,6 +139,7 @@ def main():
     if "words of README.md" in result:
         print(f"README.md: {result['words of README.md']:,} words")
 
+    # Figures of other names stay in the file: "before" beside "after".
     if arguments.json:
         kept = {}
         if os.path.exists(arguments.json):

@@ -20,6 +20,7 @@ def number(text):
     return float(text.replace(",", ""))
 
 
+@pytest.mark.slow
 def test_model_speed_compares_the_same_tokens(small_corpus, tmp_path):
     config = StarEncoderConfig(
         vocab_size=600, max_position_embeddings=48, pad_token_id=596, **SHAPE

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, command, program
+from conftest import assert_refused, program
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -178,7 +178,7 @@ def test_gpus_by_the_names_that_drivers_give():
 
 
 def test_a_plan_is_printed(small_corpus):
-    result = command("train.py", "--preset", "starencoder", "--plan", "64xA100")
+    result = program("train", "--preset", "starencoder", "--plan", "64xA100")
     assert result.returncode == 0, result.stderr
     for words in (
         "124.83 M parameters",
