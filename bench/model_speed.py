@@ -36,7 +36,7 @@ def original_lengths(directory, max_length, count):
     split = PairDataset(directory, "train", max_length, seed=0)
     documents = random.Random(0).sample(range(split.documents()), min(512, split.documents()))
 
-    # No token is shorter than one character, so that 10,000 tokens are enough.
+    # 10,000 tokens of code hold at least 10,000 characters, and decoding more would be in vain.
     texts = [tokenizer.decode(split.document(d)[:10_000])[:10_000] for d in documents]
     lengths = sorted(min(max_length, len(tokenizer.encode(text))) for text in texts)
     return [lengths[(2 * i + 1) * len(lengths) // (2 * count)] for i in range(count)]
@@ -79,8 +79,7 @@ def random_batch(lengths, config):
     return Batch(*({name: t.to(DEVICE) for name, t in kind.items()} for kind in (packed, padded)))
 
 
-# How each model is made, and how it is asked for its loss on a batch. Only our own model is told
-# the longest sequence and the masked positions: the others have no use for either.
+# How each model is made, and how it is asked for its loss on a batch.
 
 
 def own_loss(model, batch):
@@ -133,7 +132,7 @@ class Contender(NamedTuple):
         """A function that takes a step of a new model and returns its number of tokens."""
         tokens = len(batch.packed["input_ids"])
         model = self.make(config).to(DEVICE).train()
-        # Whatever is learned from random tokens: the rate only has to keep the numbers finite.
+        # Nothing can be learned from random tokens: the rate only has to keep numbers finite.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if self.compiled:
             model.compile()
@@ -165,7 +164,7 @@ CONTENDERS = {
 def training_steps(config, batch, compiled):
     """({name: training step, warmed up}, {name: GB of memory at its peak}) of all contenders.
 
-    compiled: whether those that are compiled take part. Whoever finds too little memory does not.
+    compiled: whether those that torch.compile compiles take part.
     """
     steps = {}
     memory = {}
