@@ -157,13 +157,9 @@ def attention_keep(seed, dropout_p, head, start, length, dtype=torch.bool):
     c1 = (pair[:, None] << 16) | pair[None, :]  # (8 blocks, 8 blocks)
 
     at_once = max(1, CACHED // max(1, c1.numel()))  # matrices
-    parts = zip(
-        head.reshape(-1, 1, 1).split(at_once),
-        start.reshape(-1, 1, 1).split(at_once),
-        keep.view(head.numel(), length, length).split(at_once),
-    )
-    for heads, starts, out in parts:
-        halves = dropout_halves(seed, heads, starts, c1, dropout_p)  # (n, 8 blocks, 8 blocks, 4)
+    places = torch.stack([head, start]).view(2, -1, 1, 1).split(at_once, dim=1)
+    for place, out in zip(places, keep.view(head.numel(), length, length).split(at_once)):
+        halves = dropout_halves(seed, *place, c1, dropout_p)  # (n, 8 blocks, 8 blocks, 4)
         # The axes: n, query block, query % 8, key block, key % 8, query // 8 % 2, key // 8 % 2.
         # The last two each go between the block and the remainder of their own position.
         n = len(halves)
@@ -212,11 +208,12 @@ if HAS_TRITON:
 
     @triton.jit
     def _attention_keep(
-        key, offset, start, threshold,
-        first_query, first_key,  # multiples of 16
+        stream,  # the head's key and offset, the sequence's start, the threshold
+        first_query, first_key,  # of the tile, multiples of 16
         QUERIES: tl.constexpr, KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
     ):  # fmt: skip
         """`attention_keep` for a tile: bool (QUERIES, KEYS), or (KEYS, QUERIES) if TRANSPOSED."""
+        key, offset, start, threshold = stream
         # pair(i) = i // 2 where i is a multiple of 16.
         query_pair = first_query // 2 + tl.arange(0, QUERIES // 2)
         key_pair = first_key // 2 + tl.arange(0, KEYS // 2)
@@ -254,7 +251,7 @@ def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
     check_dropout(dropout_p, seed)
     if backend(qkv) == "torch":
         return attention_torch(qkv, cu_seqlens, dropout_p, seed)
-    check_triton_attention(qkv, cu_seqlens, max_seqlen)
+    check_triton_attention(qkv, max_seqlen)
     return Attention.apply(qkv, cu_seqlens, max_seqlen, dropout_p, seed_tensor(seed, qkv.device))
 
 
@@ -329,9 +326,9 @@ if HAS_TRITON:
     @triton.jit(**GENERIC)
     def _attention_forward(
         qkv_ptr,  # (T, 3, N, D)
-        out_ptr,  # (T, N, D), contiguous
-        shift_ptr,  # (N, T) fp32
-        norm_ptr,  # (N, T) fp32, for fp32 inputs only
+        out_ptr,  # (T, N, D), contiguous, written
+        shift_ptr,  # (N, T) fp32, written
+        norm_ptr,  # (N, T) fp32, written for fp32 inputs only
         cu_seqlens_ptr,  # (B+1,) int32
         seed_ptr,  # () int64
         stride_t, stride_3, stride_n,  # of qkv, in elements; its last axis is contiguous
@@ -357,6 +354,7 @@ if HAS_TRITON:
         if first_query >= length:  # the grid is made for the longest sequence
             return
         key, offset = _dropout_stream(seed_ptr, head)
+        stream = (key, offset, start, threshold)
 
         # Queries outside are zeros. Their softmax is uniform and finite, and is not stored.
         query = first_query + tl.arange(0, BLOCK_M)
@@ -370,12 +368,9 @@ if HAS_TRITON:
 
         whole = length // BLOCK_N * BLOCK_N
         for REST in tl.static_range(2):
-            for first_key in tl.range(
-                whole if REST else 0,
-                length if REST else whole,
-                BLOCK_N,
-                num_stages=1 if REST else None,
-            ):
+            begin = whole if REST else 0
+            end = length if REST else whole
+            for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if REST else None):
                 # Load.
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
                 k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, REST)
@@ -393,10 +388,7 @@ if HAS_TRITON:
                 m = m_new
                 l = l * shrink + tl.sum(p, 1)
                 if DROPOUT:
-                    keep = _attention_keep(
-                        key, offset, start, threshold,
-                        first_query, first_key, BLOCK_M, BLOCK_N, False,
-                    )  # fmt: skip
+                    keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, False)
                     # scale * 0.0 and not 0.0: with a constant the compiler would select after the
                     # rounding to bf16, at three times the cost.
                     p = tl.where(keep, p, scale * 0.0)
@@ -421,8 +413,7 @@ if HAS_TRITON:
     @triton.jit(**GENERIC)
     def _attention_backward_dq(
         qkv_ptr,  # (T, 3, N, D)
-        out_ptr,  # (T, N, D), contiguous
-        dout_ptr,  # (T, N, D), contiguous
+        out_ptr, dout_ptr,  # (T, N, D), contiguous
         shift_ptr,  # (N, T) fp32
         norm_ptr,  # (N, T) fp32, for fp32 inputs only
         delta_ptr,  # (N, T) fp32, written
@@ -448,6 +439,7 @@ if HAS_TRITON:
         if first_query >= length:
             return
         key, offset = _dropout_stream(seed_ptr, head)
+        stream = (key, offset, start, threshold)
 
         # Queries outside are zeros, and not stored.
         query = first_query + tl.arange(0, BLOCK_M)
@@ -474,12 +466,9 @@ if HAS_TRITON:
         for PASS in tl.static_range(0 if q.dtype == tl.float32 else 1, 3):
             if PASS == 1:
                 tl.store(delta_ptr + place, delta, mask=query < length)
-            for first_key in tl.range(
-                whole if PASS == 2 else 0,
-                whole if PASS == 1 else length,
-                BLOCK_N,
-                num_stages=1 if PASS == 2 else None,
-            ):
+            begin = whole if PASS == 2 else 0
+            end = whole if PASS == 1 else length
+            for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if PASS == 2 else None):
                 # Load.
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
                 k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
@@ -494,10 +483,7 @@ if HAS_TRITON:
                 if PASS != 1:
                     p = tl.where((position < length)[None, :], p, 0.0)
                 if DROPOUT:
-                    keep = _attention_keep(
-                        key, offset, start, threshold,
-                        first_query, first_key, BLOCK_M, BLOCK_N, False,
-                    )  # fmt: skip
+                    keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, False)
                     dp = tl.where(keep, dp, 0.0)
 
                 # Accumulate.
@@ -543,6 +529,7 @@ if HAS_TRITON:
         if first_key >= length:
             return
         key, offset = _dropout_stream(seed_ptr, head)
+        stream = (key, offset, start, threshold)
 
         # Keys outside are zeros; their rows of dK and dV are not stored.
         position = first_key + tl.arange(0, BLOCK_N)  # of the keys
@@ -556,12 +543,9 @@ if HAS_TRITON:
 
         whole = length // BLOCK_M * BLOCK_M
         for REST in tl.static_range(2):
-            for first_query in tl.range(
-                whole if REST else 0,
-                length if REST else whole,
-                BLOCK_M,
-                num_stages=1 if REST else None,
-            ):
+            begin = whole if REST else 0
+            end = length if REST else whole
+            for first_query in tl.range(begin, end, BLOCK_M, num_stages=1 if REST else None):
                 # Load. Of queries outside, q = dO = delta = shift = 0: P is 1 and adds nothing.
                 query = first_query + tl.arange(0, BLOCK_M)
                 place = before + query
@@ -584,10 +568,7 @@ if HAS_TRITON:
                     p *= tl.load(norm_ptr + place, mask=query < length, other=0.0)[None, :]
                 dropped = p
                 if DROPOUT:
-                    keep = _attention_keep(
-                        key, offset, start, threshold,
-                        first_query, first_key, BLOCK_M, BLOCK_N, True,
-                    )  # fmt: skip
+                    keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, True)
                     dropped = tl.where(keep, p, scale * 0.0)  # as in the forward pass
                     dp = tl.where(keep, dp, 0.0)
 
@@ -693,7 +674,7 @@ def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
         return layer_norm_reference(
             x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed
         )
-    check_triton_rows(x)
+    check_triton_dtype("x", x)
     seed = seed_tensor(seed, x.device)
     return LayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed)
 
@@ -721,7 +702,7 @@ def dropout(x, dropout_p, seed):
         return x
     if backend(x) == "torch":
         return dropout_reference(x, dropout_p, seed)
-    check_triton_rows(x)
+    check_triton_dtype("x", x)
     return Dropout.apply(x, dropout_p, seed_tensor(seed, x.device))
 
 
@@ -736,7 +717,7 @@ if HAS_TRITON:
     @triton.jit
     def _load_sum(
         x_ptr, residual_ptr,  # (T, H), contiguous
-        key, offset, threshold, keep_scale,
+        stream,  # key, offset, threshold, keep_scale
         row, T, first,  # the rows, and the first of BLOCK_H columns
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
         RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
@@ -751,6 +732,7 @@ if HAS_TRITON:
         h = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
         factor = tl.full([BLOCK_R, BLOCK_H], 1.0, tl.float32)
         if DROPOUT:
+            key, offset, threshold, keep_scale = stream
             group = first // 4 + tl.arange(0, BLOCK_H // 4)
             c1 = group.to(tl.uint32)[None, :] + offset
             half_0, half_1, half_2, half_3 = _halves(key, row.to(tl.uint32)[:, None], c1, threshold)
@@ -764,13 +746,10 @@ if HAS_TRITON:
 
     @triton.jit(**GENERIC)
     def _layer_norm_forward(
-        x_ptr,  # (T, H), contiguous
-        residual_ptr,  # (T, H), contiguous
-        weight_ptr,  # (H,)
-        bias_ptr,  # (H,)
-        y_ptr,  # (T, H), contiguous
-        mean_ptr,  # (T,) fp32
-        rstd_ptr,  # (T,) fp32
+        x_ptr, residual_ptr,  # (T, H), contiguous
+        weight_ptr, bias_ptr,  # (H,)
+        y_ptr,  # (T, H), contiguous, written
+        mean_ptr, rstd_ptr,  # (T,) fp32, written
         seed_ptr,  # () int64
         T, eps, threshold, keep_scale,
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -786,6 +765,7 @@ if HAS_TRITON:
         """
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         place = row.to(tl.int64) * H
         pivot = tl.load(x_ptr + place, mask=row < T, other=0.0).to(tl.float32)
         if DROPOUT:
@@ -799,9 +779,8 @@ if HAS_TRITON:
         total = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
         for first in tl.static_range(0, H, BLOCK_H):
             h, _, _, inside = _load_sum(
-                x_ptr, residual_ptr, key, offset, threshold, keep_scale,
-                row, T, first, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
-            )  # fmt: skip
+                x_ptr, residual_ptr, stream, row, T, first, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT
+            )
             h = tl.where(inside, h - pivot[:, None], 0.0)
             chunks = chunks + (h,)
             total += h
@@ -828,16 +807,11 @@ if HAS_TRITON:
 
     @triton.jit(**GENERIC)
     def _layer_norm_backward(
-        dy_ptr,  # (T, H), contiguous
-        x_ptr,  # (T, H), contiguous
-        residual_ptr,  # (T, H), contiguous
+        dy_ptr, x_ptr, residual_ptr,  # (T, H), contiguous
         weight_ptr,  # (H,)
-        mean_ptr,  # (T,) fp32
-        rstd_ptr,  # (T,) fp32
-        dx_ptr,  # (T, H), contiguous
-        dresidual_ptr,  # (T, H), contiguous
-        dweight_ptr,  # (programs, H) fp32: each program's sum over its rows
-        dbias_ptr,  # (programs, H) fp32, likewise
+        mean_ptr, rstd_ptr,  # (T,) fp32
+        dx_ptr, dresidual_ptr,  # (T, H), contiguous, written
+        dweight_ptr, dbias_ptr,  # (programs, H) fp32, written: each program's sums over its rows
         seed_ptr,  # () int64
         T, threshold, keep_scale,
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -853,6 +827,7 @@ if HAS_TRITON:
         entry, so the new sums make new tuples.
         """
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
         weights = ()
         dweights = ()
@@ -879,8 +854,8 @@ if HAS_TRITON:
             new_dbiases = ()
             for i in tl.static_range(CHUNKS):
                 h, factor, place, inside = _load_sum(
-                    x_ptr, residual_ptr, key, offset, threshold, keep_scale,
-                    row, T, i * BLOCK_H, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
+                    x_ptr, residual_ptr, stream, row, T, i * BLOCK_H,
+                    H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
                 )  # fmt: skip
                 dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
                 n = (h - mean[:, None]) * rstd[:, None]
@@ -915,8 +890,7 @@ if HAS_TRITON:
 
     @triton.jit(**GENERIC)
     def _dropout_kernel(
-        x_ptr,  # (T, H), contiguous
-        y_ptr,  # (T, H), contiguous
+        x_ptr, y_ptr,  # (T, H), contiguous
         seed_ptr,  # () int64
         T, threshold, keep_scale,
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -924,11 +898,11 @@ if HAS_TRITON:
         """One program: BLOCK_R rows. y = keep x / (1 - p)."""
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
+        stream = (key, offset, threshold, keep_scale)
         for first in range(0, H, BLOCK_H):
             y, _, place, inside = _load_sum(
-                x_ptr, x_ptr, key, offset, threshold, keep_scale,
-                row, T, first, H, BLOCK_R, BLOCK_H, False, True,
-            )  # fmt: skip
+                x_ptr, x_ptr, stream, row, T, first, H, BLOCK_R, BLOCK_H, False, True
+            )
             tl.store(y_ptr + place, y, mask=inside)
 
 
@@ -1141,7 +1115,7 @@ def launch_rows(kernel, logits, *rest):
 # ---- launching -----------------------------------------------------------------------------------
 
 
-class AttentionTile(NamedTuple):
+class Tile(NamedTuple):
     """How an attention kernel is launched."""
 
     queries: int  # BLOCK_M
@@ -1154,9 +1128,9 @@ class AttentionTile(NamedTuple):
 class AttentionTiles(NamedTuple):
     """The tile of each attention kernel."""
 
-    forward: AttentionTile
-    dq: AttentionTile
-    dk_dv: AttentionTile
+    forward: Tile
+    dq: Tile
+    dk_dv: Tile
 
 
 class NormTile(NamedTuple):
@@ -1182,61 +1156,34 @@ class Tiles(NamedTuple):
 # others and prints an entry.
 TILES = {
     "default": Tiles(
-        narrow=AttentionTiles(
-            forward=AttentionTile(64, 32, 4, 2),
-            dq=AttentionTile(64, 32, 8, 2),
-            dk_dv=AttentionTile(32, 64, 4, 2),
-        ),
-        wide=AttentionTiles(
-            forward=AttentionTile(64, 32, 4, 2),
-            dq=AttentionTile(64, 32, 8, 2),
-            dk_dv=AttentionTile(32, 64, 8, 2),
-        ),
+        narrow=AttentionTiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 4, 2)),
+        wide=AttentionTiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     ),
     "fp32": Tiles(
-        narrow=AttentionTiles(
-            forward=AttentionTile(32, 32, 4, 1),
-            dq=AttentionTile(32, 32, 8, 1),
-            dk_dv=AttentionTile(32, 32, 8, 1),
-        ),
-        wide=AttentionTiles(
-            forward=AttentionTile(16, 16, 4, 1),
-            dq=AttentionTile(16, 16, 8, 1),
-            dk_dv=AttentionTile(16, 16, 4, 1),
-        ),
+        narrow=AttentionTiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        wide=AttentionTiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ),
     (8, 0): Tiles(
-        narrow=AttentionTiles(
-            forward=AttentionTile(128, 32, 4, 3),
-            dq=AttentionTile(128, 32, 8, 2),
-            dk_dv=AttentionTile(32, 128, 8, 2),
-        ),
-        wide=AttentionTiles(
-            forward=AttentionTile(128, 32, 8, 3),
-            dq=AttentionTile(128, 32, 8, 2),
-            dk_dv=AttentionTile(64, 64, 8, 2),
-        ),
+        narrow=AttentionTiles(Tile(128, 32, 4, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+        wide=AttentionTiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
     ),
     (9, 0): Tiles(
-        narrow=AttentionTiles(
-            forward=AttentionTile(64, 64, 4, 3, registers=168),
-            dq=AttentionTile(64, 64, 4, 3, registers=168),
-            dk_dv=AttentionTile(32, 64, 4, 3),
-        ),
-        wide=AttentionTiles(
-            forward=AttentionTile(64, 64, 4, 3),
-            dq=AttentionTile(128, 64, 8, 3),
-            dk_dv=AttentionTile(32, 128, 8, 2),
-        ),
+        narrow=AttentionTiles(Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 3, 168), Tile(32, 64, 4, 3)),
+        wide=AttentionTiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
     ),
 }
 
 
 class Launcher:
-    """Launches kernels on the device of their tensors. `replaced` puts another in its place."""
+    """Launches kernels on the device of their tensors. `replaced` puts another in its place.
+
+    dry: launch nothing. Tensors need no GPU then, and no values (FakeTensorMode).
+    """
 
     current = None  # the launcher in use
-    dry = False  # True: it launches nothing, so tensors may lie on a CPU and need no values
+
+    def __init__(self, dry=False):
+        self.dry = dry
 
     def capability(self, x):
         """Compute capability, such as (9, 0), of the device of x; None for a CPU."""
@@ -1251,8 +1198,9 @@ class Launcher:
 
     def launch(self, kernel, grid, arguments, constants):
         """Runs a kernel. Triton takes the current device, which need not be that of the tensors."""
-        with torch.cuda.device_of(arguments[0]):
-            kernel[grid](*arguments, **constants)
+        if not self.dry:
+            with torch.cuda.device_of(arguments[0]):
+                kernel[grid](*arguments, **constants)
 
     @staticmethod
     @contextlib.contextmanager
@@ -1264,15 +1212,6 @@ class Launcher:
             yield other
         finally:
             Launcher.current = before
-
-
-class DryLauncher(Launcher):
-    """Launches nothing. Under FakeTensorMode it shows what the kernels allocate."""
-
-    dry = True
-
-    def launch(self, kernel, grid, arguments, constants):
-        pass
 
 
 Launcher.current = Launcher()
@@ -1305,8 +1244,6 @@ def dropout_scalars(dropout_p):
 # ---- checks of arguments: each raises ValueError -------------------------------------------------
 
 LENGTH_LIMIT = 2**17  # of a sequence: a pair of positions has 16 bits in the counter of its mask
-GRID_LIMIT = 65535  # CUDA's, in the second and third dimension of a grid
-WIDTH_LIMIT = 65536  # of a row: LayerNorm's kernels hold it in registers, in four chunks
 
 
 def shown(tensor):
@@ -1315,7 +1252,6 @@ def shown(tensor):
 
 
 def check_dropout(dropout_p, seed):
-    """The probability and the seed of a mask."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, torch.Tensor):
@@ -1326,14 +1262,12 @@ def check_dropout(dropout_p, seed):
 
 
 def check_device(name, tensor, other_name, other):
-    """Two tensors lie on one device."""
     if tensor.device != other.device:
         devices = f"{other.device}, got {tensor.device}"
         raise ValueError(f"{name} must lie on the device of {other_name}, {devices}")
 
 
 def check_triton_dtype(name, x):
-    """A dtype that the kernels compute."""
     allowed = [torch.float16, torch.bfloat16, torch.float32]
     if INTERPRETED and not Launcher.current.dry:
         allowed.remove(torch.bfloat16)  # the interpreter's tl.dot of bf16 gives garbage
@@ -1343,7 +1277,6 @@ def check_triton_dtype(name, x):
 
 
 def check_attention(qkv, cu_seqlens, max_seqlen):
-    """The arguments of `attention`; the numbers in cu_seqlens only if they can be read."""
     if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv must be (T, 3, N, D) floating point, got {shown(qkv)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
@@ -1361,8 +1294,7 @@ def check_attention(qkv, cu_seqlens, max_seqlen):
             raise ValueError(f"max_seqlen = {max_seqlen} is below the longest sequence, {longest}")
 
 
-def check_triton_attention(qkv, cu_seqlens, max_seqlen):
-    """What the attention kernels cannot compute."""
+def check_triton_attention(qkv, max_seqlen):
     check_triton_dtype("qkv", qkv)
     if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
         found = f"shape {tuple(qkv.shape)} and strides {qkv.stride()}"
@@ -1373,21 +1305,14 @@ def check_triton_attention(qkv, cu_seqlens, max_seqlen):
             f"qkv: a sequence of {max_seqlen:,} tokens must span less than 2**31 elements for the "
             f"Triton kernels, got strides {qkv.stride()}"
         )
-    sequences = len(cu_seqlens) - 1
-    heads = qkv.shape[2]
-    if max(sequences, heads) > GRID_LIMIT:
-        found = f"{sequences:,} and {heads:,}"
-        raise ValueError(f"there may be {GRID_LIMIT:,} sequences and heads at most, got {found}")
 
 
 def check_matrix(x):
-    """The matrix of `dropout` and `layer_norm`."""
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x must be (T, H) floating point, got {shown(x)}")
 
 
 def check_layer_norm(x, weight, bias, residual):
-    """The tensors of `layer_norm`."""
     check_matrix(x)
     shapes = {"weight": (weight, x.shape[1:]), "bias": (bias, x.shape[1:])}
     if residual is not None:
@@ -1396,10 +1321,3 @@ def check_layer_norm(x, weight, bias, residual):
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
         check_device(name, tensor, "x", x)
-
-
-def check_triton_rows(x):
-    """What the LayerNorm kernels cannot compute."""
-    check_triton_dtype("x", x)
-    if x.shape[1] > WIDTH_LIMIT:
-        raise ValueError(f"x must be at most {WIDTH_LIMIT:,} wide, got {x.shape[1]:,}")
