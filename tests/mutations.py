@@ -17,7 +17,7 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "corpora", "runs", "notebooks", "results")
 
-# {operation: (the tests that concern it, as pytest's -k takes them, {bug: (source, what replaces it)})}
+# {operation: (its tests, as pytest's -k takes them, {bug: (source, what replaces it)})}
 MUTATIONS = {
     "attention": (
         "attention_is_as_good or sum_to_one or drop_the_same or huge or saturated",
@@ -32,7 +32,8 @@ MUTATIONS = {
             ),
             "one block too many is whole, forward": (
                 "o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n\n        whole = length",
-                "o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n\n        whole = (length + BLOCK_N - 1)",
+                "o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n\n"
+                "        whole = (length + BLOCK_N - 1)",
             ),
             "one block too many is whole, dk_dv": (
                 "whole = length // BLOCK_M * BLOCK_M",
@@ -72,8 +73,14 @@ MUTATIONS = {
                 "l = l * shrink + tl.sum(p, 1)",
                 "l = l * shrink + tl.sum(p, 1) / keep_scale",
             ),
-            "no dropout scale on the output": ("o * (keep_scale / l)[:, None]", "o * (1 / l)[:, None]"),
-            "no dropout in the forward pass": ("    p = tl.where(keep, p, scale * 0.0)", "    p = p + 0.0"),
+            "no dropout scale on the output": (
+                "o * (keep_scale / l)[:, None]",
+                "o * (1 / l)[:, None]",
+            ),
+            "no dropout in the forward pass": (
+                "    p = tl.where(keep, p, scale * 0.0)",
+                "    p = p + 0.0",
+            ),
             "delta from the wrong product": (
                 "tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)",
                 "tl.sum(out.to(tl.float32) * out.to(tl.float32), 1)",
@@ -89,8 +96,14 @@ MUTATIONS = {
                 "_halves(key, start.to(tl.uint32), c1",
                 "_halves(offset, start.to(tl.uint32), c1",
             ),
-            "all heads have one mask": ("_philox(head.to(tl.uint32),", "_philox((head * 0).to(tl.uint32),"),
-            "all sequences have one mask": ("key, start.to(tl.uint32),", "key, (start * 0).to(tl.uint32),"),
+            "all heads have one mask": (
+                "_philox(head.to(tl.uint32),",
+                "_philox((head * 0).to(tl.uint32),",
+            ),
+            "all sequences have one mask": (
+                "key, start.to(tl.uint32),",
+                "key, (start * 0).to(tl.uint32),",
+            ),
             "the seed's upper word is forgotten": (
                 "(seed >> 32).to(tl.uint32))",
                 "(seed >> 63).to(tl.uint32))",
@@ -247,7 +260,10 @@ MUTATIONS = {
                 "tl.where(label >= 0, tl.load(upstream_ptr), 0.0)",
                 "tl.where(label >= 0, 1.0, 0.0)",
             ),
-            "the label's column in the first block alone": ("column == label", "column - first == label"),
+            "the label's column in the first block alone": (
+                "column == label",
+                "column - first == label",
+            ),
             "the label's logit of the first row": (
                 "tl.load(logits_ptr + label,",
                 "tl.load(logits_ptr - row * V + label,",

@@ -187,12 +187,12 @@ def test_attention_is_as_good_where_its_gradient_cancels(lengths, D, seed, p, dt
     p=dropouts,
 )
 def test_a_saturated_softmax_is_as_good_in_fp32(lengths, D, seed, p):
-    """Inputs x 100: scores of 10,000, beside which the logarithm of a row's sum would be rounded away.
+    """Inputs x 100 give scores of 10,000. Beside them the log of a row's sum is rounded away.
 
     Q and K are whole numbers, D is a power of 4, and all products fit in 24 bits: the scores are
-    exact, in any order of summation. Keys come in threes, so that a third is a weight. What rounding
-    costs, as in `rounding_of_attention`, but with dP - delta as it is and not by its bound, since it
-    is 0 in most rows:
+    exact, in any order of summation. Keys come in threes, so that a third is a weight. What
+    rounding costs follows as in `rounding_of_attention`, but with dP - delta as it is and not by
+    its bound, since it is 0 in most rows:
 
         P = 2^(S - max S)                off by eps (4 + 2 |max S|) of itself; 4 eps where S = max S
         dS = P (dP - delta)              off by (error of P) |dP - delta| + e P (A + rowsum(P A))
@@ -279,7 +279,7 @@ def test_the_order_of_the_keys_does_not_matter(length, seed):
     which=st.integers(0, 3),
 )
 def test_sequences_do_not_touch_each_other(lengths, seed, p, which):
-    """Other content, even NaN, in one sequence changes no bit of the others' output and gradients."""
+    """NaN in one sequence changes no bit of the others' output and gradients."""
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
     upstream = torch.randn(sum(lengths), 2, 16, device=DEVICE)
     start, end = cu_seqlens.tolist()[which % len(lengths) :][:2]
@@ -354,15 +354,18 @@ def test_forward_and_backward_drop_the_same_weights(length, seed, p):
 def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upstream):
     """What rounding costs each number of y and of the gradients of x, weight, bias and residual.
 
-    It follows from what is added up: in a row of one column g = mean(g), and g - mean(g) is exactly 0,
-    but a rounding of g is multiplied by rstd = 1 / sqrt(eps). Let e be the eps of fp32, in which all is
-    computed, and d that of the dtype in which it is written; a sum of n numbers costs sqrt(n) e.
+    It follows from what is added up: in a row of one column g = mean(g), and g - mean(g) is exactly
+    0, but a rounding of g is multiplied by rstd = 1 / sqrt(eps). Let e be the eps of fp32, in which
+    all is computed, and d that of the dtype in which it is written. A sum of n numbers costs
+    sqrt(n) e.
 
-        n = (h - mean) rstd               is off by e (1 + sqrt(H)) (|h| + |mean|) rstd =: N
-        y = n w + b                       off by N |w| + (d + e) (|n w| + |b|)
-        dh = (g - mean(g) - n mean(g n)) rstd    each of its three terms is off by e (1 + sqrt(H)) of its
-                                          size, and the last by N as well
-        dw = sum dy n,  db = sum dy       off by sum |dy| (N + sqrt(T) e |n|), sqrt(T) e sum |dy|
+        n = (h - mean) rstd       off by e (1 + sqrt(H)) (|h| + |mean|) rstd =: N
+        y = n w + b               off by N |w| + (d + e) (|n w| + |b|)
+        dh = (g - mean(g) - n mean(g n)) rstd
+                                  each of its three terms is off by e (1 + sqrt(H)) of its size, and
+                                  the last by N as well
+        dw = sum dy n             off by sum |dy| (N + sqrt(T) e |n|)
+        db = sum dy               off by sqrt(T) e sum |dy|
     """
     rows, H = x.shape
     e = torch.finfo(torch.float32).eps * 4
@@ -493,10 +496,11 @@ def test_layer_norm_sums_over_all_blocks_of_rows(plus, p):
     form=st.sampled_from(["any", "some -inf", "begins with -inf", "rising"]),
 )
 def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
-    """The sum of the losses and its gradient, times an upstream factor, beside F.cross_entropy in fp64.
+    """The sum of the losses and its gradient, with an upstream factor, beside PyTorch in fp64.
 
-    Let x be the largest number of a row. lse is off by some eps (1 + x), as the exponents are rounded
-    by eps x, and a weight e^(logit - lse) by that part of itself; then it is rounded to the dtype.
+    Let x be the largest number of a row. lse is off by some eps (1 + x), since the exponents are
+    rounded by eps x, and a weight e^(logit - lse) by that part of itself. Then it is rounded to the
+    dtype.
     """
     torch.manual_seed(seed)
     logits = (size * torch.randn(M, V, device=DEVICE)).to(dtype)
