@@ -361,7 +361,7 @@ if HAS_TRITON:
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
         k_ptr = q_ptr + stride_3
         v_ptr = q_ptr + 2 * stride_3
-        q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)
+        q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
         o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -371,7 +371,7 @@ if HAS_TRITON:
             begin = whole if REST else 0
             end = length if REST else whole
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if REST else None):
-                # Load.
+                # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
                 k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, REST)
                 v = _load_rows(v_ptr, stride_t, position, length, D, BLOCK_D, REST)
@@ -382,9 +382,9 @@ if HAS_TRITON:
                     s = tl.where((position < length)[None, :], s, float("-inf"))
 
                 # Weigh. l is summed before dropout, which acts on the normalized softmax.
-                m_new = tl.maximum(m, tl.max(s, 1) * scale)
-                p = tl.exp2(s * scale - m_new[:, None])
-                shrink = tl.exp2(m - m_new)
+                m_new = tl.maximum(m, tl.max(s, 1) * scale)  # (BLOCK_M,)
+                p = tl.exp2(s * scale - m_new[:, None])  # (BLOCK_M, BLOCK_N)
+                shrink = tl.exp2(m - m_new)  # 0 in the first block, where m is -inf
                 m = m_new
                 l = l * shrink + tl.sum(p, 1)
                 if DROPOUT:
@@ -399,11 +399,11 @@ if HAS_TRITON:
 
         # Store.
         d = tl.arange(0, BLOCK_D)
-        row = (start + query).to(tl.int64)
+        row = (start + query).to(tl.int64)  # of the packed batch
         o = o * (keep_scale / l)[:, None]
         inside = (query < length)[:, None] & (d < D)[None, :]
         tl.store(out_ptr + (row[:, None] * N + head) * D + d[None, :], o, mask=inside)
-        place = head.to(tl.int64) * T + row
+        place = head.to(tl.int64) * T + row  # in (N, T)
         if q.dtype == tl.float32:
             tl.store(shift_ptr + place, m, mask=query < length)
             tl.store(norm_ptr + place, 1 / l, mask=query < length)
@@ -447,11 +447,11 @@ if HAS_TRITON:
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
         k_ptr = q_ptr + stride_3
         v_ptr = q_ptr + 2 * stride_3
-        rows_before = (start.to(tl.int64) * N + head) * D
-        q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)
+        rows_before = (start.to(tl.int64) * N + head) * D  # of out and dout
+        q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         do = _load_rows(dout_ptr + rows_before, N * D, query, length, D, BLOCK_D, True)
         out = _load_rows(out_ptr + rows_before, N * D, query, length, D, BLOCK_D, True)
-        place = head.to(tl.int64) * T + row
+        place = head.to(tl.int64) * T + row  # in (N, T)
         shift = tl.load(shift_ptr + place, mask=query < length, other=0.0)
         delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
         if q.dtype == tl.float32:
@@ -469,14 +469,14 @@ if HAS_TRITON:
             begin = whole if PASS == 2 else 0
             end = whole if PASS == 1 else length
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if PASS == 2 else None):
-                # Load.
+                # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
                 k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
                 v = _load_rows(v_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
 
                 # Score.
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-                dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+                dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
 
                 # Weigh. Of a key outside, 2^(0 - shift) may be inf, and inf * 0 would be NaN.
                 p = tl.exp2(s * scale - shift[:, None])
@@ -490,7 +490,7 @@ if HAS_TRITON:
                 if PASS == 0:
                     delta += tl.sum(p * norm[:, None] * dp, 1)
                 else:
-                    ds = p * (dp - delta[:, None])
+                    ds = p * (dp - delta[:, None])  # (BLOCK_M, BLOCK_N)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
         # Store.
@@ -537,7 +537,7 @@ if HAS_TRITON:
         k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, True)
         v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, True)
         dout_ptr += (start.to(tl.int64) * N + head) * D
-        before = head.to(tl.int64) * T + start
+        before = head.to(tl.int64) * T + start  # of shift, norm and delta
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -560,7 +560,7 @@ if HAS_TRITON:
 
                 # Score.
                 s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-                dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+                dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
 
                 # Weigh.
                 p = tl.exp2(s * scale - shift[None, :])
@@ -574,7 +574,7 @@ if HAS_TRITON:
 
                 # Accumulate.
                 dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
-                ds = p * (dp - delta[None, :])
+                ds = p * (dp - delta[None, :])  # (BLOCK_N, BLOCK_M)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
         # Store.
@@ -595,8 +595,9 @@ def attention_forward(qkv, cu_seqlens, max_seqlen, dropout_p, seed):
     shift = qkv.new_empty(N, T, dtype=torch.float32)
     norm = torch.empty_like(shift if qkv.dtype == torch.float32 else shift[:0])
     tile = attention_tiles(qkv).forward
-    rest = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
-    launch_attention(_attention_forward, tile, tile.queries, (qkv, out, shift, norm), *rest)
+    pointers = (qkv, out, shift, norm)
+    inputs = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
+    launch_attention(_attention_forward, tile, tile.queries, pointers, inputs)
     return out, shift, norm
 
 
@@ -604,24 +605,25 @@ def attention_backward(dout, qkv, out, shift, norm, cu_seqlens, max_seqlen, drop
     """Launches the two backward kernels: dqkv (T, 3, N, D)."""
     dout = dout.contiguous()
     dqkv = qkv.new_empty(qkv.shape)
-    delta = torch.empty_like(shift)
-    tiles = attention_tiles(qkv)
-    rest = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
-    # dQ first, since it writes delta.
+    delta = torch.empty_like(shift)  # (N, T), written by the first kernel and read by the second
+    inputs = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
+
+    tile = attention_tiles(qkv).dq
     pointers = (qkv, out, dout, shift, norm, delta, dqkv)
-    launch_attention(_attention_backward_dq, tiles.dq, tiles.dq.queries, pointers, *rest)
+    launch_attention(_attention_backward_dq, tile, tile.queries, pointers, inputs)
+
+    tile = attention_tiles(qkv).dk_dv
     pointers = (qkv, dout, shift, norm, delta, dqkv)
-    launch_attention(_attention_backward_dk_dv, tiles.dk_dv, tiles.dk_dv.keys, pointers, *rest)
+    launch_attention(_attention_backward_dk_dv, tile, tile.keys, pointers, inputs)
     return dqkv
 
 
-def launch_attention(
-    kernel, tile, rows, pointers, qkv, cu_seqlens, max_seqlen, dropout_p, seed
-):  # fmt: skip
+def launch_attention(kernel, tile, rows, pointers, inputs):
     """Launches an attention kernel. rows: how many rows a program takes, queries or keys."""
+    qkv, cu_seqlens, max_seqlen, dropout_p, seed = inputs
     T, _, N, D = qkv.shape
     grid = (-(-max_seqlen // rows), N, len(cu_seqlens) - 1)
-    scale = D**-0.5 * 1.4426950408889634
+    scale = D**-0.5 * 1.4426950408889634  # log2(e)
     scalars = (T, N, scale, *dropout_scalars(dropout_p))
     constants = dict(
         D=D,
@@ -767,7 +769,7 @@ if HAS_TRITON:
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
         stream = (key, offset, threshold, keep_scale)
         place = row.to(tl.int64) * H
-        pivot = tl.load(x_ptr + place, mask=row < T, other=0.0).to(tl.float32)
+        pivot = tl.load(x_ptr + place, mask=row < T, other=0.0).to(tl.float32)  # (BLOCK_R,)
         if DROPOUT:
             kept, _, _, _ = _halves(key, row.to(tl.uint32), offset, threshold)  # of column 0
             pivot *= tl.where(kept, keep_scale, 0.0)
@@ -775,7 +777,7 @@ if HAS_TRITON:
             pivot += tl.load(residual_ptr + place, mask=row < T, other=0.0).to(tl.float32)
 
         # First pass: h - pivot, and its sum.
-        chunks = ()
+        chunks = ()  # (BLOCK_R, BLOCK_H) each
         total = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
         for first in tl.static_range(0, H, BLOCK_H):
             h, _, _, inside = _load_sum(
@@ -784,7 +786,7 @@ if HAS_TRITON:
             h = tl.where(inside, h - pivot[:, None], 0.0)
             chunks = chunks + (h,)
             total += h
-        mean = tl.sum(total, 1) / H
+        mean = tl.sum(total, 1) / H  # (BLOCK_R,), without the pivot
 
         # Second pass, over registers: the variance.
         square = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
@@ -792,7 +794,7 @@ if HAS_TRITON:
             column = i * BLOCK_H + tl.arange(0, BLOCK_H)
             centered = tl.where((column < H)[None, :], chunks[i] - mean[:, None], 0.0)
             square += centered * centered
-        rstd = 1 / tl.sqrt(tl.sum(square, 1) / H + eps)
+        rstd = 1 / tl.sqrt(tl.sum(square, 1) / H + eps)  # (BLOCK_R,)
 
         # Third pass: what is written.
         for i in tl.static_range(len(chunks)):
@@ -829,9 +831,9 @@ if HAS_TRITON:
         key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
         stream = (key, offset, threshold, keep_scale)
         CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-        weights = ()
-        dweights = ()
-        dbiases = ()
+        weights = ()  # (BLOCK_H,) each
+        dweights = ()  # (BLOCK_R, BLOCK_H) each
+        dbiases = ()  # likewise
         for i in tl.static_range(CHUNKS):
             column = i * BLOCK_H + tl.arange(0, BLOCK_H)
             weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32)
@@ -847,7 +849,7 @@ if HAS_TRITON:
             # First pass: n and g of each chunk, and the two means. Outside, dy = 0 adds nothing.
             ns = ()
             gs = ()
-            factors = ()
+            factors = ()  # of dropout
             sum_g = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
             sum_gn = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
             new_dweights = ()
@@ -869,8 +871,8 @@ if HAS_TRITON:
                 new_dbiases = new_dbiases + (dbiases[i] + dy,)
             dweights = new_dweights
             dbiases = new_dbiases
-            mean_g = tl.sum(sum_g, 1) / H
-            mean_gn = tl.sum(sum_gn, 1) / H
+            mean_g = tl.sum(sum_g, 1) / H  # (BLOCK_R,)
+            mean_gn = tl.sum(sum_gn, 1) / H  # (BLOCK_R,)
 
             # Second pass, over registers: the gradients.
             for i in tl.static_range(CHUNKS):
@@ -882,6 +884,7 @@ if HAS_TRITON:
                     tl.store(dresidual_ptr + place, dh, mask=inside)
                 tl.store(dx_ptr + place, dh * factors[i], mask=inside)
 
+        # What is stored is this program's share; the sum over all programs follows.
         for i in tl.static_range(CHUNKS):
             column = i * BLOCK_H + tl.arange(0, BLOCK_H)
             place = tl.program_id(0).to(tl.int64) * H + column
@@ -939,7 +942,7 @@ def layer_norm_backward(dy, x, residual, weight, mean, rstd, dropout_p, seed):
     outputs = (dx, dresidual, dweight, dbias)
     arguments = (*inputs, *outputs, seed, len(x), *dropout_scalars(dropout_p))
     launch(_layer_norm_backward, (programs,), arguments, constants)
-    return dx, dresidual, dweight.sum(0), dbias.sum(0)
+    return dx, dresidual, dweight.sum(0), dbias.sum(0)  # over the programs
 
 
 def launch_dropout(x, dropout_p, seed):
@@ -991,6 +994,7 @@ class LayerNorm(torch.autograd.Function):
             dy, x, residual, weight, mean, rstd, ctx.dropout_p, seed
         )
         dresidual = None if residual is None else dresidual.to(residual.dtype)
+        # eps, dropout_p and seed have no gradient.
         return dx, dresidual, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None, None
 
 
@@ -1053,8 +1057,8 @@ if HAS_TRITON:
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * V
         # Not -inf: after a block of logits that are all -inf, m - m_new would be inf - inf, NaN.
-        m = tl.full([], -3.0e38, tl.float32)
-        l = tl.zeros([BLOCK_V], tl.float32)  # summed over its lanes at the end
+        m = tl.full([], -3.0e38, tl.float32)  # the running maximum
+        l = tl.zeros([BLOCK_V], tl.float32)  # the running sum of e^(x - m), lane by lane
         for first in range(0, V, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
             x = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
@@ -1084,7 +1088,7 @@ if HAS_TRITON:
         logits_ptr += row * V
         label = tl.load(labels_ptr + row)
         lse = tl.load(lse_ptr + row)
-        factor = tl.where(label >= 0, tl.load(upstream_ptr), 0.0)
+        factor = tl.where(label >= 0, tl.load(upstream_ptr), 0.0)  # a row that does not count: 0
         for first in range(0, V, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
             x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
@@ -1219,7 +1223,7 @@ Launcher.current = Launcher()
 
 def launch(kernel, grid, arguments, constants):
     """Hands a kernel to the current launcher, unless its first argument has no element."""
-    if arguments[0].numel():
+    if arguments[0].numel():  # a grid may not be empty
         Launcher.current.launch(kernel, grid, arguments, constants)
 
 
@@ -1299,7 +1303,7 @@ def check_triton_attention(qkv, max_seqlen):
     if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
         found = f"shape {tuple(qkv.shape)} and strides {qkv.stride()}"
         raise ValueError(f"qkv must have 1 <= D <= 128 with stride 1, got {found}")
-    # Within a sequence the kernels compute places in int32.
+    # Within a sequence, the kernels compute places in int32.
     if max(max_seqlen * qkv.stride(0), 2 * qkv.stride(1)) >= 2**31:
         raise ValueError(
             f"qkv: a sequence of {max_seqlen:,} tokens must span less than 2**31 elements for the "
