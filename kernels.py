@@ -6,10 +6,10 @@
     CrossEntropy  sum of log(sum e^logits) - logit[label]      over the rows of a large vocabulary
 
 Each operation is one section, in this order: what it promises, its naive twin (`..._reference`),
-its kernels, the functions that launch them, and the autograd function. Start with the twins; the
-tests hold the kernels to them. CUDA devices run Triton, others run PyTorch;
+its kernels, the functions that launch them, and the autograd function. Start with the twins: the
+tests hold the kernels to them. CUDA devices run Triton, and others run PyTorch;
 `STARENCODER_KERNELS=torch|triton` overrides (triton on a CPU is its interpreter). CrossEntropy
-has no path in PyTorch: the model asks `backend` which one to use.
+exists in Triton alone, for a model that has asked `backend`.
 
 Sequences are packed: the tokens of a micro-batch lie end to end in one axis of length T, and
 `cu_seqlens` (B+1,) int32 says where each sequence starts. No padding is ever computed.
@@ -537,7 +537,10 @@ if HAS_TRITON:
         k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, True)
         v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, True)
         dout_ptr += (start.to(tl.int64) * N + head) * D
-        before = head.to(tl.int64) * T + start  # of shift, norm and delta
+        before = head.to(tl.int64) * T + start
+        shift_ptr += before
+        norm_ptr += before
+        delta_ptr += before
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -548,15 +551,14 @@ if HAS_TRITON:
             for first_query in tl.range(begin, end, BLOCK_M, num_stages=1 if REST else None):
                 # Load. Of queries outside, q = dO = delta = shift = 0: P is 1 and adds nothing.
                 query = first_query + tl.arange(0, BLOCK_M)
-                place = before + query
                 q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, REST)
                 do = _load_rows(dout_ptr, N * D, query, length, D, BLOCK_D, REST)
                 if REST:
-                    shift = tl.load(shift_ptr + place, mask=query < length, other=0.0)
-                    delta = tl.load(delta_ptr + place, mask=query < length, other=0.0)
+                    shift = tl.load(shift_ptr + query, mask=query < length, other=0.0)
+                    delta = tl.load(delta_ptr + query, mask=query < length, other=0.0)
                 else:
-                    shift = tl.load(shift_ptr + place)
-                    delta = tl.load(delta_ptr + place)
+                    shift = tl.load(shift_ptr + query)
+                    delta = tl.load(delta_ptr + query)
 
                 # Score.
                 s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
@@ -565,7 +567,7 @@ if HAS_TRITON:
                 # Weigh.
                 p = tl.exp2(s * scale - shift[None, :])
                 if q.dtype == tl.float32:
-                    p *= tl.load(norm_ptr + place, mask=query < length, other=0.0)[None, :]
+                    p *= tl.load(norm_ptr + query, mask=query < length, other=0.0)[None, :]
                 dropped = p
                 if DROPOUT:
                     keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, True)
@@ -958,8 +960,8 @@ def launch_dropout(x, dropout_p, seed):
 def norm_settings(tile, x):
     """The constants of a LayerNorm kernel for x (T, H), and its number of programs.
 
-    A chunk is a power of two: a whole row of up to 256 columns; 256 columns, which a warp reads at
-    once, of a row up to 1,024; a quarter of a wider one, of which registers hold only one.
+    A chunk is a power of two: the whole row up to 256 columns; 256 columns, which a warp reads
+    at once, of a row up to 1,024; and a quarter of a wider row, of which registers hold only one.
     """
     T, H = x.shape
     wide = H > 1024

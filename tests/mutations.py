@@ -166,7 +166,7 @@ MUTATIONS = {
                 "delta += tl.sum(p * dp, 1)",
             ),
             "norm is forgotten in dk_dv": (
-                "p *= tl.load(norm_ptr + place, mask=query < length, other=0.0)[None, :]",
+                "p *= tl.load(norm_ptr + query, mask=query < length, other=0.0)[None, :]",
                 "p *= 1.0",
             ),
             "the sum's logarithm beside a large maximum, fp32": (
