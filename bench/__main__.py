@@ -14,17 +14,18 @@ def main(argv=None):
     parser = CommandLine(prog="python -m bench", description="Measure the speeds in results/.")
     commands = parser.add_subparsers(required=True, dest="what", metavar="WHAT")
 
+    # Commands of their own, since each has its own flags.
     def command(name, help):
         return commands.add_parser(name, help=help, description=help)
 
-    # What can be measured, and one thing that can be drawn. Each has its own flags and --help.
+    # What can be measured, and one thing that can be drawn.
     kernels = command("kernels", "Triton kernels beside their peers (GPU)")
     model = command("model", "a training step beside transformers' models")
     data = command("data", "from tokens on disk to batches, beside tokenizing on the fly")
     pii = command("pii", "finding personal data in code, beside other detectors")
     pictures = command("pictures", "draw the front page's two pictures from a run")
 
-    # Flags that only one of them has, then the one that all measurements share.
+    # Flags that only one of them has. One run measures one thing.
     choices = kernels.add_mutually_exclusive_group()
     help = "compile for sm_80, sm_89, sm_90 and sm_100, and show what the kernels take of each"
     choices.add_argument("--resources", action="store_true", help=help)
@@ -32,6 +33,8 @@ def main(argv=None):
     choices.add_argument("--tune", action="store_true", help=help)
     help = "show where the time of a step goes, beside the least that it could take"
     model.add_argument("--profile", action="store_true", help=help)
+
+    # The flag that all measurements share.
     for measurement in (kernels, model, data, pii):
         help = "the JSON file to write (default: one in results/, named after the device)"
         measurement.add_argument("--out", metavar="FILE", help=help)
@@ -44,7 +47,7 @@ def main(argv=None):
 def run(arguments):
     """Imports the measurement that is asked for, and nothing else, and starts it."""
     if arguments.what == "kernels":
-        measure_kernels(arguments)
+        measure_kernels(arguments)  # of three kinds
     elif arguments.what == "model" and arguments.profile:
         from bench.step_profile import bench_profile
 
@@ -68,6 +71,7 @@ def run(arguments):
 
 
 def measure_kernels(arguments):
+    # The speeds, the search for launch settings, or what the kernels take of a chip.
     import torch
 
     import kernels
@@ -81,7 +85,7 @@ def measure_kernels(arguments):
         needed = "Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset"
         raise ValueError(f"kernels: needs {needed}")
 
-    # Three measurements, of which one needs no GPU.
+    # Without a GPU only the last one is possible.
     if arguments.tune:
         bench_tune(arguments.out)
     elif torch.cuda.is_available() and not arguments.resources:

@@ -51,6 +51,7 @@ def bench_data(path=None, directory=CORPUS, repetitions=REPETITIONS):
             # The second half, or the first half of another file: a coin decides.
             second = generator.choice([text[half:], other[: len(other) // 2]])
             pairs.append(f"<cls>{text[:half]}<sep>{second}<sep>")
+        # Padded to the longest pair of the batch, as the original's batches are.
         encoded = fast(pairs, truncation=True, max_length=MAX_LENGTH)
         batch = collate([{"input_ids": ids} for ids in encoded["input_ids"]])
         return int((batch["input_ids"] != fast.pad_token_id).sum())

@@ -17,7 +17,7 @@ from starencoder import StarEncoderForPreTraining, fill_mask
 
 DARK = "#1b4965"
 LIGHT = "#9db4c0"
-ACCENT = "#e07a1f"
+ACCENT = "#e07a1f"  # for what the eye should find first
 WIDTH = 9  # inches; at 120 dots an inch the text is as large as that of a README
 
 # Chosen for what they show, a name and a keyword that the rest of the line gives away. A token of
@@ -47,7 +47,7 @@ def draw_curves(figure, run):
     """Losses on the left; on the right accuracies on held-out pairs, beside their baselines."""
     with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as f:
         lines = [json.loads(line) for line in f]
-    train = [line for line in lines if "loss" in line]
+    train = [line for line in lines if "loss" in line]  # a step that was skipped has none
     held_out = [line for line in lines if "mlm_accuracy" in line]
     losses, accuracies = figure.subplots(1, 2, width_ratios=[1, 1.3])
 

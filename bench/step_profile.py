@@ -24,7 +24,7 @@ PARTS = {
     "attention": "attention|bmm|softmax|scaled_dot_product",
     "LayerNorm and dropout": "layer_?norm|dropout",
     "matmul": r"::(mm|addmm|matmul|linear)$",
-    "GELU, casts and the rest": "",
+    "GELU, casts and the rest": "",  # fits everything
 }
 
 
@@ -93,7 +93,7 @@ def bench_profile(path=None, config=None, sequences=None, ceilings=None, repetit
     """
     config = config or StarEncoderConfig()
     sequences = sequences or (64 if DEVICE == "cuda" else 2)
-    ceilings = ceilings or measure_ceilings(DEVICE)
+    ceilings = ceilings or measure_ceilings(DEVICE)  # FLOP/s and bytes/s
     L = config.max_position_embeddings
     T = sequences * L
     batch = random_batch([L] * sequences, config)

@@ -128,6 +128,9 @@ def test_import_graph_has_no_circle_and_no_arrow_upward():
 
 
 def is_private(name):
+    """True for _name, but not for __name__ and what every NamedTuple has."""
+    if name in ("_fields", "_replace", "_asdict", "_make"):
+        return False
     return name.startswith("_") and not name.startswith("__")
 
 
