@@ -1,1 +1,14 @@
-"""Every speed claim, measured."""
+"""Every speed that this project claims, measured beside its peers in one run: `python -m bench`.
+
+    measure        contenders that take turns, and the table and JSON file of a measurement
+    model_speed    a training step beside transformers' models
+    step_profile   where the time of that step goes
+    data_speed     from tokens on disk to batches, beside tokenizing on the fly
+    pii_speed      finding personal data and secrets, beside other detectors
+    kernel_speed   each Triton kernel beside its peers, on a GPU; the search for launch settings
+    resources      what the compiled kernels take of a chip, without that chip
+    pictures       the two pictures of the front page
+
+results/README.md has the tables. Only figures of one table may be compared: its contenders took
+turns on one machine.
+"""

@@ -1,87 +1,99 @@
-"""TODO."""
+"""The command line: `python -m bench kernels|model|data|pii|pictures`.
 
-import torch
+Each measurement prints a table and writes it, with the machine and the versions, to results/.
+"""
 
-import kernels
-from bench.data_speed import bench_corpus, bench_data
-from bench.kernel_speed import bench_kernels, bench_tune
-from bench.model_speed import bench_model, bench_profile
-from bench.pii_speed import bench_pii
-from bench.resources import bench_resources
 from common.command_line import CommandLine, run_command
+
+# Each measurement is imported only if it is asked for: together they take ten seconds, and --help
+# should take none.
 
 
 def main(argv=None):
     """The command line."""
-    parser = CommandLine(
-        prog="python -m bench", description="Measure the speeds that the README claims."
-    )
-    parser.add_argument("what", choices=["data", "kernels", "model", "pii"])
-    parser.add_argument(
-        "--resources",
-        action="store_true",
-        help="kernels: compile for sm_80, sm_89, sm_90, sm_100 and show what they take",
-    )
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="kernels: try other launch settings on this GPU and print a table of the best",
-    )
-    parser.add_argument(
-        "--ablate", action="store_true", help="model: what each saving of the step is worth"
-    )
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="model: where the time of a step goes, beside the least that it could take",
-    )
-    parser.add_argument(
-        "--megabytes",
-        type=int,
-        default=100,
-        metavar="N",
-        help="pii: how much to look through (default: 100)",
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", help="the JSON file to write (default: one in results/)"
-    )
+    parser = CommandLine(prog="python -m bench", description="Measure the speeds in results/.")
+    commands = parser.add_subparsers(required=True, dest="what", metavar="WHAT")
+
+    # Commands of their own, since each has its own flags.
+    def command(name, help):
+        return commands.add_parser(name, help=help, description=help)
+
+    # What can be measured, and one thing that can be drawn.
+    kernels = command("kernels", "Triton kernels beside their peers (GPU)")
+    model = command("model", "a training step beside transformers' models")
+    data = command("data", "from tokens on disk to batches, beside tokenizing on the fly")
+    pii = command("pii", "finding personal data in code, beside other detectors")
+    pictures = command("pictures", "draw the front page's two pictures from a run")
+
+    # Flags that only one of them has. One run measures one thing.
+    choices = kernels.add_mutually_exclusive_group()
+    help = "compile for sm_80, sm_89, sm_90 and sm_100, and show what the kernels take of each"
+    choices.add_argument("--resources", action="store_true", help=help)
+    help = "try other launch settings on this GPU and print the best"
+    choices.add_argument("--tune", action="store_true", help=help)
+    help = "show where the time of a step goes, beside the least that it could take"
+    model.add_argument("--profile", action="store_true", help=help)
+
+    # The flag that all measurements share.
+    for measurement in (kernels, model, data, pii):
+        help = "the JSON file to write (default: one in results/, named after the device)"
+        measurement.add_argument("--out", metavar="FILE", help=help)
+    pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
+
     arguments = parser.parse_args(argv)
-    flags = {
-        "data": [],
-        "kernels": ["resources", "tune"],
-        "model": ["ablate", "profile"],
-        "pii": [],
-    }
-    given = [flag for flag in sum(flags.values(), []) if getattr(arguments, flag)]
-    if len(given) > 1 or not {*given} <= {*flags[arguments.what]}:
-        takes = " or ".join(f"--{flag}" for flag in flags[arguments.what]) or "no flag"
-        raise ValueError(f"{arguments.what}: takes {takes}, one at a time")
-    if arguments.what == "data":
+    run(arguments)
+
+
+def run(arguments):
+    """Imports the measurement that is asked for, and nothing else, and starts it."""
+    if arguments.what == "kernels":
+        measure_kernels(arguments)  # of three kinds
+    elif arguments.what == "model" and arguments.profile:
+        from bench.step_profile import bench_profile
+
+        bench_profile(arguments.out)
+    elif arguments.what == "model":
+        from bench.model_speed import bench_model
+
+        bench_model(arguments.out)
+    elif arguments.what == "data":
+        from bench.data_speed import bench_data
+
         bench_data(arguments.out)
-        return bench_corpus(arguments.out and f"{arguments.out}.corpus")
-    if arguments.what == "pii":
-        return bench_pii(arguments.out, size=arguments.megabytes * 1_000_000)
-    if arguments.what == "model":
-        return (
-            bench_profile(arguments.out)
-            if arguments.profile
-            else bench_model(arguments.out, ablate=arguments.ablate)
-        )
+    elif arguments.what == "pii":
+        from bench.pii_speed import bench_pii
+
+        bench_pii(arguments.out)
+    else:
+        from bench.pictures import draw_pictures
+
+        draw_pictures(arguments.run)
+
+
+def measure_kernels(arguments):
+    # The speeds, the search for launch settings, or what the kernels take of a chip.
+    import torch
+
+    import kernels
+    from bench.kernel_speed import bench_kernels, bench_tune
+    from bench.resources import bench_resources
+
+    # What cannot work is refused before anything is compiled.
     if arguments.tune and not torch.cuda.is_available():
         raise ValueError("--tune: needs a CUDA device")
     if not kernels.HAS_TRITON or kernels.INTERPRETED:
-        raise ValueError(
-            "kernels: needs Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset"
-        )
+        needed = "Triton, and TRITON_INTERPRET and STARENCODER_KERNELS unset"
+        raise ValueError(f"kernels: needs {needed}")
+
+    # Without a GPU only the last one is possible.
     if arguments.tune:
         bench_tune(arguments.out)
     elif torch.cuda.is_available() and not arguments.resources:
         bench_kernels(arguments.out)
     else:
+        # A CPU can compile the kernels for any chip, but it says nothing about their speed.
         if not arguments.resources:
-            print(
-                "There is no CUDA device here, and on a CPU the speed of these kernels means nothing. What they take of a chip:"
-            )
+            print("There is no CUDA device here: no speeds, but what the kernels take of a chip.")
         bench_resources(arguments.out)
 
 

@@ -1,8 +1,17 @@
-"""TODO."""
+"""The speed of the kernels beside that of their peers, and the search for launch settings.
+
+`python -m bench kernels` runs each operation forward and backward on a micro-batch of the published
+run (64 sequences of 1,024 tokens, bf16), beside PyTorch and Liger. A speed is the work that must
+be done, by the time: FLOPs for attention, bytes read and written for the others. Beside it stands
+the share of what the device reaches at best, a large matrix product or a large copy, measured in
+the same run. `--tune` tries launch settings and prints the best as an entry of `kernels.TILES`.
+"""
 
 import functools
 import itertools
 import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
@@ -11,14 +20,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from bench.measure import REPETITIONS, medians, report
-from bench.resources import attention_work, compile_launches, machine_code_usage, norm_work
+from bench.resources import Compiler, compile_launches, machine_code_usage
 
 if kernels.HAS_TRITON:
     import triton
 
+HIDDEN = 768
+EPS = 1e-12
+VOCABULARY = 49_216  # that of the published run, rounded up to a multiple of 64
+
+
+class Passes(NamedTuple):
+    """Something for each pass of an operation: functions without arguments, or amounts of work."""
+
+    forward: Any
+    backward: Any
+
+
+class Ceiling(NamedTuple):
+    """What the device does at best, in a unit that is read easily."""
+
+    speed: float  # FLOP/s or bytes/s
+    scale: float
+    unit: str
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
 
 def on_gpu(function, amount, launches=10):
-    """For `medians`: calls the function `launches` times, waits for the GPU, and says how much was done, `amount` by each call."""
+    """For `medians`: a function that calls `function` so often, waits for the GPU, and returns how
+    much was done, `amount` by each call."""
 
     def work():
         for _ in range(launches):
@@ -31,241 +63,377 @@ def on_gpu(function, amount, launches=10):
 
 
 def measure_ceilings(device):
-    """{"matmul": FLOP/s of a large bf16 product, "copy": bytes/s read and written by a large copy}: what this device can do at best."""
-    size, numbers = (8192, 2**29) if device == "cuda" else (2048, 2**26)
+    """What the device can do at best: {"matmul": FLOP/s of a large bf16 product, "copy": bytes/s
+    read and written by a large copy}."""
+    size = 8192 if device == "cuda" else 2048
+    numbers = 2**29 if device == "cuda" else 2**26
     # Random numbers: a product of ones draws less power, and ran 15 % faster on an H200.
-    a, source, copied = (
-        torch.randn(shape, device=device, dtype=torch.bfloat16)
-        for shape in ((size, size), numbers, numbers)
-    )
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    source = torch.randn(numbers, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
     contenders = {
-        "matmul": on_gpu(lambda: a @ a, 2 * size**3),
-        "copy": on_gpu(lambda: copied.copy_(source), 4 * numbers),
+        "matmul": on_gpu(functools.partial(torch.matmul, matrix, matrix), 2 * size**3),
+        "copy": on_gpu(functools.partial(target.copy_, source), 2 * 2 * numbers),
     }
     ceilings = medians(contenders)
-    print(
-        f"ceilings: matmul {ceilings['matmul'] / 1e12:,.2f} TFLOP/s, copy {ceilings['copy'] / 1e9:,.0f} GB/s"
-    )
+    matmul = f"{ceilings['matmul'] / 1e12:,.2f} TFLOP/s"
+    print(f"ceilings: matmul {matmul}, copy {ceilings['copy'] / 1e9:,.0f} GB/s")
     return ceilings
 
 
 def available(contenders):
-    """Those contenders that run here, each run once (and so compiled); why not, in a line, of the others."""
+    """The contenders that run here, each run once and so compiled. Prints why others do not."""
     running = {}
     for name, work in contenders.items():
         try:
             work()
             running[name] = work
-        except (
-            Exception
-        ) as error:  # no such backend, no such library, or a tile that takes too much of the chip
-            torch.cuda.synchronize()
-            print(f"{name}: not available here ({str(error).strip().splitlines()[0][:120]})")
+        except Exception as error:  # no such library or backend, or a tile too large for the chip
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            reason = str(error).strip().split("\n")[0][:120]
+            print(f"{name}: not available here ({reason})")
     return running
 
 
-def forward_and_backward(function, inputs, upstream):
-    """function(*inputs), and its gradients with respect to the inputs, as two functions without arguments."""
+def autograd_passes(function, inputs, upstream):
+    """function(*inputs), and its gradients with respect to the inputs, as `Passes`."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = functools.cache(
-        lambda: function(*inputs)
-    )  # not before it is asked for: a contender may not be available
-    return lambda: function(*inputs), lambda: torch.autograd.grad(
-        out(), inputs, upstream, retain_graph=True
-    )
+
+    @functools.cache
+    def output():  # computed when the backward pass first asks: this contender may not be available
+        return function(*inputs)
+
+    def backward():
+        return torch.autograd.grad(output(), inputs, upstream, retain_graph=True)
+
+    return Passes(functools.partial(function, *inputs), backward)
 
 
-def bench_kernels(path=None):
-    """Each kernel, forward and backward, beside its peers in PyTorch and Liger: bf16, a micro-batch of the published run."""
-    torch._functorch.config.donated_buffer = False  # a compiled backward pass is run many times
-    bf16, ceilings = dict(device="cuda", dtype=torch.bfloat16), measure_ceilings("cuda")
+def compare(operation, contenders, amounts, ceiling, repetitions):
+    """The rows on one operation. contenders: {name: Passes}, ours first. amounts: Passes."""
     rows = []
+    for direction in Passes._fields:
+        amount = getattr(amounts, direction)
+        works = {name: on_gpu(getattr(p, direction), amount) for name, p in contenders.items()}
+        speeds = medians(available(works), repetitions)
+        ours = next(iter(speeds.values()))
+        for name, speed in speeds.items():
+            row = {
+                "operation": operation,
+                "pass": direction,
+                "by": name,
+                "ms": f"{amount / speed * 1e3:.3f}",
+                "speed": f"{speed / ceiling.scale:,.0f} {ceiling.unit}",
+                "of ceiling": f"{speed / ceiling.speed:.0%}",
+                "here / it": f"{ours / speed:.2f}",
+            }
+            rows.append(row)
+    return rows
 
-    def compare(operation, ceiling, amounts, contenders):
-        unit, scale = ("TFLOP/s", 1e12) if ceiling == "matmul" else ("GB/s", 1e9)
-        for direction, amount in enumerate(amounts):
-            speeds = medians(
-                available(
-                    {name: on_gpu(pair[direction], amount) for name, pair in contenders.items()}
-                )
-            )
-            for name, speed in speeds.items():
-                row = {
-                    "operation": operation,
-                    "pass": ("forward", "backward")[direction],
-                    "by": name,
-                    "ms": f"{amount / speed * 1e3:.3f}",
-                }
-                row |= {
-                    "speed": f"{speed / scale:,.0f} {unit}",
-                    "of ceiling": f"{speed / ceilings[ceiling]:.0%}",
-                }
-                rows.append(row | {"here / it": f"{speeds[next(iter(speeds))] / speed:.2f}"})
 
+# ---- the operations and their peers --------------------------------------------------------------
+
+
+class AttentionCase(NamedTuple):
+    """A shape to measure attention on."""
+
+    D: int
+    lengths: list[int]
+    dropout_p: float
+    shown: str  # the lengths, in words
+
+
+def attention_cases(tokens):
+    """Full sequences, short ones, a wider head, and a mixture: without padding, only varlen is a
+    peer there."""
+    full = [1024] * (tokens // 1024)
+    short = [128] * (tokens // 128)
     generator = random.Random(0)
-    mixed = [
-        generator.randint(32, 1024) for _ in range(124)
-    ]  # lengths that differ: without padding, only varlen is a peer
-    for D, lengths, p in (
-        (64, [1024] * 64, 0.0),
-        (64, [1024] * 64, 0.1),
-        (64, [128] * 512, 0.0),
-        (128, [1024] * 64, 0.0),
-        (64, mixed, 0.0),
-    ):
-        N, T, L = 768 // D, sum(lengths), max(lengths)
-        qkv, upstream = torch.randn(T, 3, N, D, **bf16), torch.randn(T, N, D, **bf16)
-        cu_seqlens = torch.tensor(
-            [0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda"
+    mixed = [generator.randint(32, 1024) for _ in range(tokens // 528)]  # 528 on average
+    return [
+        AttentionCase(64, full, 0.0, "1,024"),
+        AttentionCase(64, full, 0.1, "1,024"),
+        AttentionCase(64, short, 0.0, "128"),
+        AttentionCase(128, full, 0.0, "1,024"),
+        AttentionCase(64, mixed, 0.0, "32 to 1,024"),
+    ]
+
+
+def sdpa(q, k, v, backend, dropout_p):
+    """PyTorch's attention by one of its backends. q, k, v: (B, N, L, D)."""
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+
+
+def varlen(q, k, v, cu_seqlens, max_seqlen):
+    """PyTorch's attention on packed sequences, which has no dropout. q, k, v: (T, N, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+
+def attention_contenders(case, device):
+    """{name: Passes} of attention by us and by its peers."""
+    N = HIDDEN // case.D
+    T = sum(case.lengths)
+    L = max(case.lengths)
+    qkv = torch.randn(T, 3, N, case.D, device=device, dtype=torch.bfloat16)
+    upstream = torch.randn(T, N, case.D, device=device, dtype=torch.bfloat16)
+    bounds = [0, *itertools.accumulate(case.lengths)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+
+    packed = dict(cu_seqlens=cu_seqlens, max_seqlen=L)
+    ours = functools.partial(kernels.attention, **packed, dropout_p=case.dropout_p)
+    contenders = {"kernels.attention": autograd_passes(ours, [qkv], upstream)}
+
+    if len(set(case.lengths)) == 1:  # SDPA takes (B, N, L, D)
+        heads = [x.unflatten(0, (-1, L)).transpose(1, 2) for x in qkv.unbind(1)]
+        wanted = upstream.unflatten(0, (-1, L)).transpose(1, 2)
+        backends = (
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
         )
+        for backend in backends:
+            theirs = functools.partial(sdpa, backend=backend, dropout_p=case.dropout_p)
+            contenders[f"SDPA {backend.name}"] = autograd_passes(theirs, heads, wanted)
 
-        def varlen(q, k, v, cu_seqlens=cu_seqlens, L=L):
-            from torch.nn.attention.varlen import varlen_attn
+    if case.dropout_p == 0.0:
+        theirs = functools.partial(varlen, **packed)
+        contenders["varlen_attn"] = autograd_passes(theirs, qkv.unbind(1), upstream)
+    return contenders
 
-            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, L, L)
 
-        def sdpa(q, k, v, backend, p=p):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+def attention_rows(ceiling, device, tokens, repetitions):
+    """The rows on attention."""
+    rows = []
+    for case in attention_cases(tokens):
+        # Two products forward; five backward, since the scores are computed again.
+        flops = 4 * sum(length**2 for length in case.lengths) * HIDDEN
+        operation = f"attention, D {case.D}, length {case.shown}, dropout {case.dropout_p}"
+        contenders = attention_contenders(case, device)
+        rows += compare(operation, contenders, Passes(flops, 2.5 * flops), ceiling, repetitions)
+    return rows
 
-        here = functools.partial(
-            kernels.attention, cu_seqlens=cu_seqlens, max_seqlen=L, dropout_p=p
-        )
-        contenders = {"kernels.attention": forward_and_backward(here, [qkv], upstream)}
-        if lengths is not mixed:
-            *heads, wanted = (
-                x.unflatten(0, (-1, L)).transpose(1, 2) for x in (*qkv.unbind(1), upstream)
-            )  # (B, N, L, D)
-            for backend in (
-                SDPBackend.FLASH_ATTENTION,
-                SDPBackend.CUDNN_ATTENTION,
-                SDPBackend.EFFICIENT_ATTENTION,
-            ):
-                contenders[f"SDPA {backend.name}"] = forward_and_backward(
-                    functools.partial(sdpa, backend=backend), heads, wanted
-                )
-        if p == 0.0:
-            contenders["varlen_attn"] = forward_and_backward(varlen, qkv.unbind(1), upstream)
-        flops = (
-            4 * sum(length**2 for length in lengths) * N * D
-        )  # two products; five in the backward pass, which makes one again
-        shown = "32 to 1,024" if lengths is mixed else f"{L:,}"
-        compare(
-            f"attention, D {D}, length {shown}, dropout {p}",
-            "matmul",
-            (flops, 2.5 * flops),
-            contenders,
-        )
 
-    T, H, eps = 2**18, 768, 1e-12
-    x, residual, upstream, weight = (
-        torch.randn(*shape, **bf16) for shape in ((T, H), (T, H), (T, H), (H,))
-    )
-    for p, plus in ((0.0, False), (0.0, True), (0.1, True)):
+def eager_layer_norm(x, weight, bias, residual=None, dropout_p=0.0):
+    """What PyTorch does in several kernels."""
+    if residual is not None:
+        x = F.dropout(x, dropout_p) + residual
+    return F.layer_norm(x, x.shape[1:], weight, bias, EPS)
 
-        def eager(x, w, b, r=None, p=p):
-            return F.layer_norm(x if r is None else F.dropout(x, p) + r, (H,), w, b, eps)
 
-        def liger(x, w, b):
-            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+def our_layer_norm(x, weight, bias, residual=None, dropout_p=0.0):
+    """The same in one kernel."""
+    return kernels.layer_norm(x, weight, bias, EPS, residual=residual, dropout_p=dropout_p)
 
-            return LigerLayerNormFunction.apply(x, w, b, eps)
 
-        here = lambda x, w, b, r=None, p=p: kernels.layer_norm(
-            x, w, b, eps, residual=r, dropout_p=p
-        )
+def liger_layer_norm(x, weight, bias):
+    """Liger's kernel, which takes no residual."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return LigerLayerNormFunction.apply(x, weight, bias, EPS)
+
+
+def layer_norm_rows(ceiling, device, tokens, repetitions):
+    """The rows on LayerNorm: alone, with a residual, and with a residual and dropout."""
+    rows = []
+    bf16 = dict(device=device, dtype=torch.bfloat16)
+    x = torch.randn(tokens, HIDDEN, **bf16)
+    residual = torch.randn(tokens, HIDDEN, **bf16)
+    upstream = torch.randn(tokens, HIDDEN, **bf16)
+    weight = torch.randn(HIDDEN, **bf16)
+    for plus, dropout_p in ((False, 0.0), (True, 0.0), (True, 0.1)):
         functions = {
-            "kernels.layer_norm": here,
-            "PyTorch": eager,
-            "PyTorch, compiled": torch.compile(eager),
+            "kernels.layer_norm": functools.partial(our_layer_norm, dropout_p=dropout_p),
+            "PyTorch": functools.partial(eager_layer_norm, dropout_p=dropout_p),
         }
-        functions |= {} if plus else {"Liger": liger}
-        leaves = [x, weight, weight] + [residual] * plus
+        functions["PyTorch, compiled"] = torch.compile(functions["PyTorch"])
+        inputs = [x, weight, weight]
+        operation = f"LayerNorm, H {HIDDEN}"
+        if plus:
+            inputs.append(residual)
+            operation += f", residual, dropout {dropout_p}"
+        else:
+            functions["Liger"] = liger_layer_norm
+
         contenders = {
-            name: forward_and_backward(function, leaves, upstream)
+            name: autograd_passes(function, inputs, upstream)
             for name, function in functions.items()
         }
-        # What has to be moved, in rows: x (and residual) in, y out; dy, x (and residual) in, dx (and, with dropout, dresidual) out.
-        moved = (2 + plus, 3 + plus + (p > 0))
-        compare(
-            f"LayerNorm, H {H}{f', residual, dropout {p}' * plus}",
-            "copy",
-            [2 * T * H * n for n in moved],
-            contenders,
-        )
-    report(
-        path, "kernels", rows, ceilings=ceilings, repetitions=REPETITIONS, triton=triton.__version__
+        # Forward: x (and residual) in, y out. Backward: dy, x (and residual) in, dx out, and, with
+        # dropout, dresidual out. A matrix is 2 bytes times its size.
+        matrix = 2 * tokens * HIDDEN
+        moved = Passes((2 + plus) * matrix, (3 + plus + (dropout_p > 0)) * matrix)
+        rows += compare(operation, contenders, moved, ceiling, repetitions)
+    return rows
+
+
+def cross_entropy_rows(ceiling, device, masked, repetitions):
+    """The rows on the cross-entropy of the masked tokens."""
+    logits = torch.randn(masked, VOCABULARY, device=device, dtype=torch.bfloat16)
+    labels = torch.randint(VOCABULARY, (masked,), device=device)
+    upstream = torch.ones((), device=device)
+
+    def eager(logits):
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    # Ours overwrites the logits with their gradient, so its backward pass has a copy of its own.
+    _, lse = kernels.cross_entropy_forward(logits, labels)
+    backward = kernels.cross_entropy_backward
+    ours = Passes(
+        functools.partial(kernels.cross_entropy_forward, logits, labels),
+        functools.partial(backward, logits.clone(), labels, lse, upstream),
     )
+    contenders = {
+        "kernels.CrossEntropy": ours,
+        "PyTorch": autograd_passes(eager, [logits], upstream),
+        "PyTorch, compiled": autograd_passes(torch.compile(eager), [logits], upstream),
+    }
+    # Forward: the logits in. Backward: the logits in, their gradient out.
+    moved = Passes(2 * logits.numel(), 4 * logits.numel())
+    operation = f"cross-entropy, {masked:,} x {VOCABULARY:,}"
+    return compare(operation, contenders, moved, ceiling, repetitions)
+
+
+def bench_kernels(path=None, device="cuda", tokens=2**16, repetitions=REPETITIONS):
+    """Each operation, forward and backward, beside its peers, in bf16."""
+    torch._functorch.config.donated_buffer = False  # a compiled backward pass is run many times
+    ceilings = measure_ceilings(device)
+    matmul = Ceiling(ceilings["matmul"], 1e12, "TFLOP/s")
+    copy = Ceiling(ceilings["copy"], 1e9, "GB/s")
+    rows = attention_rows(matmul, device, tokens, repetitions)
+    rows += layer_norm_rows(copy, device, 4 * tokens, repetitions)
+    rows += cross_entropy_rows(copy, device, round(0.15 * tokens), repetitions)
+    facts = dict(ceilings=ceilings, repetitions=repetitions, triton=triton.__version__)
+    report(path, "kernels", rows, **facts)
+
+
+# ---- the search for launch settings --------------------------------------------------------------
+
+
+class Search(NamedTuple):
+    """The settings that are tried for one kernel."""
+
+    group: str  # "narrow" or "wide", of an attention kernel; "" of a LayerNorm kernel
+    kernel: str  # the field of `kernels.AttentionTiles` or of `kernels.Tiles`
+    settings: list  # Tiles or NormTiles
+    works: list[Callable]  # functions without arguments that launch the kernel
+
+    def current(self, tiles):
+        """The setting that `tiles` has for this kernel."""
+        return getattr(getattr(tiles, self.group) if self.group else tiles, self.kernel)
+
+    def exchanged(self, tiles, setting):
+        """`tiles` with another setting for this kernel."""
+        if not self.group:
+            return tiles._replace(**{self.kernel: setting})
+        group = getattr(tiles, self.group)._replace(**{self.kernel: setting})
+        return tiles._replace(**{self.group: group})
+
+
+class Trial(kernels.Launcher):
+    """Launches with the tiles that are tried."""
+
+    def __init__(self, tried):
+        super().__init__()
+        self.tried = tried
+
+    def tiles(self, x):
+        return self.tried
+
+
+def attention_passes(D, dropout_p):
+    """The launches of attention, forward and backward, on the published micro-batch."""
+    qkv = torch.randn(2**16, 3, HIDDEN // D, D, device="cuda", dtype=torch.bfloat16)
+    cu_seqlens = torch.arange(0, len(qkv) + 1, 1024, dtype=torch.int32, device="cuda")
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+    rest = (cu_seqlens, 1024, dropout_p, seed)
+    out, shift, norm = kernels.attention_forward(qkv, *rest)
+    return Passes(
+        functools.partial(kernels.attention_forward, qkv, *rest),
+        functools.partial(kernels.attention_backward, out, qkv, out, shift, norm, *rest),
+    )
+
+
+def layer_norm_passes(dropout_p):
+    """The launches of LayerNorm with a residual, forward and backward."""
+    x = torch.randn(2**18, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    weight = torch.ones(HIDDEN, device="cuda")
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+    _, mean, rstd = kernels.layer_norm_forward(x, x, weight, weight, EPS, dropout_p, seed)
+    forward = (x, x, weight, weight, EPS, dropout_p, seed)
+    backward = (x, x, x, weight, mean, rstd, dropout_p, seed)
+    return Passes(
+        functools.partial(kernels.layer_norm_forward, *forward),
+        functools.partial(kernels.layer_norm_backward, *backward),
+    )
+
+
+def searches():
+    """Every `Search`, one after the other, so that only one kernel's tensors are held at a time."""
+    shapes = [(64, 64), (64, 128), (128, 64), (128, 32), (32, 128), (128, 128)]  # queries, keys
+    tiles = [
+        kernels.Tile(*shape, warps, stages)
+        for shape, warps, stages in itertools.product(shapes, (4, 8), (2, 3))
+    ]
+    for group, D in (("narrow", 64), ("wide", 128)):
+        passes = [attention_passes(D, dropout_p) for dropout_p in (0.0, 0.1)]
+        yield Search(group, "forward", tiles, [p.forward for p in passes])
+        yield Search(group, "dq", tiles, [p.backward for p in passes])
+        yield Search(group, "dk_dv", tiles, [p.backward for p in passes])
+
+    passes = [layer_norm_passes(dropout_p) for dropout_p in (0.0, 0.1)]
+    norm = [kernels.NormTile(*tile) for tile in ((4, 4), (8, 4), (8, 8), (2, 2), (1, 1))]
+    yield Search("", "norm", norm, [p.forward for p in passes])
+    backward = [kernels.NormTile(4, 4, programs) for programs in (264, 396, 528, 1056)]
+    backward += [kernels.NormTile(*tile) for tile in ((8, 8, 264), (2, 2, 1056), (1, 1, 2112))]
+    yield Search("", "norm_backward", backward, [p.backward for p in passes])
+
+
+def run_all(works, launcher=None):
+    """Calls all functions, with another launcher if one is given."""
+    with kernels.Launcher.replaced(launcher or kernels.Launcher.current):
+        for work in works:
+            work()
+
+
+def sound_settings(search, settings, tiles):
+    """The settings whose kernels compile and do not spill; the others are not run at all."""
+    work = functools.partial(run_all, search.works)
+    jobs = [(Compiler(given=search.exchanged(tiles, setting)), work) for setting in settings]
+    sound = []
+    for setting, launches in zip(settings, compile_launches(jobs)):
+        compiled = [launch.kernel for launch in launches]
+        if None not in compiled and not any(machine_code_usage(kernel)[1] for kernel in compiled):
+            sound.append(setting)
+    return sound
 
 
 def bench_tune(path=None):
-    """Tries launch settings for every kernel on this GPU, without dropout and with 0.1, and prints an entry for `kernels.TILES`.
-
-    Settings whose kernels spill, or do not compile, are left out before any is run.
-    """
+    """Tries launch settings for every kernel on this GPU, without dropout and with 0.1, and prints
+    an entry for `kernels.TILES`."""
     capability = torch.cuda.get_device_capability()
-    best = kernels.NORM | kernels.TILES.get(capability, kernels.TILES["default"])
-    shapes = [(64, 64), (64, 128), (128, 32), (128, 64), (128, 128)]  # queries, keys
-    shapes += [(keys, queries) for queries, keys in shapes if keys != queries]
-    attention = [
-        kernels.AttentionTile(*shape, w, s)
-        for shape, w, s in itertools.product(shapes, (4, 8), (2, 3))
-    ]
-    norm = [kernels.NormTile(*setting) for setting in ((4, 4), (8, 4), (8, 8), (2, 2), (1, 1))]
-    norm_backward = [
-        kernels.NormTile(*setting)
-        for setting in itertools.product((4,), (4,), (264, 396, 528, 1056))
-    ]
-    norm_backward += [
-        kernels.NormTile(8, 8, 264),
-        kernels.NormTile(2, 2, 1056),
-        kernels.NormTile(1, 1, 2112),
-    ]
-    searches = [(kernel, D, attention) for D in (64, 128) for kernel in ("forward", "dq", "dk_dv")]
+    best = kernels.TILES.get(capability, kernels.TILES["default"])
     rows = []
-    for kernel, D, settings in [*searches, ("norm", 0, norm), ("norm_backward", 0, norm_backward)]:
-        key = f"{kernel}, D > 64" if D > 64 else kernel
-        which = int(kernel not in ("forward", "norm"))
-        if D:
-            works = [
-                attention_work(64, 1024, 768 // D, D, torch.bfloat16, p, "cuda")[which]
-                for p in (0.0, 0.1)
-            ]
-        else:
-            works = [norm_work(2**18, 768, torch.bfloat16, p, "cuda")[which] for p in (0.0, 0.1)]
-
-        def with_tile(setting, works=works, key=key):
-            kernels.TILES[capability] = best | {key: setting}
-            for work in works:
-                work()
-
-        now = best.get(key, best[kernel])
-        settings = [now, *(s for s in settings if s != now)]
-        sound = []
-        launches = compile_launches([functools.partial(with_tile, setting) for setting in settings])
-        each = len(launches) // len(
-            settings
-        )  # launches of one setting; of the backward pass two kernels
-        for i, setting in enumerate(settings):
-            compiled = [result for *_, result in launches[i * each : (i + 1) * each]]
-            if all(
-                result is not None and machine_code_usage(result)[1] == 0 for result in compiled
-            ):
-                sound.append(setting)
-        contenders = {
-            setting: on_gpu(functools.partial(with_tile, setting), 1, launches=3)
-            for setting in sound
-        }
+    for search in searches():
+        was = search.current(best)
+        settings = [was, *(setting for setting in search.settings if setting != was)]
+        contenders = {}
+        for setting in sound_settings(search, settings, best):
+            trial = Trial(search.exchanged(best, setting))
+            work = functools.partial(run_all, search.works, trial)
+            contenders[setting] = on_gpu(work, 1, launches=3)
         speeds = medians(available(contenders), 5)
-        best[key] = max(speeds, key=speeds.get)
-        gain = speeds[best[key]] / speeds[now] if now in speeds else float("nan")
-        rows.append({"kernel": key, "was": now, "best": best[key], "speed": f"{gain:.2f}"})
-    kernels.TILES[capability] = best
-    rows = [row | {"was": str(tuple(row["was"])), "best": str(tuple(row["best"]))} for row in rows]
-    report(
-        path,
-        "tiles",
-        rows,
-        tiles={str(capability): {k: tuple(tile) for k, tile in best.items()}},
-        triton=triton.__version__,
-    )
+        fastest = max(speeds, key=speeds.get)
+        best = search.exchanged(best, fastest)
+        row = {
+            "kernel": f"{search.group} {search.kernel}".strip(),
+            "was": str(tuple(was)),
+            "best": str(tuple(fastest)),
+            "speed": f"{speeds[fastest] / speeds[was]:.2f}" if was in speeds else "nan",
+        }
+        rows.append(row)
+    print(f"{capability}: {best},")
+    report(path, "tiles", rows, tiles={str(capability): str(best)}, triton=triton.__version__)

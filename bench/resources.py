@@ -1,4 +1,9 @@
-"""TODO."""
+"""What each kernel takes of a chip: registers, spilled bytes, shared memory.
+
+Triton compiles for a GPU that need not be here. `python -m bench kernels --resources` compiles
+every kernel just as it would be launched on four chips, and reads the machine code with cuobjdump,
+which comes with Triton. Speeds need a GPU: see kernel_speed.py.
+"""
 
 import glob
 import itertools
@@ -7,9 +12,9 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
-import torch._functorch.config
 from tqdm import tqdm
 
 import kernels
@@ -19,98 +24,84 @@ if kernels.HAS_TRITON:
     import triton
     from triton.backends.compiler import GPUTarget
 
-
-def attention_work(B, L, N, D, dtype, dropout_p, device):
-    """The two attention operators on B sequences of L random tokens: functions without arguments, forward and backward."""
-    qkv = torch.randn(B * L, 3, N, D, device=device).to(dtype)
-    cu_seqlens = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=device)
-    seed = torch.zeros((), dtype=torch.int64, device=device)
-    out, shift, norm = kernels.attention_outputs(qkv)
-    for empty in (out, shift, norm):
-        empty.fill_(1)
-    return (
-        lambda: kernels.attention_op(qkv, cu_seqlens, L, dropout_p, seed),
-        lambda: kernels.attention_backward_op(
-            out, qkv, out, shift, norm, cu_seqlens, L, dropout_p, seed
-        ),
-    )
+CHIPS = (80, 89, 90, 100)  # A100; RTX 4090 and L40; H100 and H200; B200
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENS = 1000
 
 
-def norm_work(T, H, dtype, dropout_p, device):
-    """The two LayerNorm operators, with a residual, and dropout alone, on T random rows: functions without arguments."""
-    x, w = torch.randn(T, H, device=device).to(dtype), torch.ones(H, device=device)
-    seed, statistics = (
-        torch.zeros((), dtype=torch.int64, device=device),
-        torch.ones(T, device=device),
-    )
-    return (
-        lambda: kernels.layer_norm_op(x, x, w, w, 1e-12, dropout_p, seed),
-        lambda: kernels.layer_norm_backward_op(x, x, x, w, statistics, statistics, dropout_p, seed),
-        lambda: kernels.dropout_op(x, dropout_p, seed),
-    )
+class Launch(NamedTuple):
+    """A kernel that was compiled and not launched."""
+
+    name: str
+    constants: dict  # by name, with num_warps and num_stages
+    kernel: Any  # Triton's compiled kernel, or None if it does not compile
 
 
 class Compiler(kernels.Launcher):
-    """Compiles every kernel just as it would be launched, and launches nothing."""
+    """Compiles every kernel just as it would be launched, and launches nothing.
 
-    def __init__(self, capability=None):
-        self.chip, self.launches = capability, []
+    chip: the compute capability to compile for, such as (9, 0), or None for that of the tensors'
+    device. given: the `kernels.Tiles` to use, or None for the chip's own.
+    """
+
+    def __init__(self, chip=None, given=None):
+        super().__init__(dry=True)
+        self.chip = chip
+        self.given = given
+        self.launches = []
 
     def capability(self, x):
         return self.chip or super().capability(x)
 
+    def tiles(self, x):
+        return self.given or super().tiles(x)
+
     def launch(self, kernel, grid, arguments, constants):
-        self.launches.append(
-            (
-                kernel.fn.__name__.lstrip("_"),
-                constants,
-                kernel.warmup(*arguments, grid=grid, **constants),
-            )
-        )
+        compiled = kernel.warmup(*arguments, grid=grid, **constants)
+        self.launches.append(Launch(kernel.fn.__name__.lstrip("_"), constants, compiled))
 
 
-def compile_launches(works, capability=None):
-    """Compiles, on all cores, every kernel that the functions in `works` would launch.
+def compile_launches(jobs):
+    """Compiles, on all cores, every kernel that the jobs would launch.
 
-    capability: of the chip to choose tiles for, such as (9, 0), where it is not here.
-    Returns [(kernel's name, its constants, compiled kernel), ...].
+    jobs: [(a Compiler, a function without arguments that calls operations), ...].
+    Returns for each job the list of its `Launch`es.
     """
+    compiled = []
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
-        with kernels.Launcher.replaced(Compiler(capability)) as compiler:
-            for work in works:
+        for compiler, work in jobs:
+            with kernels.Launcher.replaced(compiler):
                 work()
-        return [
-            (
-                name,
-                constants,
-                kernel.result(ignore_errors=True)
-                if isinstance(kernel, triton.FutureKernel)
-                else kernel,
-            )
-            for name, constants, kernel in tqdm(compiler.launches, desc="compiling", unit="kernel")
-        ]
+        for compiler, _ in tqdm(jobs, desc="compiling", unit="job"):
+            compiled.append([finished(launch) for launch in compiler.launches])
+    return compiled
+
+
+def finished(launch):
+    """The launch, once its kernel is compiled."""
+    if isinstance(launch.kernel, triton.FutureKernel):
+        return launch._replace(kernel=launch.kernel.result(ignore_errors=True))
+    return launch
 
 
 def machine_code_usage(kernel):
     """Registers of a thread and bytes that it spills, of a compiled kernel."""
-    (cuobjdump,) = glob.glob(
-        os.path.join(os.path.dirname(triton.__file__), "**", "cuobjdump"), recursive=True
-    )
+    package = os.path.dirname(triton.__file__)
+    (cuobjdump,) = glob.glob(os.path.join(package, "**", "cuobjdump"), recursive=True)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        usage = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", f.name], capture_output=True, text=True
-        ).stdout
+        command = [cuobjdump, "--dump-resource-usage", f.name]
+        usage = subprocess.run(command, capture_output=True, text=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return int(registers), int(stack)
 
 
 class Chip:
-    """Stands in for Triton's driver where there is no GPU: names the chip to compile for."""
+    """Takes the place of Triton's driver: names the chip to compile for."""
 
     def __init__(self, capability):
         self.capability = capability
@@ -125,43 +116,57 @@ class Chip:
         return 0
 
 
+def every_operation(dtype, dropout_p):
+    """Calls every operation forward and backward. Numbers do not matter, since nothing runs."""
+    cu_seqlens = torch.tensor([0, TOKENS], dtype=torch.int32)
+    for D in (64, 128):
+        qkv = torch.empty(TOKENS, 3, 12, D, dtype=dtype, requires_grad=True)
+        out = kernels.attention(qkv, cu_seqlens, TOKENS, dropout_p=dropout_p)
+        out.sum().backward()
+
+    x = torch.empty(TOKENS, 768, dtype=dtype, requires_grad=True)
+    weight = torch.ones(768, requires_grad=True)
+    y = kernels.layer_norm(x, weight, weight, 1e-12, residual=x, dropout_p=dropout_p)
+    y.sum().backward()
+    kernels.dropout(x, dropout_p, seed=0)  # its backward pass is the same kernel
+
+    if dropout_p == 0.0:  # it has none
+        logits = torch.empty(TOKENS, 49_216, dtype=dtype, requires_grad=True)
+        labels = torch.zeros(TOKENS, dtype=torch.int64)
+        kernels.CrossEntropy.apply(logits, labels).backward()
+
+
+def resource_row(chip, dtype, dropout_p, launch):
+    """A row of the table."""
+    registers, spilled = machine_code_usage(launch.kernel)
+    constants = launch.constants
+    blocks = [constants[key] for key in constants if key in ("BLOCK_M", "BLOCK_N")]
+    blocks += [constants[key] for key in constants if key in ("BLOCK_R", "BLOCK_H", "BLOCK_V")]
+    return {
+        "chip": f"sm_{chip}",
+        "kernel": launch.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "width": constants.get("D") or constants.get("H") or constants["V"],
+        "dropout": dropout_p,
+        "tile": "x".join(map(str, blocks)),
+        "warps": launch.kernel.metadata.num_warps,
+        "registers": registers,
+        "spills (bytes)": spilled,
+        "shared (KB)": launch.kernel.metadata.shared // 1024,
+        "wgmma": "wgmma" in launch.kernel.asm["ptx"],
+    }
+
+
 def bench_resources(path=None):
-    """Compiles every kernel just as it would be launched, for four chips that need not be here, and reads the machine code."""
+    """Compiles every kernel for each chip, and writes what the machine code takes."""
     rows = []
-    for capability in (80, 89, 90, 100):
-        triton.runtime.driver.set_active(Chip(capability))
-        for dtype, dropout_p in itertools.product(
-            (torch.bfloat16, torch.float16, torch.float32), (0.0, 0.1)
-        ):
-            works = [
-                work
-                for D in (64, 128)
-                for work in attention_work(1, 1000, 12, D, dtype, dropout_p, "cpu")
-            ]
-            works += norm_work(1000, 768, dtype, dropout_p, "cpu")[: 3 if dropout_p else 2]
-            for name, constants, kernel in compile_launches(works, divmod(capability, 10)):
-                registers, stack = machine_code_usage(kernel)
-                blocks = [
-                    str(constants[k])
-                    for k in ("BLOCK_M", "BLOCK_N", "BLOCK_R", "BLOCK_H")
-                    if k in constants
-                ]
-                row = {
-                    "chip": f"sm_{capability}",
-                    "kernel": name,
-                    "dtype": str(dtype)[6:],
-                    "D or H": constants.get("D", 768),
-                }
-                row |= {
-                    "dropout": dropout_p,
-                    "tile": "x".join(blocks),
-                    "warps": kernel.metadata.num_warps,
-                    "registers": registers,
-                }
-                row |= {
-                    "spills (bytes)": stack,
-                    "shared (KB)": kernel.metadata.shared // 1024,
-                    "wgmma": "wgmma" in kernel.asm["ptx"],
-                }
-                rows.append(row)
+    for chip in CHIPS:
+        triton.runtime.driver.set_active(Chip(chip))
+        settings = list(itertools.product(DTYPES, (0.0, 0.1)))
+        jobs = []
+        for dtype, dropout_p in settings:
+            compiler = Compiler(chip=divmod(chip, 10))
+            jobs.append((compiler, lambda d=dtype, p=dropout_p: every_operation(d, p)))
+        for (dtype, dropout_p), launches in zip(settings, compile_launches(jobs)):
+            rows += [resource_row(chip, dtype, dropout_p, launch) for launch in launches]
     report(path or "results/resources.json", "resources", rows, triton=triton.__version__)

@@ -1,8 +1,8 @@
 """Plants bugs in kernels.py, one at a time: `python tests/mutations.py [WORDS OF A BUG'S NAME]`.
 
 A property suite that lets a forgotten mask through would prove nothing. Each bug has one place in
-kernels.py, and the properties of tests/test_triton.py that concern its operation must catch it; without
-a bug they must pass. Works on a copy; exits with status 1 if a bug survives.
+kernels.py. The properties of tests/test_triton.py that concern its operation must catch it, and
+must pass without a bug. Works on copies; exits with status 1 if a bug survives.
 """
 
 import os
@@ -15,43 +15,45 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "corpora", "runs", "notebooks", "results")
 
-# {operation: (the tests that concern it, as pytest's -k takes them, {bug: (source, what replaces it)})}
+# {operation: (its tests, as pytest's -k takes them, {bug: (source, what replaces it)})}
 MUTATIONS = {
     "attention": (
         "attention_is_as_good or sum_to_one or drop_the_same or huge or saturated",
         {
             "keys outside are not masked, forward": (
-                's = tl.where((first_key + tl.arange(0, BLOCK_N) < length)[None, :], s, float("-inf"))',
+                's = tl.where((position < length)[None, :], s, float("-inf"))',
                 "s = s + 0.0",
             ),
             "keys outside are not masked, dq": (
-                "p = tl.where((first_key + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)",
+                "p = tl.where((position < length)[None, :], p, 0.0)",
                 "p = p + 0.0",
             ),
             "one block too many is whole, forward": (
                 "o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n\n        whole = length",
-                "o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n\n        whole = (length + BLOCK_N - 1)",
+                "o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n\n"
+                "        whole = (length + BLOCK_N - 1)",
             ),
             "one block too many is whole, dk_dv": (
                 "whole = length // BLOCK_M * BLOCK_M",
                 "whole = (length + BLOCK_M - 1) // BLOCK_M * BLOCK_M",
             ),
             "the rest of the keys is left out, forward": (
-                "tl.range(whole, length, BLOCK_N, num_stages=1):  # once",
-                "tl.range(whole, whole, BLOCK_N, num_stages=1):  # once",
+                "end = length if REST else whole\n            for first_key",
+                "end = whole\n            for first_key",
             ),
             "the rest of the keys is left out, dq": (
-                "tl.range(whole, length, BLOCK_N, num_stages=1):\n            dq",
-                "tl.range(whole, whole, BLOCK_N, num_stages=1):\n            dq",
+                "end = whole if PASS == 1 else length",
+                "end = length if PASS == 0 else whole",
             ),
             "the rest of the queries is left out, dk_dv": (
-                "tl.range(whole, length, BLOCK_M, num_stages=1)",
-                "tl.range(whole, whole, BLOCK_M, num_stages=1)",
+                "end = length if REST else whole\n            for first_query",
+                "end = whole\n            for first_query",
             ),
             "a program whose last queries are outside does nothing": (
-                "if first >= length:  # the grid",
-                "if first + BLOCK_M > length + 40:  # the grid",
+                "if first_query >= length:  # the grid",
+                "if first_query + BLOCK_M > length + 40:  # the grid",
             ),
             "the start of the sequence is forgotten, dk_dv": (
                 "dout_ptr += (start.to(tl.int64) * N + head) * D",
@@ -71,8 +73,14 @@ MUTATIONS = {
                 "l = l * shrink + tl.sum(p, 1)",
                 "l = l * shrink + tl.sum(p, 1) / keep_scale",
             ),
-            "no dropout scale on the output": ("o * (keep_scale / l)[:, None]", "o * (1 / l)[:, None]"),
-            "no dropout in the forward pass": ("p = tl.where(keep, p, scale * 0.0)\n        o", "\n        o"),
+            "no dropout scale on the output": (
+                "o * (keep_scale / l)[:, None]",
+                "o * (1 / l)[:, None]",
+            ),
+            "no dropout in the forward pass": (
+                "    p = tl.where(keep, p, scale * 0.0)",
+                "    p = p + 0.0",
+            ),
             "delta from the wrong product": (
                 "tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)",
                 "tl.sum(out.to(tl.float32) * out.to(tl.float32), 1)",
@@ -85,22 +93,30 @@ MUTATIONS = {
             "no delta in dq": ("ds = p * (dp - delta[:, None])", "ds = p * dp"),
             "the stream's offset is forgotten": ("c1.to(tl.uint32) + offset", "c1.to(tl.uint32)"),
             "the stream's key is forgotten": (
-                "key, start.to(tl.uint32), c1.to(tl.uint32)",
-                "offset, start.to(tl.uint32), c1.to(tl.uint32)",
+                "_halves(key, start.to(tl.uint32), c1",
+                "_halves(offset, start.to(tl.uint32), c1",
             ),
-            "all heads have one mask": ("_philox(head.to(tl.uint32),", "_philox((head * 0).to(tl.uint32),"),
-            "all sequences have one mask": ("key, start.to(tl.uint32),", "key, (start * 0).to(tl.uint32),"),
+            "all heads have one mask": (
+                "_philox(head.to(tl.uint32),",
+                "_philox((head * 0).to(tl.uint32),",
+            ),
+            "all sequences have one mask": (
+                "key, start.to(tl.uint32),",
+                "key, (start * 0).to(tl.uint32),",
+            ),
             "the seed's upper word is forgotten": (
                 "(seed >> 32).to(tl.uint32))",
                 "(seed >> 63).to(tl.uint32))",
             ),
             "another head's mask in dq": (
-                "key, offset = _dropout_stream(seed_ptr, head)\n\n        # Queries outside are",
-                "key, offset = _dropout_stream(seed_ptr, head + 1)\n\n        # Queries outside are",
+                "threshold)\n\n        # Queries outside are zeros, and",
+                "threshold)\n        stream = (key + 1, offset, start, threshold)\n"
+                "        # Queries outside are zeros, and",
             ),
             "another head's mask in dk_dv": (
-                "key, offset = _dropout_stream(seed_ptr, head)\n\n        base_ptr",
-                "key, offset = _dropout_stream(seed_ptr, head + 1)\n\n        base_ptr",
+                "threshold)\n\n        # Keys outside are zeros",
+                "threshold)\n        stream = (key + 1, offset, start, threshold)\n"
+                "        # Keys outside are zeros",
             ),
             "the halves of a word in the other order": (
                 "return word_0 << 16 >= least, word_0 >= least,",
@@ -124,10 +140,13 @@ MUTATIONS = {
                 "dropped = tl.where(keep, p, scale * 0.0)  # as in the forward pass",
                 "dropped = p",
             ),
-            "no dropout in dk": ("dp = tl.where(keep, dp, 0.0)\n        dv", "\n        dv"),
+            "no dropout in dk": (
+                "dp = tl.where(keep, dp, 0.0)\n\n                # Accumulate.\n                dv",
+                "\n                # Accumulate.\n                dv",
+            ),
             "no dropout in dq": (
-                "dp = tl.where(keep, dp, 0.0)\n        return k",
-                "dp = dp * 1.0\n        return k",
+                "dp = tl.where(keep, dp, 0.0)\n\n                # Accumulate.\n                if",
+                "dp = dp * 1.0\n\n                # Accumulate.\n                if",
             ),
             "no factor 1 / (1 - p) on dq": (
                 "dq *= scale / LOG2_E * keep_scale",
@@ -241,7 +260,10 @@ MUTATIONS = {
                 "tl.where(label >= 0, tl.load(upstream_ptr), 0.0)",
                 "tl.where(label >= 0, 1.0, 0.0)",
             ),
-            "the label's column in the first block alone": ("column == label", "column - first == label"),
+            "the label's column in the first block alone": (
+                "column == label",
+                "column - first == label",
+            ),
             "the label's logit of the first row": (
                 "tl.load(logits_ptr + label,",
                 "tl.load(logits_ptr - row * V + label,",
@@ -254,10 +276,7 @@ MUTATIONS = {
 def survives(tests, source, replaced="", by=""):
     """True if the tests pass with `replaced` by something else in the source of kernels.py."""
     with tempfile.TemporaryDirectory() as copy:
-        for name in os.listdir(ROOT):
-            if name.endswith((".py", ".toml")):
-                shutil.copy(os.path.join(ROOT, name), copy)
-        shutil.copytree(os.path.join(ROOT, "tests"), os.path.join(copy, "tests"))
+        shutil.copytree(ROOT, copy, ignore=NOT_COPIED, dirs_exist_ok=True)
         with open(os.path.join(copy, "kernels.py"), "w") as f:
             f.write(source.replace(replaced, by, 1))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]

@@ -1,73 +1,111 @@
-"""The benchmarks run, at a size that takes seconds, and say what they must; speeds themselves are never asserted."""
+"""The measurements run, at a size that takes seconds, and report what they must.
+
+No speed is ever asserted.
+"""
 
 import json
 
+import pytest
 import torch
 from conftest import assert_refused, program
 
-from bench import kernel_speed, model_speed
-from starencoder import StarEncoderConfig
+import train
+from bench import data_speed, measure, model_speed, pictures, step_profile
+from starencoder import StarEncoderConfig, StarEncoderForPreTraining
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 
 
-def test_model_bench_compares_the_same_tokens(small_corpus, tmp_path):
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+def number(text):
+    return float(text.replace(",", ""))
+
+
+@pytest.mark.slow
+def test_model_speed_compares_the_same_tokens(small_corpus, tmp_path):
     config = StarEncoderConfig(
-        vocab_size=600, max_position_embeddings=48, pad_token_id=596, **shape
+        vocab_size=600, max_position_embeddings=48, pad_token_id=596, **SHAPE
     )
-    model_speed.bench_model(
-        str(tmp_path / "model.json"), config, sizes=(2, 3), directory=small_corpus, repetitions=2
-    )
-    result = json.loads((tmp_path / "model.json").read_text())
+    path = tmp_path / "model.json"
+    model_speed.bench_model(str(path), config, (2, 3), small_corpus, repetitions=2)
+    result = json.loads(path.read_text())
     rows = result["rows"]
     assert {row["by"] for row in rows} >= {
         "transformers BertForPreTraining, sdpa",
         "StarEncoder",
+        "StarEncoder, logits of all tokens",
         "ModernBERT-base, sdpa",
     }
-    assert (
-        len({row["lengths"] for row in rows}) == 2
-        and result["versions"]["torch"]
-        and result["commit"]
-    )
-    assert all(float(row["tokens/s"].replace(",", "")) > 0 for row in rows)
-    model_speed.bench_model(
-        str(tmp_path / "ablation.json"),
-        config,
-        sizes=(2, 3),
-        directory=small_corpus,
-        repetitions=2,
-        ablate=True,
-    )
-    assert len(json.loads((tmp_path / "ablation.json").read_text())["rows"]) == 8
+    assert len({row["lengths"] for row in rows}) == 2
+    assert result["versions"]["torch"] and result["commit"]
+    assert all(number(row["tokens/s"]) > 0 for row in rows)
 
 
-def test_profile_splits_the_whole_step(tmp_path, monkeypatch):
-    # The large products of bf16 that it measures take minutes on a CPU without instructions for them.
-    monkeypatch.setattr(
-        kernel_speed, "measure_ceilings", lambda device: {"matmul": 1e11, "copy": 1e10}
+def test_both_ways_to_the_loss_agree():
+    """The contender with the logits of all tokens computes what the model's own loss is."""
+    config = StarEncoderConfig(
+        vocab_size=600, max_position_embeddings=48, pad_token_id=596, **SHAPE
     )
+    batch = model_speed.random_batch([48, 20, 7], config)
+    model = StarEncoderForPreTraining(config).to(model_speed.DEVICE).eval()
+    own = model_speed.own_loss(model, batch)
+    other = model_speed.loss_of_all_tokens(model, batch)
+    torch.testing.assert_close(own, other)
+
+
+def test_profile_splits_the_whole_step(tmp_path):
     shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
-    model_speed.bench_profile(
-        str(tmp_path / "profile.json"),
-        StarEncoderConfig(vocab_size=600, max_position_embeddings=256, pad_token_id=596, **shape),
-        1,
-        repetitions=2,
+    config = StarEncoderConfig(
+        vocab_size=600, max_position_embeddings=256, pad_token_id=596, **shape
     )
-    *parts, whole = json.loads((tmp_path / "profile.json").read_text())["rows"]
-    milliseconds = {row["part"]: float(row["ms"].replace(",", "")) for row in parts}
-    assert (
-        milliseconds.keys() == {*model_speed.PARTS, "gaps"} and whole["part"] == "step, by itself"
-    )
-    assert all(milliseconds[part] > 0 for part in model_speed.PARTS)
+    # Measured ceilings would take minutes on a CPU without instructions for bf16.
+    ceilings = {"matmul": 1e11, "copy": 1e10}
+    path = tmp_path / "profile.json"
+    step_profile.bench_profile(str(path), config, 1, ceilings, repetitions=2)
+    *parts, whole = json.loads(path.read_text())["rows"]
+    milliseconds = {row["part"]: number(row["ms"]) for row in parts}
+    assert milliseconds.keys() == {*step_profile.PARTS, "gaps"}
+    assert whole["part"] == "step, by itself"
+    assert all(milliseconds[part] > 0 for part in step_profile.PARTS)
 
 
 def test_original_lengths_are_quantiles(small_corpus):
     lengths = model_speed.original_lengths(small_corpus, 48, 8)
-    assert lengths == sorted(lengths) and len(lengths) == 8 and 1 <= lengths[0] <= lengths[-1] <= 48
+    assert lengths == sorted(lengths) and len(lengths) == 8
+    assert 1 <= lengths[0] <= lengths[-1] <= 48
+
+
+@pytest.mark.slow
+def test_data_speed(small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which the measurement sets for good
+    threads = torch.get_num_threads()
+    data_speed.bench_data(str(tmp_path / "data.json"), small_corpus, repetitions=1)
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "data.json").read_text())["rows"]
+    assert len(rows) == 2 and all(number(row["tokens/s"]) > 0 for row in rows)
+
+
+def test_python_files_are_no_larger_than_asked():
+    files, total = measure.python_files(200_000)
+    assert len(files) == len(set(files)) > 5 and 100_000 < total <= 200_000
+
+
+@pytest.mark.slow
+def test_pictures_of_a_run(small_corpus, tmp_path):
+    config = train.TrainConfig(
+        data=small_corpus, out=str(tmp_path / "run"), max_length=48, steps=2, batch_size=2,
+        eval_examples=2, workers=0, device="cpu", hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    train.train(config)
+    pictures.draw_pictures(config.out, str(tmp_path / "pictures"))
+    for name in ("tiny-curves.png", "filled-masks.png"):
+        content = (tmp_path / "pictures" / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and 10_000 < len(content) < 120_000
 
 
 def test_refusals():
     if not torch.cuda.is_available():
         assert_refused(program("bench", "kernels", "--tune"), "needs a CUDA device")
     assert_refused(program("bench", "speed"), "invalid choice")
-    assert_refused(program("bench", "model", "--tune"), "takes --ablate or --profile")
+    assert_refused(program("bench", "model", "--tune"), "unrecognized arguments: --tune")
+    assert_refused(program("bench", "kernels", "--tune", "--resources"), "not allowed with")

@@ -1,4 +1,4 @@
-"""The two operations: their formulas, their dropout masks, what they refuse."""
+"""The operations: their formulas, their dropout masks, what they refuse."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,8 @@ lengths_strategy = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 def packed_qkv(lengths, heads, size, seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     cu_seqlens = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
-    return torch.randn(sum(lengths), 3, heads, size, generator=generator, dtype=torch.float64).to(
-        dtype
-    ), cu_seqlens
+    qkv = torch.randn(sum(lengths), 3, heads, size, generator=generator, dtype=torch.float64)
+    return qkv.to(dtype), cu_seqlens
 
 
 @pytest.mark.parametrize(
@@ -74,11 +73,12 @@ def test_dropout_is_a_function_of_seed_and_element(seed, p, columns):
     x = torch.ones(300, columns, dtype=torch.float64)
     y = kernels.dropout(x, p, seed)
     assert torch.equal(y, kernels.dropout(x, p, torch.tensor(seed)))  # an int or a tensor
-    assert torch.equal(
-        y[:, : columns // 2], kernels.dropout(x[:, : columns // 2], p, seed)
-    )  # whatever else stands there
+    # The other columns do not matter.
+    some = columns // 2
+    assert torch.equal(y[:, :some], kernels.dropout(x[:, :some], p, seed))
     assert set(y.unique().tolist()) <= {0.0, 1 / (1 - p)}
-    kept, n = (y != 0).sum().item(), y.numel()
+    kept = (y != 0).sum().item()
+    n = y.numel()
     assert abs(kept - n * (1 - p)) <= 6 * (n * p * (1 - p)) ** 0.5 + 1e-9
     if p and n > 1000:
         assert not torch.equal(y, kernels.dropout(x, p, seed + 1))
@@ -93,25 +93,24 @@ def test_dropout_is_a_function_of_seed_and_element(seed, p, columns):
 def test_attention_is_that_of_pytorch(lengths, heads, size, seed):
     qkv, cu_seqlens = packed_qkv(lengths, heads, size, seed)
     out = kernels.attention(qkv.requires_grad_(), cu_seqlens, 40)
-    parts = [
-        F.scaled_dot_product_attention(*part.permute(1, 2, 0, 3)).transpose(0, 1)
-        for part in qkv.split(lengths)
-        if len(part)
-    ]
-    expected = torch.cat([qkv[:0, 0], *parts])
+    parts = [qkv[:0, 0]]
+    for part in qkv.split(lengths):
+        if len(part):
+            q, k, v = part.permute(1, 2, 0, 3)  # each (N, L, D)
+            parts.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+    expected = torch.cat(parts)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(out)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, qkv, upstream), torch.autograd.grad(expected, qkv, upstream)
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    (ours,) = torch.autograd.grad(out, qkv, upstream)
+    (theirs,) = torch.autograd.grad(expected, qkv, upstream)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @given(lengths=lengths_strategy, seed=st.integers(0, 2**62), p=st.sampled_from([0.1, 0.5]))
 def test_attention_dropout_multiplies_the_weights(lengths, seed, p):
-    """With V the identity the output is the weights: each is 0 or what it is without dropout, scaled."""
+    """With V = 1 the output is the weights: each is 0, or scaled by 1 / (1 - p)."""
     qkv, cu_seqlens = packed_qkv(lengths, 2, 40, seed % 1000)
-    qkv[:, 2] = torch.cat([qkv.new_zeros(0, 40), *[torch.eye(n, 40) for n in lengths]])[:, None]
+    qkv[:, 2] = torch.cat([torch.eye(n, 40) for n in lengths])[:, None]
     weights = kernels.attention(qkv, cu_seqlens, 40)
     dropped = kernels.attention(qkv, cu_seqlens, 40, dropout_p=p, seed=seed)
     naive = kernels.attention_reference(qkv, cu_seqlens, 40, dropout_p=p, seed=seed)
@@ -145,9 +144,9 @@ def test_layer_norm_statistics_are_wide(dtype):
     x = (1000 + torch.arange(64.0)).repeat(3, 1).to(dtype)
     out = kernels.layer_norm(x, torch.ones(64), torch.zeros(64), 1e-12)
     expected = F.layer_norm(x.double(), (64,), eps=1e-12)
-    assert out.dtype == dtype and (out.double() - expected).abs().max() < 2 ** (
-        -7 if dtype is torch.bfloat16 else -9
-    )
+    tolerance = 2**-7 if dtype is torch.bfloat16 else 2**-9
+    assert out.dtype == dtype
+    assert (out.double() - expected).abs().max() < tolerance
 
 
 @pytest.mark.parametrize(
@@ -165,16 +164,10 @@ def test_layer_norm_statistics_are_wide(dtype):
     ],
 )
 def test_attention_refuses(change, words):
-    arguments = (
-        dict(
-            qkv=torch.zeros(5, 3, 2, 4),
-            cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
-            max_seqlen=5,
-        )
-        | change
-    )
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    sound = dict(qkv=torch.zeros(5, 3, 2, 4), cu_seqlens=cu_seqlens, max_seqlen=5)
     with pytest.raises(ValueError) as error:
-        kernels.attention(**arguments)
+        kernels.attention(**sound | change)
     assert words in str(error.value)
 
 

@@ -1,13 +1,12 @@
 """What a run costs: the formulas beside what PyTorch counts."""
 
 import os
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, command, program
+from conftest import assert_refused, program
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,22 +14,21 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-import starencoder
 import train
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 from training import plan, run_directory
 
-small = dict(vocab_size=600, max_position_embeddings=48, pad_token_id=596)
-shapes = st.sampled_from([(32, 1, 4, 64), (32, 2, 4, 64), (48, 3, 2, 80)])
+SMALL = dict(vocab_size=600, max_position_embeddings=48, pad_token_id=596)
+SHAPES = st.sampled_from([(32, 1, 4, 64), (32, 2, 4, 64), (48, 3, 2, 80)])
 
 
 def config_of(shape):
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return StarEncoderConfig(**small, **dict(zip(names, shape)))
+    return StarEncoderConfig(**SMALL, **dict(zip(names, shape)))
 
 
 @given(
-    shape=shapes,
+    shape=SHAPES,
     lengths=st.lists(st.integers(1, 48), min_size=1, max_size=5),
     share=st.floats(0, 1),
 )
@@ -40,64 +38,74 @@ def test_flops_are_those_that_pytorch_counts(shape, lengths, share):
     masked = max(1, int(share * sum(lengths)))
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     ids = torch.randint(600, (sum(lengths),))
+    neighbours = torch.ones(len(lengths), dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(
-            ids,
-            cu_seqlens,
-            ids[:masked],
-            torch.ones(len(lengths), dtype=torch.int64),
-            torch.arange(masked),
-        ).loss.backward()
+        model(ids, cu_seqlens, ids[:masked], neighbours, torch.arange(masked)).loss.backward()
     assert counter.get_total_flops() == plan.model_flops(config, lengths, masked)
 
 
 def test_published_arithmetic():
-    """657.4 M FLOPs a token at length 1,024 with the head on 15 % of the tokens, less the last layer's savings."""
+    """657.4 M FLOPs a token at length 1,024, the head on 15 %, less the last layer's savings."""
     per_token = plan.model_flops(StarEncoderConfig(), [1024], 0.15 * 1024) / 1024
     spared = 6 * (768 * 768 + 2 * 768 * 3072) * (1 - 0.15 - 1 / 1024)
     assert abs((per_token + spared) / 657.4e6 - 1) < 1e-3
     assert round(plan.count_parameters(StarEncoderConfig()) / 1e6, 2) == 124.83
 
 
-def measured_memory(config, sequences, length, masked):
-    """Bytes at the peak of the second of two steps with the Triton operators, counted tensor by tensor; none is filled."""
-    with (
-        FakeTensorMode(),
-        mock.patch.multiple(
-            kernels, backend=lambda x: "triton", lengths_visible=lambda x: False, INTERPRETED=False
-        ),
-    ):
-        model = StarEncoderForPreTraining(config).train()
+def measured_memory(sequences, masked, loss_of):
+    """Bytes at the peak of the second of two steps of the full model on sequences of 1,024 tokens.
+
+    They are counted tensor by tensor, with the Triton kernels; no tensor has any memory.
+    loss_of(model, input_ids, cu_seqlens, masked_positions): runs the model.
+    """
+    with FakeTensorMode(), kernels.Launcher.replaced(kernels.Launcher(dry=True)):
+        input_ids = torch.zeros(sequences * 1024, dtype=torch.int64)
+        cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32)
+        masked_positions = torch.zeros(masked, dtype=torch.int64)
+        model = StarEncoderForPreTraining(StarEncoderConfig()).train()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-        ids, cu_seqlens = (
-            torch.zeros(sequences * length, dtype=torch.int64),
-            torch.zeros(sequences + 1, dtype=torch.int32),
-        )
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:
-            for _ in range(2):
+            for _ in range(2):  # the first step makes the optimizer's moments
                 with torch.autocast("cpu", torch.bfloat16):
-                    out = model(
-                        ids, cu_seqlens, ids[:masked], ids[:sequences], ids[:masked], seed=ids[0]
-                    )
-                out.loss.backward()
+                    loss = loss_of(model, input_ids, cu_seqlens, masked_positions)
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 tracker.reset_mod_stats()
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
+def as_trained(model, input_ids, cu_seqlens, masked_positions):
+    """The loss as train.py asks for it."""
+    labels = input_ids[masked_positions]
+    neighbours = torch.ones(len(cu_seqlens) - 1, dtype=torch.int64)
+    return model(input_ids, cu_seqlens, labels, neighbours, masked_positions, seed=0).loss
+
+
+def with_fp32_logits(model, input_ids, cu_seqlens, masked_positions):
+    """The MLM loss by PyTorch's cross-entropy, on an fp32 copy of the logits."""
+    out = model(input_ids, cu_seqlens, masked_positions=masked_positions, seed=0)
+    return F.cross_entropy(out.mlm_logits.float(), input_ids[masked_positions])
+
+
+def with_all_logits(model, input_ids, cu_seqlens, masked_positions):
+    """The same loss with the head on every token, as most implementations compute it."""
+    out = model(input_ids, cu_seqlens, seed=0)
+    labels = torch.full_like(input_ids, -100)
+    labels[masked_positions] = input_ids[masked_positions]
+    return F.cross_entropy(out.mlm_logits.float(), labels)
+
+
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="there is no Triton here")
 @pytest.mark.parametrize("sequences", [8, 64])
 def test_memory_is_within_15_percent_and_the_published_micro_batch_fits_80_gb(sequences):
-    config = StarEncoderConfig()
     tokens = sequences * 1024
-    measured = measured_memory(config, sequences, 1024, round(0.15 * tokens))
-    planned = sum(plan.step_memory(config, tokens, sequences, round(0.15 * tokens)).values())
-    print(
-        f"{sequences} x 1,024 tokens: planned {planned / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB"
-    )
+    masked = round(0.15 * tokens)
+    measured = measured_memory(sequences, masked, as_trained)
+    planned = sum(plan.step_memory(StarEncoderConfig(), tokens, sequences, masked).values())
+    print(f"{sequences} x 1,024: planned {planned / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
     assert abs(planned / measured - 1) < 0.15 and measured < 80e9
 
 
@@ -105,49 +113,51 @@ def test_memory_is_within_15_percent_and_the_published_micro_batch_fits_80_gb(se
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="there is no Triton here")
 def test_what_the_savings_are_worth_in_memory():
     """The head on the masked rows only, and a cross-entropy without fp32 copies of its logits."""
-    config, tokens, masked = StarEncoderConfig(), 64 * 1024, round(0.15 * 64 * 1024)
-    plain_loss = mock.patch.object(
-        starencoder,
-        "cross_entropy",
-        lambda logits, labels, **_: F.cross_entropy(logits.float(), labels),
+    tokens = 64 * 1024
+    masked = round(0.15 * tokens)
+    step, copies, everywhere = (
+        measured_memory(64, masked, loss_of)
+        for loss_of in (as_trained, with_fp32_logits, with_all_logits)
     )
-    step = measured_memory(config, 64, 1024, masked)
-    with plain_loss:
-        copies, everywhere = (measured_memory(config, 64, 1024, rows) for rows in (masked, tokens))
-    print(
-        f"64 x 1,024 tokens: {step / 1e9:.1f} GB; with fp32 logits {copies / 1e9:.1f} GB; and for every token {everywhere / 1e9:.1f} GB"
-    )
-    assert copies - step > 2 * 4 * masked * config.vocab_size  # one copy of them, and its gradient
-    assert everywhere - copies > 2 * 4 * (tokens - masked) * config.vocab_size
+    print(f"64 x 1,024: {step / 1e9:.1f} GB; with fp32 logits {copies / 1e9:.1f} GB", end="; ")
+    print(f"of every token {everywhere / 1e9:.1f} GB")
+    # One copy of the logits, and its gradient.
+    vocab_size = StarEncoderConfig.vocab_size
+    assert copies - step > 2 * 4 * masked * vocab_size
+    assert everywhere - copies > 2 * 4 * (tokens - masked) * vocab_size
 
 
 def test_checkpoint_bytes_are_those_of_the_file(small_corpus, tmp_path):
     config = train.TrainConfig(
-        data=small_corpus, out=str(tmp_path / "run"), max_length=48, steps=1, batch_size=2, eval_examples=2, workers=0, device="cpu",
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+        data=small_corpus, out=str(tmp_path / "run"), max_length=48, steps=1, batch_size=2,
+        eval_examples=2, workers=0, device="cpu", hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=256,
     )  # fmt: skip
     train.train(config)
     planned = plan.checkpoint_bytes(StarEncoderConfig(**train.model_shape(config, 600)))
-    assert (
-        0 <= os.path.getsize(run_directory.checkpoints(config)[-1]) - planned < 64e3
-    )  # names and shapes come on top
+    written = os.path.getsize(run_directory.checkpoints(config)[-1])
+    assert 0 <= written - planned < 64e3  # names and shapes come on top
 
 
 def test_gpus_by_the_names_that_drivers_give():
     peaks = {
-        "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-        "NVIDIA GB200": 2500e12, "NVIDIA B200": 2250e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165e12,
-    }  # fmt: skip
-    assert {name: plan.gpu_facts(name)[0] for name in peaks} == peaks
-    assert plan.gpu_facts("NVIDIA A100-SXM4-40GB")[1] == 40e9
-    assert (
-        plan.gpu_facts("NVIDIA GeForce RTX 4090 Laptop GPU") is None
-        and plan.gpu_facts("NVIDIA H2000") is None
-    )
+        "NVIDIA H200": 989e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA GB200": 2500e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA GeForce RTX 4090": 165e12,
+    }
+    assert {name: plan.gpu_facts(name).peak for name in peaks} == peaks
+    assert plan.gpu_facts("NVIDIA A100-SXM4-40GB").memory == 40e9
+    for unknown in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H2000"):
+        assert plan.gpu_facts(unknown) is None
 
 
 def test_a_plan_is_printed(small_corpus):
-    result = command("train.py", "--preset", "starencoder", "--plan", "64xA100")
+    result = program("train", "--preset", "starencoder", "--plan", "64xA100")
     assert result.returncode == 0, result.stderr
     for words in (
         "124.83 M parameters",
@@ -158,6 +168,9 @@ def test_a_plan_is_printed(small_corpus):
         assert words in result.stdout
     result = program("train", "--plan", "1xH200", "--data", small_corpus)
     assert "vocabulary 600" in result.stdout
+
+
+def test_plans_that_make_no_sense_are_refused():
     for flags, words in (
         (["--plan", "64"], "as in 64xA100"),
         (["--plan", "2xAbacus"], "no facts about a GPU named Abacus"),

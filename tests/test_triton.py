@@ -1,8 +1,10 @@
-"""The Triton kernels by their properties: under the interpreter on a CPU, and compiled for chips that need not be here.
+"""The properties of the Triton kernels, under the interpreter on a CPU, and what they compile to.
 
 On a CUDA device the same tests run on the device itself, in bf16 as well.
 """
 
+import functools
+import itertools
 import json
 import os
 
@@ -23,17 +25,21 @@ if not kernels.HAS_TRITON:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 on_a_gpu_only = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
-DTYPES = [torch.float32, torch.float16] + (
-    [torch.bfloat16] if DEVICE == "cuda" else []
-)  # the interpreter's bf16 products are garbage
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":  # the interpreter's bf16 products are garbage
+    DTYPES.append(torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def triton_with_poisoned_outputs(monkeypatch):
     """Whatever a kernel fails to write is NaN."""
     monkeypatch.setenv("STARENCODER_KERNELS", "triton")
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t
+    new_empty = torch.Tensor.new_empty
+    empty_like = torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
@@ -43,9 +49,8 @@ corner = st.sampled_from([0, 1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129])
 lengths_strategy = st.one_of(
     st.lists(corner, min_size=1, max_size=3), st.lists(st.integers(0, 9), min_size=8, max_size=16)
 )
-few = settings(
-    max_examples=max(8, settings().max_examples // 4)
-)  # the interpreter takes a second for what a chip does in microseconds
+# The interpreter takes a second for what a chip does in microseconds.
+few = settings(max_examples=max(8, settings().max_examples // 4))
 heads = st.integers(1, 3)
 sizes = st.sampled_from([16, 24, 32, 64, 128])
 seeds = st.integers(0, 2**62)
@@ -54,65 +59,69 @@ dtypes = st.sampled_from(DTYPES)
 
 
 def packed(lengths, N, D, seed, dtype=torch.float32):
+    """Random qkv of sequences of these lengths, cu_seqlens, and the greatest length."""
     torch.manual_seed(seed)
-    cu_seqlens = torch.tensor(
-        [0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE
-    )
-    return (
-        torch.randn(sum(lengths), 3, N, D, device=DEVICE).to(dtype),
-        cu_seqlens,
-        max(max(lengths), 1),
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    qkv = torch.randn(sum(lengths), 3, N, D, device=DEVICE).to(dtype)
+    return qkv, cu_seqlens.to(DEVICE), max(max(lengths), 1)
+
+
+def attention_of(cu_seqlens, longest, dropout_p=0.0, seed=0):
+    """`kernels.attention` as a function of qkv alone."""
+    return functools.partial(
+        kernels.attention, cu_seqlens=cu_seqlens, max_seqlen=longest, dropout_p=dropout_p, seed=seed
     )
 
 
 def with_gradients(function, inputs, upstream, dtype=None):
-    """The output of function(*inputs) and the gradients of all inputs that are tensors, computed in `dtype`."""
+    """The output of function(*inputs) and the gradients of the inputs that are not None, computed
+    in `dtype`."""
     inputs = [
         None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs
     ]
     out = function(*inputs)
-    return [
-        out.detach(),
-        *torch.autograd.grad(out, [x for x in inputs if x is not None], upstream.to(out.dtype)),
-    ]
+    leaves = [x for x in inputs if x is not None]
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
-def assert_as_good_as_pytorch(ours, same_dtype, exact, dtype, rounding=None):
-    """Error at most 2x (forward) and 3x (gradients) that of PyTorch's formula in the same dtype; and at least what rounding costs.
+def assert_as_good_as_pytorch(ours, same_dtype, exact, rounding):
+    """The error is at most 2x (forward) or 3x (gradients) that of PyTorch's formula in the same
+    dtype, plus what rounding costs.
 
-    rounding: what it costs each number of each tensor, or None: it costs once what is the largest.
+    rounding: what it costs each number of each tensor.
     """
     for k, (a, b, c) in enumerate(zip(ours, same_dtype, exact, strict=True)):
         if not c.numel():
             continue
         assert a.isfinite().all() and a.shape == c.shape
-        floor = (
-            rounding[k].max().item()
-            if rounding
-            else torch.finfo(dtype).eps * (c.abs().max().item() + 1e-3) * 4
-        )
-        allowed = (2 if k == 0 else 3) * (b.double() - c).abs().max().item() + floor
+        factor = 2 if k == 0 else 3
+        allowed = factor * (b.double() - c).abs().max().item() + rounding[k].max().item()
         assert (a.double() - c).abs().max().item() <= allowed, k
 
 
 def rounding_of_attention(qkv, cu_seqlens, dropout_p, upstream):
-    """What rounding costs each number of the output and of the gradients of Q, K and V, as (T, N, D) each.
+    """What rounding costs each number of the output and of the gradients of Q, K and V, each
+    (T, N, D).
 
-    It follows from what is added up, not from the sums, since these may cancel: dS = P (dP - delta), where dP = dO V^T and
-    delta = rowsum(O dO) are sums of D products, and for a sequence of one token both are equal and dS is exactly 0.
-    A sum of n products is of the size of the root of their sum of squares. Its n roundings in fp32 are independent, and add up to
-    sqrt(n) eps of that size; its factors were rounded to the dtype of qkv, which costs another eps of that. Let e be both together:
+    It follows from what is added up, not from the sums, since these may cancel. In
+    dS = P (dP - delta), both dP = dO V^T and delta = rowsum(O dO) are sums of D products. For a
+    sequence of one token both are equal, and dS is exactly 0.
+    A sum of n products is of the size of the root of their sum of squares. Its n roundings in fp32
+    are independent, and add up to sqrt(n) eps of that size. Its factors were rounded to the dtype
+    of qkv, which costs another eps of that. Let e be both together:
 
-        S = Q K^T / sqrt(D)              is off by e sqrt((Q^2) (K^2)^T / D), and the weight P = exp(S - lse) by that part of itself
-        dP = dO V^T                      is off by e sqrt((dO^2) (V^2)^T) =: e A, and delta by no more than e rowsum(P A)
-        O = P V, dV = P^T dO             off by (error of P) |V|, (error of P)^T |dO|
-        dQ = dS K / sqrt(D), dK alike    off by (error of dS) |K| / sqrt(D), where that of dS is (error of P) (A + rowsum(P A))
+        S = Q K^T / sqrt(D)     off by e sqrt((Q^2) (K^2)^T / D); P = exp(S - lse) by that part of
+                                itself
+        dP = dO V^T             off by e sqrt((dO^2) (V^2)^T) =: e A; delta by at most e rowsum(P A)
+        O = P V, dV = P^T dO    off by (error of P) |V|, (error of P)^T |dO|
+        dQ = dS K / sqrt(D)     off by (error of dS) |K| / sqrt(D), where that of dS is
+                                (error of P) (A + rowsum(P A)); dK likewise
     """
     parts = []
-    for tokens, dout in zip(
-        *(x.double().split(cu_seqlens.diff().tolist()) for x in (qkv, upstream))
-    ):
-        (q, k, v), dout = tokens.permute(1, 2, 0, 3), dout.transpose(0, 1)  # each (N, L, D)
+    lengths = cu_seqlens.diff().tolist()
+    for tokens, dout in zip(qkv.double().split(lengths), upstream.double().split(lengths)):
+        q, k, v = tokens.permute(1, 2, 0, 3)  # each (N, L, D)
+        dout = dout.transpose(0, 1)  # (N, L, D)
         _, L, D = q.shape
         e = torch.finfo(qkv.dtype).eps + max(L, D) ** 0.5 * torch.finfo(torch.float32).eps
         weights = (q @ k.mT / D**0.5).softmax(-1) / (1 - dropout_p)  # (N, L, L)
@@ -120,29 +129,36 @@ def rounding_of_attention(qkv, cu_seqlens, dropout_p, upstream):
         size = (dout.square() @ v.square().mT).sqrt()
         ds_off = weights_off * (size + (weights * size).sum(-1, keepdim=True)) / D**0.5
         off = [
-            weights_off @ v.abs(),
-            ds_off @ k.abs(),
-            ds_off.mT @ q.abs(),
-            weights_off.mT @ dout.abs(),
+            weights_off @ v.abs(),  # of the output
+            ds_off @ k.abs(),  # of dQ
+            ds_off.mT @ q.abs(),  # of dK
+            weights_off.mT @ dout.abs(),  # of dV
         ]
         parts.append([x.transpose(0, 1) for x in off])
     return [torch.cat(part) for part in zip(*parts)]
 
 
+def attention_runs(qkv, upstream, dtype, rest):
+    """The output and the gradients of Q, K and V: by the kernels and by the formula in dtype, and
+    by the formula in fp64."""
+    runs = []
+    for function, computed_in in (
+        (kernels.attention, dtype),
+        (kernels.attention_reference, dtype),
+        (kernels.attention_reference, torch.float64),
+    ):
+        call = functools.partial(function, **rest)
+        out, gradient = with_gradients(call, [qkv], upstream, computed_in)
+        runs.append([out, *gradient.unbind(1)])
+    return runs
+
+
 def check_attention(lengths, N, D, seed, p, dtype):
     qkv, cu_seqlens, longest = packed(lengths, N, D, seed, dtype)
     upstream = torch.randn(sum(lengths), N, D, device=DEVICE).to(dtype)
-    attention, reference = kernels.attention, kernels.attention_reference
-    runs = []
-    for function, computed_in in (
-        (attention, dtype),
-        (reference, dtype),
-        (reference, torch.float64),
-    ):
-        call = lambda x, f=function: f(x, cu_seqlens, longest, dropout_p=p, seed=seed)
-        out, gradient = with_gradients(call, [qkv], upstream, computed_in)
-        runs.append([out, *gradient.unbind(1)])
-    assert_as_good_as_pytorch(*runs, dtype, rounding_of_attention(qkv, cu_seqlens, p, upstream))
+    rest = dict(cu_seqlens=cu_seqlens, max_seqlen=longest, dropout_p=p, seed=seed)
+    runs = attention_runs(qkv, upstream, dtype, rest)
+    assert_as_good_as_pytorch(*runs, rounding_of_attention(qkv, cu_seqlens, p, upstream))
 
 
 @settings(max_examples=settings().max_examples // 2)
@@ -159,7 +175,7 @@ def test_attention_is_as_good_as_pytorch(lengths, N, D, seed, p, dtype):
     dtype=dtypes,
 )
 def test_attention_is_as_good_where_its_gradient_cancels(lengths, D, seed, p, dtype):
-    """Of a sequence of one token, Q and K have no gradient: what a kernel says of it is rounding alone."""
+    """In a sequence of one token, Q and K have no gradient: what a kernel computes is rounding."""
     check_attention(lengths, 1, D, seed, p, dtype)
 
 
@@ -171,11 +187,12 @@ def test_attention_is_as_good_where_its_gradient_cancels(lengths, D, seed, p, dt
     p=dropouts,
 )
 def test_a_saturated_softmax_is_as_good_in_fp32(lengths, D, seed, p):
-    """Inputs x 100: scores of 10,000, beside which the logarithm of a row's sum would be rounded away.
+    """Inputs x 100 give scores of 10,000. Beside them the log of a row's sum is rounded away.
 
-    Q and K are whole numbers, D is a power of 4, and all products fit in 24 bits: the scores are exact,
-    in any order of summation. Keys come in threes, so that a third is a weight. What rounding costs, as in
-    `rounding_of_attention`, but with dP - delta as it is and not by its bound, since it is 0 in most rows:
+    Q and K are whole numbers, D is a power of 4, and all products fit in 24 bits: the scores are
+    exact, in any order of summation. Keys come in threes, so that a third is a weight. What
+    rounding costs follows as in `rounding_of_attention`, but with dP - delta as it is and not by
+    its bound, since it is 0 in most rows:
 
         P = 2^(S - max S)                off by eps (4 + 2 |max S|) of itself; 4 eps where S = max S
         dS = P (dP - delta)              off by (error of P) |dP - delta| + e P (A + rowsum(P A))
@@ -185,15 +202,8 @@ def test_a_saturated_softmax_is_as_good_in_fp32(lengths, D, seed, p):
     qkv[:, :2] = qkv[:, :2].round().clamp(-500, 500)
     qkv[:, 1] = qkv[torch.arange(len(qkv), device=DEVICE) // 3 * 3, 1]
     upstream = torch.randn(sum(lengths), 1, D, device=DEVICE)
-    runs = []
-    for function, dtype in (
-        (kernels.attention, torch.float32),
-        (kernels.attention_reference, torch.float32),
-        (kernels.attention_reference, torch.float64),
-    ):
-        call = lambda x, f=function: f(x, cu_seqlens, longest, dropout_p=p, seed=seed)
-        out, gradient = with_gradients(call, [qkv], upstream, dtype)
-        runs.append([out, *gradient.unbind(1)])
+    rest = dict(cu_seqlens=cu_seqlens, max_seqlen=longest, dropout_p=p, seed=seed)
+    runs = attention_runs(qkv, upstream, torch.float32, rest)
 
     parts = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
@@ -226,7 +236,7 @@ def test_a_saturated_softmax_is_as_good_in_fp32(lengths, D, seed, p):
         ]
         parts.append([x[:, None] for x in off])
     rounding = [torch.cat([qkv[:0, 0].double(), *part]) for part in zip(*parts)]
-    assert_as_good_as_pytorch(*runs, torch.float32, rounding)
+    assert_as_good_as_pytorch(*runs, rounding)
 
 
 @pytest.mark.slow
@@ -269,19 +279,18 @@ def test_the_order_of_the_keys_does_not_matter(length, seed):
     which=st.integers(0, 3),
 )
 def test_sequences_do_not_touch_each_other(lengths, seed, p, which):
-    """Other content, even NaN, in one sequence changes no bit of the others' output and gradients."""
+    """NaN in one sequence changes no bit of the others' output and gradients."""
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
     upstream = torch.randn(sum(lengths), 2, 16, device=DEVICE)
-    start, end = (
-        cu_seqlens.tolist()[which % len(lengths)],
-        cu_seqlens.tolist()[which % len(lengths) + 1],
-    )
-    changed, outside = qkv.clone(), torch.ones(sum(lengths), dtype=torch.bool, device=DEVICE)
-    changed[start:end], outside[start:end] = float("nan"), False
-    function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed)
-    for a, b in zip(
-        with_gradients(function, [qkv], upstream), with_gradients(function, [changed], upstream)
-    ):
+    start, end = cu_seqlens.tolist()[which % len(lengths) :][:2]
+    changed = qkv.clone()
+    changed[start:end] = float("nan")
+    outside = torch.ones(sum(lengths), dtype=torch.bool, device=DEVICE)
+    outside[start:end] = False
+    function = attention_of(cu_seqlens, longest, p, seed)
+    before = with_gradients(function, [qkv], upstream)
+    after = with_gradients(function, [changed], upstream)
+    for a, b in zip(before, after):
         assert torch.equal(a[outside], b[outside]) and a.isfinite().all()
 
 
@@ -290,13 +299,10 @@ def test_sequences_do_not_touch_each_other(lengths, seed, p, which):
 def test_the_order_of_sequences_only_permutes(lengths, seed):
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
     parts = list(qkv.split(lengths))[::-1]
-    backwards = torch.tensor(
-        [0, *torch.tensor(lengths[::-1]).cumsum(0)], dtype=torch.int32, device=DEVICE
-    )
+    backwards = torch.tensor([0, *itertools.accumulate(lengths[::-1])], dtype=torch.int32)
     out = kernels.attention(qkv, cu_seqlens, longest).split(lengths)
-    assert torch.equal(
-        torch.cat(out[::-1]), kernels.attention(torch.cat(parts), backwards, longest)
-    )
+    other = kernels.attention(torch.cat(parts), backwards.to(DEVICE), longest)
+    assert torch.equal(torch.cat(out[::-1]), other)
 
 
 @few
@@ -305,9 +311,7 @@ def test_huge_scores_stay_finite(lengths, seed, dtype):
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed, dtype)
     qkv[:, 0] *= 1e4
     upstream = torch.randn(sum(lengths), 2, 16, device=DEVICE).to(dtype)
-    for value in with_gradients(
-        lambda x: kernels.attention(x, cu_seqlens, longest), [qkv], upstream
-    ):
+    for value in with_gradients(attention_of(cu_seqlens, longest), [qkv], upstream):
         assert not value.isnan().any()
 
 
@@ -316,11 +320,13 @@ def test_huge_scores_stay_finite(lengths, seed, dtype):
 def test_gradient_is_the_slope(lengths, seed, p):
     """<gradient, direction> is the central difference along the direction, of the kernel itself."""
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
-    upstream, direction = torch.randn(sum(lengths), 2, 16, device=DEVICE), torch.randn_like(qkv)
-    function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed)
+    upstream = torch.randn(sum(lengths), 2, 16, device=DEVICE)
+    direction = torch.randn_like(qkv)
+    function = attention_of(cu_seqlens, longest, p, seed)
     _, gradient = with_gradients(function, [qkv], upstream)
     step = 1e-2
-    ahead, behind = (function(qkv + sign * step * direction).double() for sign in (1, -1))
+    ahead = function(qkv + step * direction).double()
+    behind = function(qkv - step * direction).double()
     slope = ((ahead - behind) * upstream).sum() / (2 * step)
     scale = gradient.double().norm() * direction.norm() + 1e-6
     assert abs(slope - (gradient.double() * direction).sum()) <= 2e-3 * scale
@@ -328,14 +334,16 @@ def test_gradient_is_the_slope(lengths, seed, p):
 
 @given(length=st.sampled_from([1, 3, 16, 33, 64]), seed=seeds, p=st.sampled_from([0.1, 0.5]))
 def test_forward_and_backward_drop_the_same_weights(length, seed, p):
-    """V = 1 shows the forward's mask in the output, dO = 1 the backward's in dV; both are `attention_keep`."""
+    """With V = 1 the output shows the forward mask, and with dO = 1 dV shows the backward mask.
+
+    Both are `attention_keep`.
+    """
     qkv, cu_seqlens, longest = packed([7, length], 1, 64, seed)
     qkv[:, :2] = 0  # uniform weights, 1 / length
     qkv[7:, 2, 0] = torch.eye(length, 64, device=DEVICE)
     upstream = torch.zeros(7 + length, 1, 64, device=DEVICE)
     upstream[7:, 0] = torch.eye(length, 64, device=DEVICE)
-    function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=seed)
-    out, gradient = with_gradients(function, [qkv], upstream)
+    out, gradient = with_gradients(attention_of(cu_seqlens, longest, p, seed), [qkv], upstream)
     head, start = torch.tensor([0, 7], device=DEVICE)
     keep = kernels.attention_keep(seed, p, head, start, length)
     expected = keep / (1 - p) / length
@@ -346,15 +354,18 @@ def test_forward_and_backward_drop_the_same_weights(length, seed, p):
 def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upstream):
     """What rounding costs each number of y and of the gradients of x, weight, bias and residual.
 
-    It follows from what is added up: in a row of one column g = mean(g), and g - mean(g) is exactly 0,
-    but a rounding of g is multiplied by rstd = 1 / sqrt(eps). Let e be the eps of fp32, in which all is
-    computed, and d that of the dtype in which it is written; a sum of n numbers costs sqrt(n) e.
+    It follows from what is added up: in a row of one column g = mean(g), and g - mean(g) is exactly
+    0, but a rounding of g is multiplied by rstd = 1 / sqrt(eps). Let e be the eps of fp32, in which
+    all is computed, and d that of the dtype in which it is written. A sum of n numbers costs
+    sqrt(n) e.
 
-        n = (h - mean) rstd               is off by e (1 + sqrt(H)) (|h| + |mean|) rstd =: N
-        y = n w + b                       off by N |w| + (d + e) (|n w| + |b|)
-        dh = (g - mean(g) - n mean(g n)) rstd    each of its three terms is off by e (1 + sqrt(H)) of its
-                                          size, and the last by N as well
-        dw = sum dy n,  db = sum dy       off by sum |dy| (N + sqrt(T) e |n|), sqrt(T) e sum |dy|
+        n = (h - mean) rstd       off by e (1 + sqrt(H)) (|h| + |mean|) rstd =: N
+        y = n w + b               off by N |w| + (d + e) (|n w| + |b|)
+        dh = (g - mean(g) - n mean(g n)) rstd
+                                  each of its three terms is off by e (1 + sqrt(H)) of its size, and
+                                  the last by N as well
+        dw = sum dy n             off by sum |dy| (N + sqrt(T) e |n|)
+        db = sum dy               off by sqrt(T) e sum |dy|
     """
     rows, H = x.shape
     e = torch.finfo(torch.float32).eps * 4
@@ -371,9 +382,8 @@ def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upst
     n_off = summed * (h.abs() + mean.abs()) * rstd
     y_off = n_off * weight.abs() + (d + e) * ((n * weight).abs() + bias.abs())
     size = g.abs() + g.abs().mean(1, keepdim=True) + n.abs() * (g * n).abs().mean(1, keepdim=True)
-    n_twice = n_off * (g * n).mean(1, keepdim=True).abs() + n.abs() * (g.abs() * n_off).mean(
-        1, keepdim=True
-    )
+    n_twice = n_off * (g * n).mean(1, keepdim=True).abs()
+    n_twice += n.abs() * (g.abs() * n_off).mean(1, keepdim=True)
     dh_off = (summed * size + n_twice) * rstd + d * size * rstd
     dy = upstream.double().abs()
     dw_off = (dy * (n_off + rows**0.5 * e * n.abs())).sum(0)
@@ -383,20 +393,22 @@ def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upst
 
 def check_layer_norm(rows, H, seed, p, dtype, plus, eps):
     torch.manual_seed(seed)
-    x, weight, bias = (
-        torch.randn(rows, H, device=DEVICE).to(dtype),
-        torch.randn(H, device=DEVICE),
-        torch.randn(H, device=DEVICE),
-    )
+    x = torch.randn(rows, H, device=DEVICE).to(dtype)
+    weight = torch.randn(H, device=DEVICE)
+    bias = torch.randn(H, device=DEVICE)
     residual = torch.randn(rows, H, device=DEVICE).to(dtype) if plus else None
     upstream = torch.randn(rows, H, device=DEVICE).to(dtype)
+    inputs = [x, weight, bias, residual]
     runs = []
     for function in (kernels.layer_norm, kernels.layer_norm_reference):
-        call = lambda x, w, b, r, f=function: f(x, w, b, eps, residual=r, dropout_p=p, seed=seed)
-        runs.append(with_gradients(call, [x, weight, bias, residual], upstream))
-    exact = with_gradients(call, [x, weight, bias, residual], upstream, torch.float64)
+
+        def call(x, weight, bias, residual, function=function):
+            return function(x, weight, bias, eps, residual=residual, dropout_p=p, seed=seed)
+
+        runs.append(with_gradients(call, inputs, upstream))
+    exact = with_gradients(call, inputs, upstream, torch.float64)
     rounding = rounding_of_layer_norm(x, weight, bias, residual, p, seed, eps, upstream)
-    assert_as_good_as_pytorch(runs[0], runs[1], exact, dtype, rounding)
+    assert_as_good_as_pytorch(*runs, exact, rounding)
 
 
 # Of one column, a row is constant, dropped or not.
@@ -419,23 +431,19 @@ def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus, eps):
 def test_layer_norm_of_shifted_and_constant_rows(H, seed, offset):
     """At an offset of 1e4 the mean itself is rounded to 1e-3, and no sum in fp32 can do better."""
     torch.manual_seed(seed)
-    x, one, zero = (
-        torch.randn(6, H, device=DEVICE),
-        torch.ones(H, device=DEVICE),
-        torch.zeros(H, device=DEVICE),
-    )
+    x = torch.randn(6, H, device=DEVICE)
+    one = torch.ones(H, device=DEVICE)
+    zero = torch.zeros(H, device=DEVICE)
     x[3] = 0
     x = (x + offset - offset).requires_grad_()  # so that adding the offset again is exact
     shifted = kernels.layer_norm(x + offset, one, zero, 1e-6)
     tolerance = 5e-3 if offset > 10 else 1e-4
-    torch.testing.assert_close(
-        shifted, kernels.layer_norm(x, one, zero, 1e-6), rtol=tolerance, atol=tolerance
-    )
+    expected = kernels.layer_norm(x, one, zero, 1e-6)
+    torch.testing.assert_close(shifted, expected, rtol=tolerance, atol=tolerance)
     assert shifted[3].abs().max() < 1e-2  # a constant row
     (gradient,) = torch.autograd.grad(shifted, x, torch.randn_like(x))
-    assert (
-        gradient.sum(1).abs() <= tolerance * gradient.abs().sum(1) + 1e-6
-    ).all()  # a shift of the row changes nothing
+    # A shift of the row changes nothing.
+    assert (gradient.sum(1).abs() <= tolerance * gradient.abs().sum(1) + 1e-6).all()
 
 
 @given(seed=seeds, p=st.sampled_from([0.1, 0.5]), H=st.sampled_from([5, 64, 768]), dtype=dtypes)
@@ -462,13 +470,19 @@ def test_layer_norm_of_a_constant_row_is_zero(H, plus):
         assert (y == 0).all()
 
 
+class FewPrograms(kernels.Launcher):
+    """Two programs in the backward pass of LayerNorm."""
+
+    def tiles(self, x):
+        norm_backward = kernels.NormTile(rows=4, warps=4, programs=2)
+        return super().tiles(x)._replace(norm_backward=norm_backward)
+
+
 @pytest.mark.parametrize("plus, p", [(False, 0.0), (True, 0.1)])
-def test_layer_norm_sums_over_all_blocks_of_rows(plus, p, monkeypatch):
+def test_layer_norm_sums_over_all_blocks_of_rows(plus, p):
     """Two programs take 33 rows, so each goes through several blocks of them."""
-    monkeypatch.setitem(
-        kernels.NORM, "norm_backward", kernels.NormTile(rows=4, warps=4, programs=2)
-    )
-    check_layer_norm(33, 48, 3, p, torch.float32, plus, 1e-6)
+    with kernels.Launcher.replaced(FewPrograms()):
+        check_layer_norm(33, 48, 3, p, torch.float32, plus, 1e-6)
 
 
 @example(M=2, V=5000, seed=0, dtype=torch.float32, size=1.0, form="begins with -inf")
@@ -482,10 +496,11 @@ def test_layer_norm_sums_over_all_blocks_of_rows(plus, p, monkeypatch):
     form=st.sampled_from(["any", "some -inf", "begins with -inf", "rising"]),
 )
 def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
-    """The sum of the losses and its gradient, times an upstream factor, beside F.cross_entropy in fp64.
+    """The sum of the losses and its gradient, with an upstream factor, beside PyTorch in fp64.
 
-    Let x be the largest number of a row. lse is off by some eps (1 + x), as the exponents are rounded
-    by eps x, and a weight e^(logit - lse) by that part of itself; then it is rounded to the dtype.
+    Let x be the largest number of a row. lse is off by some eps (1 + x), since the exponents are
+    rounded by eps x, and a weight e^(logit - lse) by that part of itself. Then it is rounded to the
+    dtype.
     """
     torch.manual_seed(seed)
     logits = (size * torch.randn(M, V, device=DEVICE)).to(dtype)
@@ -506,8 +521,8 @@ def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
         return total.detach(), torch.autograd.grad(3.7 * total, logits)[0]
 
     loss, gradient = summed(logits, labels, kernels.CrossEntropy.apply)
-    in_fp64 = lambda x, y: torch.nn.functional.cross_entropy(x.double(), y, reduction="sum")
-    exact, exact_gradient = summed(logits.double(), labels, in_fp64)
+    formula = functools.partial(torch.nn.functional.cross_entropy, reduction="sum")
+    exact, exact_gradient = summed(logits.double(), labels, formula)
 
     numbers = torch.where(logits.isfinite(), logits, 0).double().abs()
     rounding = 32 * torch.finfo(torch.float32).eps * (1 + numbers.amax(1, keepdim=True))  # (M, 1)
@@ -540,32 +555,34 @@ def test_cross_entropy_reads_no_label_that_is_no_column(label):
 def test_two_runs_have_the_same_bits(lengths, seed):
     qkv, cu_seqlens, longest = packed(lengths, 2, 32, seed)
     upstream = torch.randn(sum(lengths), 2, 32, device=DEVICE)
-    function = lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=0.1, seed=seed)
-    for a, b in zip(
-        with_gradients(function, [qkv], upstream), with_gradients(function, [qkv], upstream)
-    ):
-        assert torch.equal(a, b)
+    function = attention_of(cu_seqlens, longest, 0.1, seed)
+    first = with_gradients(function, [qkv], upstream)
+    second = with_gradients(function, [qkv], upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_strided_inputs_are_read_where_they_lie():
     qkv, cu_seqlens, longest = packed([5, 40], 4, 16, 0)
-    wide, cu_wide = (
-        torch.randn(45, 3, 4, 32, device=DEVICE),
-        torch.stack([cu_seqlens, cu_seqlens + 7], dim=1),
-    )
+    wide = torch.randn(45, 3, 4, 32, device=DEVICE)
     wide[..., :16] = qkv
+    cu_wide = torch.stack([cu_seqlens, cu_seqlens + 7], dim=1)[:, 0]
     upstream = torch.randn(4, 45, 16, device=DEVICE).transpose(0, 1)
-    a = with_gradients(
-        lambda x: kernels.attention(x[..., :16], cu_wide[:, 0], longest), [wide], upstream
-    )
-    b = with_gradients(lambda x: kernels.attention(x, cu_seqlens, longest), [qkv], upstream)
+
+    def first_16(x):
+        return kernels.attention(x[..., :16], cu_wide, longest)
+
+    a = with_gradients(first_16, [wide], upstream)
+    b = with_gradients(attention_of(cu_seqlens, longest), [qkv], upstream)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1][..., :16], b[1])
-    x, vectors = torch.randn(16, 9, device=DEVICE).T, torch.randn(16, 2, device=DEVICE)
-    function = lambda x, w, b: kernels.layer_norm(x, w, b, 1e-6, residual=x, dropout_p=0.1, seed=1)
-    a = with_gradients(function, [x, vectors[:, 0], vectors[:, 1]], x)
-    b = with_gradients(
-        function, [x.contiguous(), vectors[:, 0].contiguous(), vectors[:, 1].contiguous()], x
-    )
+
+    def norm(x, weight, bias):
+        return kernels.layer_norm(x, weight, bias, 1e-6, residual=x, dropout_p=0.1, seed=1)
+
+    x = torch.randn(16, 9, device=DEVICE).T
+    vectors = torch.randn(16, 2, device=DEVICE)
+    inputs = [x, vectors[:, 0], vectors[:, 1]]
+    a = with_gradients(norm, inputs, x)
+    b = with_gradients(norm, [tensor.contiguous() for tensor in inputs], x)
     assert all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
 
 
@@ -580,10 +597,6 @@ EMPTY = torch.zeros(2, dtype=torch.int32)  # cu_seqlens of one sequence without 
         (dict(qkv=torch.zeros(5, 3, 1, 129)), "1 <= D <= 128"),
         (dict(qkv=torch.zeros(5, 3, 1, 0)), "1 <= D <= 128"),
         (dict(qkv=torch.zeros(5, 3, 1, 16, dtype=torch.float64)), "qkv must be torch.float16"),
-        (
-            dict(qkv=torch.zeros(0, 3, 1, 16), cu_seqlens=torch.zeros(65537, dtype=torch.int32)),
-            "65,535 sequences",
-        ),
         (
             dict(qkv=NONE.as_strided((0, 3, 1, 16), (2**29, 16, 16, 1)), cu_seqlens=EMPTY),
             "2**31 elements",
@@ -611,9 +624,11 @@ def test_attention_refuses(change, words):
         )
         | change
     )
-    on_device = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            arguments[name] = value.to(DEVICE)
     with pytest.raises(ValueError) as error:
-        kernels.attention(**{name: on_device(value) for name, value in arguments.items()})
+        kernels.attention(**arguments)
     assert words in str(error.value)
 
 
@@ -633,10 +648,6 @@ def test_layer_norm_refuses():
         ("weight", (x, w.to("meta"), w, 1e-6)),
         ("bias", (x, w, w.to("meta"), 1e-6)),
         ("x must be torch.float16", (x.double(), w, w, 1e-6)),
-        (
-            "x must be at most 65,536 wide",
-            (x[:, :1].expand(2, 65537), w[:1].expand(65537), w[:1].expand(65537), 1e-6),
-        ),
     ):
         with pytest.raises(ValueError, match=name):
             kernels.layer_norm(*arguments)
@@ -646,7 +657,7 @@ def test_layer_norm_refuses():
         kernels.dropout(x.long(), 0.1, 0)
 
 
-def model_and_batch(**config):
+def model_and_batch():
     torch.manual_seed(0)
     shape = dict(
         vocab_size=100,
@@ -656,14 +667,19 @@ def model_and_batch(**config):
         intermediate_size=64,
         initializer_range=0.2,
     )
-    model = StarEncoderForPreTraining(
-        StarEncoderConfig(**shape, max_position_embeddings=32, pad_token_id=0)
-    ).to(DEVICE)
-    ids, masked = torch.randint(100, (33,)), torch.tensor([1, 5, 30])
-    batch = data.Batch(
-        ids, torch.tensor([0, 20, 33], dtype=torch.int32), ids[masked], torch.tensor([0, 1]), masked
-    )
-    return model, data.Batch(*(t.to(DEVICE) for t in batch))
+    config = StarEncoderConfig(**shape, max_position_embeddings=32, pad_token_id=0)
+    model = StarEncoderForPreTraining(config).to(DEVICE)
+    return model, random_batch(100, [0, 20, 33], [1, 5, 30])
+
+
+def random_batch(vocab_size, bounds, masked):
+    """A batch of pretraining: random tokens, of which those at `masked` are to be predicted."""
+    ids = torch.randint(vocab_size, (bounds[-1],))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    next_sentence = torch.arange(len(bounds) - 1) % 2
+    masked = torch.tensor(masked)
+    batch = data.Batch(ids, cu_seqlens, ids[masked], next_sentence, masked)
+    return data.Batch(*(t.to(DEVICE) for t in batch))
 
 
 def loss_and_gradients(model, batch, seed):
@@ -682,15 +698,14 @@ def test_a_model_with_triton_is_the_model_with_pytorch(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_is_eager(monkeypatch):
-    """torch.compile traces through the kernels without a break, and another seed does not compile again."""
+    """torch.compile breaks the graph at each kernel; another seed does not compile again."""
     monkeypatch.undo()
     monkeypatch.setenv("STARENCODER_KERNELS", "triton")
     model, batch = model_and_batch()
     torch._dynamo.reset()
-    compiled = torch.compile(
-        model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
-    )
+    compiled = torch.compile(model, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     for seed in (5, 6, 2**40):
         seed = torch.tensor(seed, device=DEVICE)
         with torch._dynamo.config.patch(error_on_recompile=seed > 5):
@@ -699,39 +714,18 @@ def test_compiled_is_eager(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_operators_are_what_they_declare():
-    """Schema, fake kernels and autograd registration, by PyTorch's own check."""
-    qkv, cu_seqlens, longest = packed([3, 20], 2, 16, 0)
-    x, vector, seed = (
-        torch.randn(6, 48, device=DEVICE),
-        torch.randn(48, device=DEVICE),
-        torch.tensor(5, device=DEVICE),
-    )
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        kernels.attention_op,
-        (qkv.requires_grad_(), cu_seqlens, longest, 0.1, seed),
-        test_utils=checks,
-    )
-    torch.library.opcheck(
-        kernels.layer_norm_op,
-        (x.requires_grad_(), x.detach(), vector, vector, 1e-6, 0.1, seed),
-        test_utils=checks,
-    )
-    torch.library.opcheck(kernels.dropout_op, (x, 0.1, seed), test_utils=checks)
-
-
 @pytest.mark.slow
 def test_a_training_run_with_triton(small_corpus, tmp_path, monkeypatch):
     """A few steps of the loop: the losses of the PyTorch backend to 1e-3."""
     monkeypatch.undo()
     lines = []
     for backend in ("torch", "triton"):
-        flags = f"--data {small_corpus} --out {tmp_path / backend} --dtype float32 --hidden-size 64 --num-attention-heads 2 --steps 4 "
-        flags += "--hidden-dropout-prob 0.1 --attention-probs-dropout-prob 0.1 --batch-size 4 --eval-examples 4 --log-every 1"
-        result = command(
-            "train.py", *flags.split(), env=os.environ | {"STARENCODER_KERNELS": backend}
-        )
+        flags = f"--data {small_corpus} --out {tmp_path / backend} --dtype float32"
+        flags += " --hidden-size 64 --num-attention-heads 2 --steps 4 --batch-size 4"
+        flags += " --hidden-dropout-prob 0.1 --attention-probs-dropout-prob 0.1"
+        flags += " --eval-examples 4 --log-every 1"
+        environment = os.environ | {"STARENCODER_KERNELS": backend}
+        result = command("train.py", *flags.split(), env=environment)
         assert result.returncode == 0 and f"kernels: {backend}" in result.stdout, result.stderr
         with open(tmp_path / backend / "metrics.jsonl") as f:
             lines.append([json.loads(line) for line in f])
@@ -742,65 +736,45 @@ def test_a_training_run_with_triton(small_corpus, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_for_chips_that_are_not_here(tmp_path):
-    """Every kernel with its own launch settings: nothing spills, shared memory fits, and Hopper's attention uses wgmma."""
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "STARENCODER_KERNELS")
-    }
-    result = command(
-        "-m",
-        "bench",
-        "kernels",
-        "--resources",
-        "--out",
-        str(tmp_path / "resources.json"),
-        env=environment,
-    )
+    """Every kernel with its own launch settings: nothing spills, shared memory fits, and attention
+    on Hopper uses wgmma."""
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    environment.pop("STARENCODER_KERNELS", None)
+    flags = ["kernels", "--resources", "--out", str(tmp_path / "resources.json")]
+    result = command("-m", "bench", *flags, env=environment)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "resources.json").read_text())["rows"]
-    assert (
-        len(
-            {
-                (row["chip"], row["kernel"], row["dtype"], row["D or H"], row["dropout"])
-                for row in rows
-            }
-        )
-        == len(rows)
-        >= 200
-    )
+    keys = ("chip", "kernel", "dtype", "width", "dropout")
+    assert len({tuple(row[key] for key in keys) for row in rows}) == len(rows) >= 200
     for row in rows:
         assert row["spills (bytes)"] == 0 and row["registers"] <= 255, row
         assert row["shared (KB)"] <= {"sm_80": 163, "sm_89": 99}.get(row["chip"], 227), row
         if row["chip"] == "sm_90" and row["dtype"] != "float32":
-            assert row["wgmma"] == (
-                row["kernel"]
-                in ("attention_forward", "attention_backward_dk_dv", "attention_backward_dq")
-            ), row
+            assert row["wgmma"] == row["kernel"].startswith("attention"), row
 
 
-# ---- what only a GPU can show ----------------------------------------------------------------------------------------------------
+# ---- what only a GPU can show --------------------------------------------------------------------
 
 
 def every_kernel(lengths, N, D, dtype, p):
     """Outputs and gradients of attention, LayerNorm and dropout on the same packed batch."""
     qkv, cu_seqlens, longest = packed(lengths, N, D, 1, dtype)
-    upstream, vector = (
-        torch.randn(len(qkv), N, D, device=DEVICE).to(dtype),
-        torch.randn(N * D, device=DEVICE),
-    )
     x = qkv[:, 0].flatten(1)
-    return [
-        *with_gradients(
-            lambda x: kernels.attention(x, cu_seqlens, longest, dropout_p=p, seed=3),
-            [qkv],
-            upstream,
-        ),
-        *with_gradients(
-            lambda x, w, b, r: kernels.layer_norm(x, w, b, 1e-6, residual=r, dropout_p=p, seed=4),
-            [x, vector, vector, x],
-            upstream.flatten(1),
-        ),
-        *with_gradients(lambda x: kernels.dropout(x, p, 5), [x], upstream.flatten(1)),
-    ]
+    vector = torch.randn(N * D, device=DEVICE)
+    upstream = torch.randn(len(qkv), N, D, device=DEVICE).to(dtype)
+    flat = upstream.flatten(1)
+
+    def norm(x, weight, bias, residual):
+        return kernels.layer_norm(x, weight, bias, 1e-6, residual=residual, dropout_p=p, seed=4)
+
+    def drop(x):
+        return kernels.dropout(x, p, 5)
+
+    results = with_gradients(attention_of(cu_seqlens, longest, p, 3), [qkv], upstream)
+    results += with_gradients(norm, [x, vector, vector, x], flat)
+    results += with_gradients(drop, [x], flat)
+    return results
 
 
 class TestOnAGpu:
@@ -809,36 +783,28 @@ class TestOnAGpu:
     def test_small_case_of_every_kernel(self):
         """Small enough for `compute-sanitizer python -m pytest -m gpu -k small_case`."""
         for D in (24, 64):
-            assert all(
-                t.isfinite().all() for t in every_kernel([33, 0, 70], 2, D, torch.bfloat16, 0.1)
-            )
+            results = every_kernel([33, 0, 70], 2, D, torch.bfloat16, 0.1)
+            assert all(tensor.isfinite().all() for tensor in results)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_a_thousand_runs_have_the_same_bits(self, dtype):
-        first = every_kernel([1, 1024, 0, 77, 500], 12, 64, dtype, 0.1)
+        case = ([1, 1024, 0, 77, 500], 12, 64, dtype, 0.1)
+        first = every_kernel(*case)
         different = torch.zeros((), dtype=torch.bool, device=DEVICE)
         for _ in range(1000):
-            for a, b in zip(
-                first, every_kernel([1, 1024, 0, 77, 500], 12, 64, dtype, 0.1), strict=True
-            ):
+            for a, b in zip(first, every_kernel(*case), strict=True):
                 different |= (a != b).any()
         assert not different
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_a_step_of_the_full_model_is_as_good_as_pytorch(self, monkeypatch, compiled):
-        """In bf16, the gradient of 125 M parameters with all dropouts on: its distance to the fp32 gradient is at most 1.5x PyTorch's."""
+        """The gradient of 125 M parameters in bf16, with all dropouts on, is at most 1.5x as far
+        from the fp32 gradient as PyTorch's."""
         monkeypatch.undo()
         torch.manual_seed(0)
         torch._dynamo.reset()
         model = StarEncoderForPreTraining(StarEncoderConfig()).to(DEVICE)
-        cu_seqlens = torch.tensor([0, 1, 1025, 1325, 1402], dtype=torch.int32)
-        ids, masked = torch.randint(49000, (1402,)), torch.arange(3, 1400, 7)
-        batch = data.Batch(
-            *(
-                t.to(DEVICE)
-                for t in (ids, cu_seqlens, ids[masked], torch.tensor([0, 1, 1, 0]), masked)
-            )
-        )
+        batch = random_batch(49000, [0, 1, 1025, 1325, 1402], range(3, 1400, 7))
 
         def step(backend, dtype, model=model):
             monkeypatch.setenv("STARENCODER_KERNELS", backend)
@@ -848,12 +814,10 @@ class TestOnAGpu:
 
         loss, exact = step("torch", torch.float32)
         pytorch_loss, pytorch = step("torch", torch.bfloat16)
-        ours_loss, ours = step(
-            "triton", torch.bfloat16, torch.compile(model) if compiled else model
-        )
+        model_or_compiled = torch.compile(model) if compiled else model
+        ours_loss, ours = step("triton", torch.bfloat16, model_or_compiled)
         assert abs(ours_loss - loss) < 1e-2 * loss and abs(pytorch_loss - loss) < 1e-2 * loss
         assert (ours - exact).norm() <= 1.5 * (pytorch - exact).norm() < 0.2 * exact.norm()
         loss_fp32, ours_fp32 = step("triton", torch.float32)
-        assert (
-            abs(loss_fp32 - loss) < 1e-5 * loss and (ours_fp32 - exact).norm() < 1e-4 * exact.norm()
-        )
+        assert abs(loss_fp32 - loss) < 1e-5 * loss
+        assert (ours_fp32 - exact).norm() < 1e-4 * exact.norm()
