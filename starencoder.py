@@ -79,14 +79,16 @@ class StarEncoderConfig:
         """Reads config.json of a Bert model; raises ValueError for what is not supported here."""
         path = os.path.join(directory, "config.json")
         entries = BERT_DEFAULTS | read_json(path)
-        absolute = entries.get("position_embedding_type", "absolute") == "absolute"
-        if entries.get("model_type", "bert") != "bert" or entries.get("is_decoder") or not absolute:
-            raise ValueError(f"{path}: not a Bert encoder with absolute positions")
-        labels = entries.get("id2label")
-        if isinstance(labels, dict):  # the keys of a JSON object are strings
-            numbers = (int(key) if key.isdecimal() else key for key in labels)
-            entries["id2label"] = dict(zip(numbers, labels.values()))
+        positions = entries.get("position_embedding_type", "absolute")
         try:
+            if entries.get("model_type", "bert") != "bert" or entries.get("is_decoder"):
+                raise ValueError("not a Bert encoder")
+            if positions != "absolute":
+                raise ValueError(f"position_embedding_type must be absolute, got {positions}")
+            labels = entries.get("id2label")
+            if isinstance(labels, dict):  # the keys of a JSON object are strings
+                numbers = (int(key) if key.isdecimal() else key for key in labels)
+                entries["id2label"] = dict(zip(numbers, labels.values()))
             return cls(**{f.name: entries[f.name] for f in fields(cls) if f.name in entries})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -98,16 +100,18 @@ BERT_DEFAULTS = {"vocab_size": 30522, "max_position_embeddings": 512, "pad_token
 
 def check_config(config):
     """Raises ValueError for a value of a wrong type or size: config.json may hold anything."""
+    # By the annotated type: an int is a size, a float a probability or another small number.
     for f in fields(config):
         value = getattr(config, f.name)
         kind = type(value)  # and not isinstance, which takes true for an int
-        if f.type is int and (kind is not int or value < 1):  # all ints are sizes
+        if f.type is int and (kind is not int or value < 1):
             raise ValueError(f"{f.name} must be at least 1, got {value!r}")
         if f.type is bool and kind is not bool:
             raise ValueError(f"{f.name} must be true or false, got {value!r}")
         number = f.type is float or f.type == float | None and value is not None
         if number and (kind not in (int, float) or not 0 <= value < 1):
             raise ValueError(f"{f.name} must be a number in [0, 1), got {value!r}")
+
     if config.hidden_size % config.num_attention_heads:
         sizes = f"{config.hidden_size} and {config.num_attention_heads}"
         raise ValueError(f"hidden_size must be divisible by num_attention_heads, got {sizes}")
@@ -166,11 +170,11 @@ class Layer(nn.Module):
         super().__init__()
         H = config.hidden_size
         self.config = config
-        self.qkv = nn.Linear(H, 3 * H)
+        self.qkv = nn.Linear(H, 3 * H)  # queries, keys and values of all heads
         self.attention_output = nn.Linear(H, H)
         self.attention_norm = nn.LayerNorm(H, config.layer_norm_eps)
-        self.feed_forward_up = nn.Linear(H, config.intermediate_size)
-        self.feed_forward_down = nn.Linear(config.intermediate_size, H)
+        self.feed_forward_up = nn.Linear(H, config.intermediate_size)  # (T, H) -> (T, 4 H)
+        self.feed_forward_down = nn.Linear(config.intermediate_size, H)  # and back
         self.feed_forward_norm = nn.LayerNorm(H, config.layer_norm_eps)
 
     def forward(self, h, cu_seqlens, max_seqlen, seeds, rows=None):
@@ -179,18 +183,20 @@ class Layer(nn.Module):
         attention_p = config.attention_probs_dropout_prob if self.training else 0.0
         hidden_p = config.hidden_dropout_prob if self.training else 0.0
 
+        # Attention, residual, LayerNorm.
         qkv = self.qkv(h).unflatten(-1, (3, config.num_attention_heads, -1))  # (T, 3, N, D)
         a = kernels.attention(
             qkv, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds.attention
         )
         a = a.flatten(1)  # (T, N, D) -> (T, H)
-        if rows is not None:  # every token was attended to; only these go on
-            a = a[rows]  # (R, H), which all following (T, H) are then
-            h = h[rows]
+        if rows is not None:  # all tokens were attended to; only these go on, so T is R from here
+            a = a[rows]  # (R, H)
+            h = h[rows]  # (R, H)
         a = self.attention_output(a)  # (T, H)
         h = fused_norm(self.attention_norm, a, h, hidden_p, seeds.attention_output)
 
-        f = F.gelu(self.feed_forward_up(h))  # (T, 4 H) in the published model
+        # Feed-forward, residual, LayerNorm.
+        f = F.gelu(self.feed_forward_up(h))  # (T, 4 H), as in the published model
         f = self.feed_forward_down(f)  # (T, H)
         return fused_norm(self.feed_forward_norm, f, h, hidden_p, seeds.feed_forward)
 
@@ -226,8 +232,8 @@ class PretrainedModel(nn.Module):
 
         directory: its path, or its name on the Hugging Face hub. overrides: fields of the config to
         replace, such as the classes of a new head, `id2label={0: "O", ...}`. A head or pooler that
-        the files lack keeps its first weights, and a line on stderr says so. Returns the model in
-        evaluation mode, as transformers does. Raises ValueError if weights and config do not fit
+        the files lack starts from random weights, and a line on stderr says so. Returns the model
+        in evaluation mode, as transformers does. Raises ValueError if weights and config do not fit
         together, FileNotFoundError if there are none.
         """
         directory = weight_files.local_directory(directory)
@@ -238,7 +244,9 @@ class PretrainedModel(nn.Module):
             unread_bias = settle_decoder(weights, config)
             check_sizes(weights, config)  # before a model is built: they may be huge
             model = cls(config)
-            new = weight_files.fill_module(model, weights, short_names, OPTIONAL)
+            # A model with heads has its encoder's parameters under bert., an encoder does not.
+            weights |= {"bert." + name: value for name, value in weights.items()}
+            new = weight_files.fill_module(model, weights, bert_names, OPTIONAL)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
         if cls is StarEncoderForPreTraining:
@@ -258,9 +266,9 @@ class StarEncoder(PretrainedModel):
         super().__init__()
         H = config.hidden_size
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, H)
+        self.word_embeddings = nn.Embedding(config.vocab_size, H)  # (V, H)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, H)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, H)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, H)  # only [0] is used
         self.embeddings_norm = nn.LayerNorm(H, config.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         # Only the next-sentence head uses it; it stands here since BertModel's files hold it.
@@ -295,7 +303,7 @@ class StarEncoder(PretrainedModel):
         position = token - cu_seqlens[sequence]  # (T,)
 
         h = self.word_embeddings(input_ids) + self.position_embeddings(position)  # (T, H)
-        h = fused_norm(self.embeddings_norm, h + self.token_type_embeddings.weight[0])
+        h = fused_norm(self.embeddings_norm, h + self.token_type_embeddings.weight[0])  # (T, H)
         p = config.hidden_dropout_prob if self.training else 0.0
         h = kernels.dropout(h, p, seeds.embeddings)
         for layer, layer_seeds in zip(self.layers, seeds.layers):
@@ -397,19 +405,19 @@ class StarEncoderForPreTraining(PretrainedModel):
         H = config.hidden_size
         self.config = config
         self.bert = StarEncoder(config)
-        self.mlm_transform = nn.Linear(H, H)
+        self.mlm_transform = nn.Linear(H, H)  # W_t
         self.mlm_norm = nn.LayerNorm(H, config.layer_norm_eps)
-        self.mlm_decoder = nn.Linear(H, config.vocab_size, bias=False)
-        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.mlm_decoder = nn.Linear(H, config.vocab_size, bias=False)  # E^T
+        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))  # b, (V,)
         self.unread_bias = None  # of files that hold two, see `settle_decoder`
-        self.nsp = nn.Linear(H, 2)
+        self.nsp = nn.Linear(H, 2)  # W_n; W_p is the encoder's pooler
         self.initialize(self.mlm_transform, self.mlm_decoder, self.nsp)
         if config.tie_word_embeddings:
             self.mlm_decoder.weight = self.bert.word_embeddings.weight
 
     def mlm_head(self, h):
         """(M, H) -> logits (M, V); on a GPU, columns of -inf round V up to a multiple of 64."""
-        h = fused_norm(self.mlm_norm, F.gelu(self.mlm_transform(h)))
+        h = fused_norm(self.mlm_norm, F.gelu(self.mlm_transform(h)))  # (M, H)
         weight = self.mlm_decoder.weight  # (V, H)
         bias = self.mlm_bias.to(h.dtype)
         # The fastest matrix products need rows of a multiple of 16 bytes, unlike 49,156 columns.
@@ -475,14 +483,16 @@ class StarEncoderForTokenClassification(PretrainedModel):
         super().__init__()
         self.config = config
         self.bert = StarEncoder(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # (C, H)
         self.initialize(self.classifier)
 
     def forward(self, input_ids, cu_seqlens, labels=None, *, max_seqlen=None, seed=None):
-        """A `TokenClassificationOutput`. labels: (T,) int64, -100: no label. The rest: as in
-        `StarEncoder`."""
+        """A `TokenClassificationOutput`.
+
+        labels: (T,) int64, -100 for a token without one. The other arguments: as in `StarEncoder`.
+        """
         config = self.config
-        seed = seed if self.training else 0
+        seed = seed if self.training else 0  # as in `StarEncoder`
         seeds = dropout_seeds(seed, config.num_hidden_layers, input_ids.device)
         # The encoder's masks count up from the first of these.
         h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seeds.embeddings)  # (T, H)
@@ -544,11 +554,6 @@ def short_name(name):
     return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def short_names(name):
-    """The names of `bert_names`, shortened."""
-    return [short_name(theirs) for theirs in bert_names(name)]
-
-
 def settle_decoder(weights, config):
     """Puts weight and bias of the MLM decoder where the model looks for them, as transformers does.
 
@@ -561,7 +566,7 @@ def settle_decoder(weights, config):
     if words is not None and decoder is not None and not torch.equal(words, decoder):
         config.tie_word_embeddings = False
     if config.tie_word_embeddings and words is None and decoder is not None:
-        weights[WORDS] = decoder
+        weights[WORDS] = decoder  # the model's decoder is this table, too
 
     if DECODER_BIAS not in weights:  # transformers 4 writes one bias, tied or not
         return None
@@ -575,7 +580,7 @@ def check_sizes(weights, config):
     """Raises ValueError if a size in the config is not that of the weights."""
     H = config.hidden_size
     L = config.num_hidden_layers
-    expected = {
+    expected = {  # a weight for each size
         WORDS: (config.vocab_size, H),
         "embeddings.position_embeddings.weight": (config.max_position_embeddings, H),
         "embeddings.token_type_embeddings.weight": (config.type_vocab_size, H),
@@ -592,7 +597,7 @@ def check_sizes(weights, config):
 
 
 @torch.no_grad()
-def evaluate(model, ids, **inputs):
+def run_sequence(model, ids, **inputs):
     """The output of a model in evaluation mode for one sequence, a list of ids."""
     input_ids = torch.tensor(ids)
     cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
@@ -619,15 +624,16 @@ def fill_mask(model, tokenizer, text, top_k=5):
     before, *others = (tokenizer.encode(piece) for piece in text.split("<mask>"))
     if not others:
         raise ValueError("the text has no <mask>")
+    # The special tokens are put in by id: `encode` takes "<mask>" for text.
     ids = [tokenizer.cls_id, *before]
-    masked = []
+    masked = []  # the positions of the masks
     for piece in others:
         masked.append(len(ids))
         ids += [tokenizer.mask_id, *piece]
     ids.append(tokenizer.sep_id)
 
     masked_positions = torch.tensor(masked, device=model.mlm_bias.device)
-    logits = evaluate(model, ids, masked_positions=masked_positions).mlm_logits  # (M, V)
+    logits = run_sequence(model, ids, masked_positions=masked_positions).mlm_logits  # (M, V)
     # A vocabulary may be padded: its last columns are no tokens.
     probabilities = logits.float().softmax(-1)[:, : tokenizer.vocab_size]
     scores, tokens = probabilities.topk(min(top_k, tokenizer.vocab_size))  # both (M, top_k)
@@ -659,7 +665,7 @@ def embed(model, tokenizer, texts):
         # An empty text still has its <cls> and <sep>.
         for start in range(0, max(len(ids), 1), room):
             window = [tokenizer.cls_id, *ids[start : start + room], tokenizer.sep_id]
-            vector += evaluate(model, window).float().sum(0).cpu()  # of (T, H)
+            vector += run_sequence(model, window).float().sum(0).cpu()  # of (T, H)
     return F.normalize(vectors, dim=-1)
 
 

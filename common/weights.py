@@ -25,6 +25,8 @@ def local_directory(name):
     """
     if os.path.isdir(name):
         return name
+
+    # "bigcode/starencoder" may be a name on the hub; what was fetched before is not fetched again.
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
     try:
@@ -42,7 +44,7 @@ def local_directory(name):
 
 def write(directory, weights):
     """Writes {name: tensor on the CPU} to model.safetensors, atomically."""
-    from safetensors.torch import save
+    from safetensors.torch import save  # here, as not every program writes weights
 
     content = save(weights, metadata={"format": "pt"})  # transformers refuses files without it
     write_whole(os.path.join(directory, "model.safetensors"), content)
@@ -53,64 +55,58 @@ def read(directory):
 
     Raises FileNotFoundError if there is neither, ValueError if they are damaged.
     """
-    for name, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_pickle)):
+    for name in ("model.safetensors", "pytorch_model.bin"):  # the safer one first
         path = os.path.join(directory, name)
-        index = path + ".index.json"
         try:
             if os.path.exists(path):
-                weights = load(path)
-            elif os.path.exists(index):
-                weights = read_shards(directory, index, load)
-            else:
-                continue
-            check_table(weights)
+                return load(path)
+            if os.path.exists(path + ".index.json"):  # in shards
+                return read_shards(directory, name + ".index.json")
         except Exception as error:  # each library raises its own type for a damaged file
             words = f"the weights cannot be read ({first_line(error)}); copy or save them again"
             raise ValueError(f"{directory}: {words}") from None
-        return weights
     words = "neither model.safetensors nor pytorch_model.bin, nor the index of shards of either"
     raise FileNotFoundError(f"{directory}: {words}")
 
 
-def load_safetensors(path):
-    """{name: tensor} from a safetensors file."""
-    from safetensors.torch import load_file
+def load(path):
+    """The table of tensors in one file, safetensors or pickled. Runs no code in a pickle."""
+    from safetensors.torch import load_file  # here, as not every program reads weights
 
-    return load_file(path)
-
-
-def load_pickle(path):
-    """What torch.save wrote; code in the pickle is refused, not run."""
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def check_table(weights):
-    """Raises ValueError unless `weights` is a dict of tensors: a pickle may hold anything."""
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    # weights_only refuses a pickle that would run code. It may still hold anything but tensors.
+    weights = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise ValueError("not a table of tensors")
+    return weights
 
 
-def read_shards(directory, index, load):
+def read_shards(directory, index):
     """The weights that an index names, each from its shard.
 
     Raises ValueError for an index that is damaged, that leads out of the directory, or whose shards
     do not hold what it says.
     """
-    with open(index, encoding="utf-8") as f:
+    with open(os.path.join(directory, index), encoding="utf-8") as f:
         entries = json.load(f)
     shard_of = entries.get("weight_map") if isinstance(entries, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{os.path.basename(index)} has no weight_map")
+        raise ValueError(f"{index} has no weight_map")
+
+    # One shard after the other, so that each is read once.
     weights = {}
     for shard in sorted(set(map(str, shard_of.values()))):
-        # On Windows, a backslash and a colon lead elsewhere too.
+        # No path, or a stranger's index could read any file. A colon is a drive on Windows.
         if shard in (".", "..") or re.search(r"[/\\:\0]", shard):
             raise ValueError(f"not a file name in this directory: the shard {shard!r}")
         path = os.path.join(directory, shard)
         if not os.path.isfile(path):
             raise ValueError(f"the shard {shard} is missing")
         tensors = load(path)
-        for name in (name for name, file in shard_of.items() if file == shard):
+        for name, file in shard_of.items():
+            if file != shard:
+                continue
             if name not in tensors:
                 raise ValueError(f"{shard} lacks {name}, which the index says it holds")
             weights[name] = tensors[name]
@@ -124,10 +120,10 @@ def read_shards(directory, index, load):
 
 
 def of_module(module, names):
-    """{name in a file: tensor on the CPU} of a module's parameters, each shared one once."""
+    """{name in a file: tensor on the CPU} of a module's parameters."""
     weights = {}
-    for name, parameter in module.named_parameters():
-        in_file = names(name)
+    for name, parameter in module.named_parameters():  # lists a shared one once
+        in_file = names(name)  # several for a fused matrix
         weights.update(zip(in_file, parameter.detach().cpu().chunk(len(in_file))))
     return weights
 
@@ -142,8 +138,9 @@ def fill_module(module, weights, names, optional=()):
     for name, parameter in module.named_parameters():
         in_file = names(name)
         if name.startswith(optional) and not weights.keys() >= set(in_file):
-            lacking.append(name)
+            lacking.append(name)  # it keeps the weights that it has
             continue
+        # `chunk` gives views, so this writes into the parameter itself.
         for part, place in zip(in_file, parameter.data.chunk(len(in_file))):
             check_weight(weights, part, place.shape)
             place.copy_(weights[part])
@@ -154,6 +151,7 @@ def check_weight(weights, name, shape):
     """Raises ValueError unless `weights` holds floating-point numbers of this name and shape."""
     if name not in weights:
         raise ValueError(f"the weights lack {name}")
+    # Before the values are copied, which would broadcast them or raise a less helpful error.
     found = tuple(weights[name].shape)
     if found != tuple(shape):
         raise ValueError(f"{name} is {found}, its config.json asks for {tuple(shape)}")

@@ -641,7 +641,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         (dict(is_decoder=True), "not a Bert"),
         (
             dict(position_embedding_type="relative_key"),
-            "with absolute positions",
+            "position_embedding_type must be absolute",
         ),
         (dict(hidden_act="relu"), "hidden_act"),
         (dict(id2label={"x": "a"}), "id2label"),
