@@ -128,9 +128,9 @@ def check_config(config):
 
 
 class LayerSeeds(NamedTuple):
-    """The seeds of a layer's three dropout masks."""
+    """The seeds of the three dropout masks of a layer."""
 
-    attention: torch.Tensor  # of the weights; (), int64, as all seeds
+    attention: torch.Tensor  # of the attention weights; (), int64, as all seeds
     attention_output: torch.Tensor
     feed_forward: torch.Tensor
 
@@ -146,7 +146,8 @@ class DropoutSeeds(NamedTuple):
 def dropout_seeds(seed, layers, device):
     """Gives each dropout mask of a step a seed of its own: seed, seed + 1, ... in order of use.
 
-    seed: int or 0-d int64 tensor; None: drawn. layers: how many. Returns a `DropoutSeeds`.
+    seed: int or 0-d int64 tensor; None: a random one. layers: int, how many. Returns a
+    `DropoutSeeds`.
     """
     if seed is None:
         seed = torch.randint(2**62, (), device=device)
@@ -218,7 +219,7 @@ class PretrainedModel(nn.Module):
         """Writes config.json and model.safetensors, as `architecture` of transformers does."""
         weights = weight_files.of_module(self, bert_names)
         unread_bias = getattr(self, "unread_bias", None)
-        # The way back from `settle_decoder`: an untied decoder has a bias of its own.
+        # The reverse of `settle_decoder`: in a file, an untied decoder has a bias of its own.
         if DECODER in weights or unread_bias is not None:
             weights[DECODER_BIAS] = weights[BIAS]
             weights[BIAS] = weights[BIAS].clone() if unread_bias is None else unread_bias
@@ -444,8 +445,8 @@ class StarEncoderForPreTraining(PretrainedModel):
             masked_positions = (labels != -100).nonzero().squeeze(1)
             labels = labels[masked_positions]
 
-        # Only <cls> and masked tokens are used from here on: the rest of the last layer and the
-        # MLM head, a quarter of all work, skip the other tokens.
+        # The heads need only <cls> and masked tokens. The second half of the last layer and the MLM
+        # head, a quarter of the model's work, skip all others.
         cls = cu_seqlens[:-1].long()  # (B,): each sequence begins with its <cls>
         rows = None if masked_positions is None else torch.cat([cls, masked_positions])  # (B + M,)
         h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed, rows=rows)
@@ -532,7 +533,7 @@ WORDS = "embeddings.word_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"
 BIAS = "cls.predictions.bias"
 DECODER_BIAS = "cls.predictions.decoder.bias"
-# What files may lack, such as BertForMaskedLM's: a model then starts with new ones.
+# Parameters that a file may lack, as BertForMaskedLM's lacks some: a model then gets new ones.
 OPTIONAL = ("classifier.", "pooler.", "bert.pooler.", "nsp.")
 
 
@@ -601,7 +602,7 @@ def run_sequence(model, ids, **inputs):
     """The output of a model in evaluation mode for one sequence, a list of ids."""
     input_ids = torch.tensor(ids)
     cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
-    check_inputs(input_ids, cu_seqlens, model.config)  # here: on a GPU it could not
+    check_inputs(input_ids, cu_seqlens, model.config)  # while they are on the CPU
     device = next(model.parameters()).device
     training = model.training
     model.eval()
