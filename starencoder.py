@@ -108,8 +108,9 @@ def check_config(config):
             raise ValueError(f"{f.name} must be at least 1, got {value!r}")
         if f.type is bool and kind is not bool:
             raise ValueError(f"{f.name} must be true or false, got {value!r}")
-        number = f.type is float or f.type == float | None and value is not None
-        if number and (kind not in (int, float) or not 0 <= value < 1):
+        if f.type == float | None and value is None:
+            continue
+        if f.type in (float, float | None) and (kind not in (int, float) or not 0 <= value < 1):
             raise ValueError(f"{f.name} must be a number in [0, 1), got {value!r}")
 
     if config.hidden_size % config.num_attention_heads:
@@ -323,10 +324,9 @@ def check_inputs(input_ids, cu_seqlens, config):
         if lengths.min() < 1:
             raise ValueError("every sequence needs a token, its <cls>: cu_seqlens must rise")
         longest = int(lengths.max())
-        positions = config.max_position_embeddings
-        if longest > positions:
-            words = f"is longer than the model's {positions} positions"
-            raise ValueError(f"a sequence of {longest} tokens {words}")
+        room = f"the model's {config.max_position_embeddings} positions"
+        if longest > config.max_position_embeddings:
+            raise ValueError(f"a sequence of {longest} tokens is longer than {room}")
 
 
 # ---- the heads -----------------------------------------------------------------------------------
