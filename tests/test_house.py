@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "corpus": {"common"},
     "data": {"common", "corpus"},
     "starencoder": {"common", "kernels", "corpus"},  # the tokenizer, for its command line
-    "training": {"common", "starencoder"},
+    "training": {"common", "kernels", "starencoder"},
     "train": {"common", "kernels", "corpus", "data", "starencoder", "training"},
 }
 MAY_IMPORT["finetune"] = {*MAY_IMPORT, "train"}
