@@ -359,8 +359,6 @@ if HAS_TRITON:
         # Queries outside are zeros. Their softmax is uniform and finite, and is not stored.
         query = first_query + tl.arange(0, BLOCK_M)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k_ptr = q_ptr + stride_3
-        v_ptr = q_ptr + 2 * stride_3
         q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
@@ -373,8 +371,8 @@ if HAS_TRITON:
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if REST else None):
                 # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, REST)
-                v = _load_rows(v_ptr, stride_t, position, length, D, BLOCK_D, REST)
+                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, REST)
+                v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, REST)
 
                 # Score. Keys outside weigh 2^-inf = 0.
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
@@ -445,8 +443,6 @@ if HAS_TRITON:
         query = first_query + tl.arange(0, BLOCK_M)
         row = (start + query).to(tl.int64)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k_ptr = q_ptr + stride_3
-        v_ptr = q_ptr + 2 * stride_3
         rows_before = (start.to(tl.int64) * N + head) * D  # of out and dout
         q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         do = _load_rows(dout_ptr + rows_before, N * D, query, length, D, BLOCK_D, True)
@@ -466,13 +462,14 @@ if HAS_TRITON:
         for PASS in tl.static_range(0 if q.dtype == tl.float32 else 1, 3):
             if PASS == 1:
                 tl.store(delta_ptr + place, delta, mask=query < length)
+            masked = PASS != 1
             begin = whole if PASS == 2 else 0
             end = whole if PASS == 1 else length
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if PASS == 2 else None):
                 # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
-                v = _load_rows(v_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
+                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, masked)
+                v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, masked)
 
                 # Score.
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
@@ -480,7 +477,7 @@ if HAS_TRITON:
 
                 # Weigh. Of a key outside, 2^(0 - shift) may be inf, and inf * 0 would be NaN.
                 p = tl.exp2(s * scale - shift[:, None])
-                if PASS != 1:
+                if masked:
                     p = tl.where((position < length)[None, :], p, 0.0)
                 if DROPOUT:
                     keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, False)
