@@ -462,14 +462,15 @@ if HAS_TRITON:
         for PASS in tl.static_range(0 if q.dtype == tl.float32 else 1, 3):
             if PASS == 1:
                 tl.store(delta_ptr + place, delta, mask=query < length)
-            masked = PASS != 1
             begin = whole if PASS == 2 else 0
             end = whole if PASS == 1 else length
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if PASS == 2 else None):
                 # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, masked)
-                v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, masked)
+                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, PASS != 1)
+                v = _load_rows(
+                    q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, PASS != 1
+                )
 
                 # Score.
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
@@ -477,7 +478,7 @@ if HAS_TRITON:
 
                 # Weigh. Of a key outside, 2^(0 - shift) may be inf, and inf * 0 would be NaN.
                 p = tl.exp2(s * scale - shift[:, None])
-                if masked:
+                if PASS != 1:
                     p = tl.where((position < length)[None, :], p, 0.0)
                 if DROPOUT:
                     keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, False)
