@@ -31,10 +31,11 @@ from tqdm import tqdm
 import corpus
 from common.arguments import add_flags, check_fields, option
 from common.command_line import CommandLine, run_command
+from common.ranges import share
 from common.signals import until_signal
 from corpus.report import summary
 from corpus.store import read_meta
-from data import PairDataset, Tokenizer, batches, collate, share
+from data import PairDataset, Tokenizer, batches, collate
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 from training import plan
 from training.curves import draw_curves, draw_pretraining
