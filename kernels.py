@@ -359,8 +359,6 @@ if HAS_TRITON:
         # Queries outside are zeros. Their softmax is uniform and finite, and is not stored.
         query = first_query + tl.arange(0, BLOCK_M)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k_ptr = q_ptr + stride_3
-        v_ptr = q_ptr + 2 * stride_3
         q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
@@ -373,8 +371,8 @@ if HAS_TRITON:
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if REST else None):
                 # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, REST)
-                v = _load_rows(v_ptr, stride_t, position, length, D, BLOCK_D, REST)
+                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, REST)
+                v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, REST)
 
                 # Score. Keys outside weigh 2^-inf = 0.
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
@@ -445,8 +443,6 @@ if HAS_TRITON:
         query = first_query + tl.arange(0, BLOCK_M)
         row = (start + query).to(tl.int64)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k_ptr = q_ptr + stride_3
-        v_ptr = q_ptr + 2 * stride_3
         rows_before = (start.to(tl.int64) * N + head) * D  # of out and dout
         q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         do = _load_rows(dout_ptr + rows_before, N * D, query, length, D, BLOCK_D, True)
@@ -471,8 +467,10 @@ if HAS_TRITON:
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if PASS == 2 else None):
                 # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
-                v = _load_rows(v_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
+                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, PASS != 1)
+                v = _load_rows(
+                    q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, PASS != 1
+                )
 
                 # Score.
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
