@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import tiktoken
@@ -188,6 +189,7 @@ def train_tokenizer(texts, vocab_size):
 
     # Ids: special tokens, bytes, merges, and the encoder's tokens at the end, as in StarEncoder.
     trainer = tokenizers.trainers.BpeTrainer(
+        show_progress=sys.stderr.isatty(),  # its bar is empty lines in a file
         vocab_size=vocab_size - len(ENCODER_TOKENS),
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(byte_level.alphabet()),  # all bytes, so that nothing is unknown
