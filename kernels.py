@@ -46,6 +46,7 @@ Under torch.compile these operations break the graph.
 """
 
 import contextlib
+import functools
 import os
 from itertools import groupby
 from typing import NamedTuple
@@ -65,6 +66,21 @@ try:  # there is no Triton for macOS and Windows
 except ImportError:
     HAS_TRITON = False
     INTERPRETED = False
+
+
+def outside_compile(function):
+    """`torch.compiler.disable`, but only if something is compiled: importing it takes a second.
+
+    A compiled model breaks its graph here and computes the same.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments, **keywords):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments, **keywords)
+        return function(*arguments, **keywords)
+
+    return call
 
 
 def backend(tensor):
@@ -238,7 +254,7 @@ if HAS_TRITON:
 # ---- attention -----------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@outside_compile
 def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
     """Bidirectional multi-head attention of each sequence to itself (Vaswani et al., section 3.2).
 
@@ -359,8 +375,6 @@ if HAS_TRITON:
         # Queries outside are zeros. Their softmax is uniform and finite, and is not stored.
         query = first_query + tl.arange(0, BLOCK_M)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k_ptr = q_ptr + stride_3
-        v_ptr = q_ptr + 2 * stride_3
         q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
@@ -373,8 +387,8 @@ if HAS_TRITON:
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if REST else None):
                 # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, REST)
-                v = _load_rows(v_ptr, stride_t, position, length, D, BLOCK_D, REST)
+                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, REST)
+                v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, REST)
 
                 # Score. Keys outside weigh 2^-inf = 0.
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
@@ -445,8 +459,6 @@ if HAS_TRITON:
         query = first_query + tl.arange(0, BLOCK_M)
         row = (start + query).to(tl.int64)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k_ptr = q_ptr + stride_3
-        v_ptr = q_ptr + 2 * stride_3
         rows_before = (start.to(tl.int64) * N + head) * D  # of out and dout
         q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
         do = _load_rows(dout_ptr + rows_before, N * D, query, length, D, BLOCK_D, True)
@@ -471,8 +483,10 @@ if HAS_TRITON:
             for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if PASS == 2 else None):
                 # Load k and v: (BLOCK_N, BLOCK_D).
                 position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(k_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
-                v = _load_rows(v_ptr, stride_t, position, length, D, BLOCK_D, PASS != 1)
+                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, PASS != 1)
+                v = _load_rows(
+                    q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, PASS != 1
+                )
 
                 # Score.
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
@@ -664,7 +678,7 @@ class Attention(torch.autograd.Function):
 # ---- dropout + residual + LayerNorm, and dropout alone -------------------------------------------
 
 
-@torch.compiler.disable
+@outside_compile
 def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
     """LN(dropout(x) + residual), between two blocks of a post-LayerNorm transformer (Ba et al.).
 
@@ -694,7 +708,7 @@ def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, 
     return F.layer_norm(h, h.shape[1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
-@torch.compiler.disable
+@outside_compile
 def dropout(x, dropout_p, seed):
     """Dropout alone, where no LayerNorm follows. x: (T, H). Returns (T, H) of the same dtype.
 

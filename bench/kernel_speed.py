@@ -25,8 +25,8 @@ from bench.resources import Compiler, compile_launches, machine_code_usage
 if kernels.HAS_TRITON:
     import triton
 
-HIDDEN = 768
-EPS = 1e-12
+HIDDEN = 768  # of the published model
+EPS = 1e-12  # of its LayerNorms
 VOCABULARY = 49_216  # that of the published run, rounded up to a multiple of 64
 
 
@@ -41,8 +41,8 @@ class Ceiling(NamedTuple):
     """What the device does at best, in a unit that is read easily."""
 
     speed: float  # FLOP/s or bytes/s
-    scale: float
-    unit: str
+    scale: float  # of the unit: 1e12 FLOP/s, 1e9 bytes/s
+    unit: str  # TFLOP/s or GB/s
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -53,6 +53,7 @@ def on_gpu(function, amount, launches=10):
     much was done, `amount` by each call."""
 
     def work():
+        # Several launches, so that the wait at the end weighs little.
         for _ in range(launches):
             function()
         if torch.cuda.is_available():
@@ -113,11 +114,11 @@ def autograd_passes(function, inputs, upstream):
 def compare(operation, contenders, amounts, ceiling, repetitions):
     """The rows on one operation. contenders: {name: Passes}, ours first. amounts: Passes."""
     rows = []
-    for direction in Passes._fields:
+    for direction in Passes._fields:  # forward, backward
         amount = getattr(amounts, direction)
         works = {name: on_gpu(getattr(p, direction), amount) for name, p in contenders.items()}
         speeds = medians(available(works), repetitions)
-        ours = next(iter(speeds.values()))
+        ours = next(iter(speeds.values()))  # the first contender
         for name, speed in speeds.items():
             row = {
                 "operation": operation,
@@ -178,6 +179,7 @@ def attention_contenders(case, device):
     N = HIDDEN // case.D
     T = sum(case.lengths)
     L = max(case.lengths)
+    # qkv (T, 3, N, D); upstream (T, N, D), the gradient of the output.
     qkv = torch.randn(T, 3, N, case.D, device=device, dtype=torch.bfloat16)
     upstream = torch.randn(T, N, case.D, device=device, dtype=torch.bfloat16)
     bounds = [0, *itertools.accumulate(case.lengths)]
@@ -199,7 +201,7 @@ def attention_contenders(case, device):
             theirs = functools.partial(sdpa, backend=backend, dropout_p=case.dropout_p)
             contenders[f"SDPA {backend.name}"] = autograd_passes(theirs, heads, wanted)
 
-    if case.dropout_p == 0.0:
+    if case.dropout_p == 0.0:  # varlen_attn has no dropout
         theirs = functools.partial(varlen, **packed)
         contenders["varlen_attn"] = autograd_passes(theirs, qkv.unbind(1), upstream)
     return contenders
@@ -218,7 +220,7 @@ def attention_rows(ceiling, device, tokens, repetitions):
 
 
 def eager_layer_norm(x, weight, bias, residual=None, dropout_p=0.0):
-    """What PyTorch does in several kernels."""
+    """LN(dropout(x) + residual) in PyTorch, which takes several kernels."""
     if residual is not None:
         x = F.dropout(x, dropout_p) + residual
     return F.layer_norm(x, x.shape[1:], weight, bias, EPS)
@@ -256,7 +258,7 @@ def layer_norm_rows(ceiling, device, tokens, repetitions):
             inputs.append(residual)
             operation += f", residual, dropout {dropout_p}"
         else:
-            functions["Liger"] = liger_layer_norm
+            functions["Liger"] = liger_layer_norm  # it takes no residual
 
         contenders = {
             name: autograd_passes(function, inputs, upstream)
@@ -272,11 +274,12 @@ def layer_norm_rows(ceiling, device, tokens, repetitions):
 
 def cross_entropy_rows(ceiling, device, masked, repetitions):
     """The rows on the cross-entropy of the masked tokens."""
+    # The masked tokens alone have logits, (M, V).
     logits = torch.randn(masked, VOCABULARY, device=device, dtype=torch.bfloat16)
     labels = torch.randint(VOCABULARY, (masked,), device=device)
     upstream = torch.ones((), device=device)
 
-    def eager(logits):
+    def eager(logits):  # the model without Triton computes in fp32, too
         return F.cross_entropy(logits.float(), labels, reduction="sum")
 
     # Ours overwrites the logits with their gradient, so its backward pass has a copy of its own.
@@ -304,6 +307,7 @@ def bench_kernels(path=None, device="cuda", tokens=2**16, repetitions=REPETITION
     matmul = Ceiling(ceilings["matmul"], 1e12, "TFLOP/s")
     copy = Ceiling(ceilings["copy"], 1e9, "GB/s")
     rows = attention_rows(matmul, device, tokens, repetitions)
+    # LayerNorm is fast: four micro-batches at once are measured better. 15 % of tokens are masked.
     rows += layer_norm_rows(copy, device, 4 * tokens, repetitions)
     rows += cross_entropy_rows(copy, device, round(0.15 * tokens), repetitions)
     facts = dict(ceilings=ceilings, repetitions=repetitions, triton=triton.__version__)
@@ -379,14 +383,17 @@ def searches():
         for shape, warps, stages in itertools.product(shapes, (4, 8), (2, 3))
     ]
     for group, D in (("narrow", 64), ("wide", 128)):
+        # A setting has to serve training and evaluation: with dropout and without.
         passes = [attention_passes(D, dropout_p) for dropout_p in (0.0, 0.1)]
         yield Search(group, "forward", tiles, [p.forward for p in passes])
+        # The backward pass runs both kernels, whichever is tried.
         yield Search(group, "dq", tiles, [p.backward for p in passes])
         yield Search(group, "dk_dv", tiles, [p.backward for p in passes])
 
     passes = [layer_norm_passes(dropout_p) for dropout_p in (0.0, 0.1)]
     norm = [kernels.NormTile(*tile) for tile in ((4, 4), (8, 4), (8, 8), (2, 2), (1, 1))]
     yield Search("", "norm", norm, [p.forward for p in passes])
+    # More programs keep more of the chip busy, but leave more partial sums.
     backward = [kernels.NormTile(4, 4, programs) for programs in (264, 396, 528, 1056)]
     backward += [kernels.NormTile(*tile) for tile in ((8, 8, 264), (2, 2, 1056), (1, 1, 2112))]
     yield Search("", "norm_backward", backward, [p.backward for p in passes])
@@ -400,7 +407,7 @@ def run_all(works, launcher=None):
 
 
 def sound_settings(search, settings, tiles):
-    """The settings whose kernels compile and do not spill; the others are not run at all."""
+    """The settings whose kernels compile and do not spill."""
     work = functools.partial(run_all, search.works)
     jobs = [(Compiler(given=search.exchanged(tiles, setting)), work) for setting in settings]
     sound = []
@@ -418,9 +425,11 @@ def bench_tune(path=None):
     best = kernels.TILES.get(capability, kernels.TILES["default"])
     rows = []
     for search in searches():
+        # Each search starts from the best settings that the earlier ones found.
         was = search.current(best)
         settings = [was, *(setting for setting in search.settings if setting != was)]
         contenders = {}
+        # Settings that do not compile, or spill, are not run.
         for setting in sound_settings(search, settings, best):
             trial = Trial(search.exchanged(best, setting))
             work = functools.partial(run_all, search.works, trial)

@@ -26,7 +26,7 @@ if kernels.HAS_TRITON:
 
 CHIPS = (80, 89, 90, 100)  # A100; RTX 4090 and L40; H100 and H200; B200
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TOKENS = 1000
+TOKENS = 1000  # no multiple of a block: the masked rest is compiled as well
 
 
 class Launch(NamedTuple):
@@ -48,7 +48,7 @@ class Compiler(kernels.Launcher):
         super().__init__(dry=True)
         self.chip = chip
         self.given = given
-        self.launches = []
+        self.launches = []  # a Launch for each kernel, in the order of the calls
 
     def capability(self, x):
         return self.chip or super().capability(x)
@@ -57,6 +57,7 @@ class Compiler(kernels.Launcher):
         return self.given or super().tiles(x)
 
     def launch(self, kernel, grid, arguments, constants):
+        # Within AsyncCompileMode this returns at once, with a promise of the kernel.
         compiled = kernel.warmup(*arguments, grid=grid, **constants)
         self.launches.append(Launch(kernel.fn.__name__.lstrip("_"), constants, compiled))
 
@@ -75,6 +76,7 @@ def compile_launches(jobs):
         for compiler, work in jobs:
             with kernels.Launcher.replaced(compiler):
                 work()
+        # The pool compiles meanwhile; here each kernel is waited for.
         for compiler, _ in tqdm(jobs, desc="compiling", unit="job"):
             compiled.append([finished(launch) for launch in compiler.launches])
     return compiled
@@ -96,6 +98,7 @@ def machine_code_usage(kernel):
         f.flush()
         command = [cuobjdump, "--dump-resource-usage", f.name]
         usage = subprocess.run(command, capture_output=True, text=True).stdout
+    # A thread that runs out of registers spills to its stack.
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return int(registers), int(stack)
 
@@ -120,18 +123,19 @@ def every_operation(dtype, dropout_p):
     """Calls every operation forward and backward. Numbers do not matter, since nothing runs."""
     cu_seqlens = torch.tensor([0, TOKENS], dtype=torch.int32)
     for D in (64, 128):
+        # (T, 3, N, D)
         qkv = torch.empty(TOKENS, 3, 12, D, dtype=dtype, requires_grad=True)
         out = kernels.attention(qkv, cu_seqlens, TOKENS, dropout_p=dropout_p)
         out.sum().backward()
 
-    x = torch.empty(TOKENS, 768, dtype=dtype, requires_grad=True)
+    x = torch.empty(TOKENS, 768, dtype=dtype, requires_grad=True)  # (T, H)
     weight = torch.ones(768, requires_grad=True)
     y = kernels.layer_norm(x, weight, weight, 1e-12, residual=x, dropout_p=dropout_p)
     y.sum().backward()
     kernels.dropout(x, dropout_p, seed=0)  # its backward pass is the same kernel
 
     if dropout_p == 0.0:  # it has none
-        logits = torch.empty(TOKENS, 49_216, dtype=dtype, requires_grad=True)
+        logits = torch.empty(TOKENS, 49_216, dtype=dtype, requires_grad=True)  # (M, V)
         labels = torch.zeros(TOKENS, dtype=torch.int64)
         kernels.CrossEntropy.apply(logits, labels).backward()
 
@@ -140,6 +144,7 @@ def resource_row(chip, dtype, dropout_p, launch):
     """A row of the table."""
     registers, spilled = machine_code_usage(launch.kernel)
     constants = launch.constants
+    # A kernel has BLOCK_M and BLOCK_N, BLOCK_R and BLOCK_H, or BLOCK_V.
     blocks = [constants[key] for key in constants if key in ("BLOCK_M", "BLOCK_N")]
     blocks += [constants[key] for key in constants if key in ("BLOCK_R", "BLOCK_H", "BLOCK_V")]
     return {
@@ -153,6 +158,7 @@ def resource_row(chip, dtype, dropout_p, launch):
         "registers": registers,
         "spills (bytes)": spilled,
         "shared (KB)": launch.kernel.metadata.shared // 1024,
+        # On sm_90 a product by wgmma feeds the tensor cores from shared memory.
         "wgmma": "wgmma" in launch.kernel.asm["ptx"],
     }
 
@@ -161,7 +167,7 @@ def bench_resources(path=None):
     """Compiles every kernel for each chip, and writes what the machine code takes."""
     rows = []
     for chip in CHIPS:
-        triton.runtime.driver.set_active(Chip(chip))
+        triton.runtime.driver.set_active(Chip(chip))  # there may be no driver at all
         settings = list(itertools.product(DTYPES, (0.0, 0.1)))
         jobs = []
         for dtype, dropout_p in settings:

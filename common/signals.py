@@ -16,14 +16,14 @@ def ignore_stop_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def until_signal(iterable, stop):
-    """Iterates. Meanwhile a first stop signal is only noted: its number goes into the list `stop`.
+def noting_signals(iterable, signals):
+    """Iterates over all of it. Meanwhile a stop signal is only noted, in the list `signals`.
 
     A second one does what it always did.
     """
 
     def note(number, frame):
-        stop.append(number)
+        signals.append(number)
         signal.signal(number, before[number])
 
     before = {}

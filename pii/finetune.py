@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import train as pretraining
 from common.arguments import check_fields, option
-from common.signals import until_signal
+from common.ranges import permute, share
+from common.signals import noting_signals
 from corpus.tokenizer import Tokenizer
-from data import permute, share
 from pii.detector import Detector
 from pii.labels import LABELS, LabelledWindows, pack, read_labelled
 from pii.scores import evaluate_detector
@@ -34,13 +34,13 @@ from training.metrics import Metrics
 from training.ranks import Ranks
 from training.run_directory import RunDirectory
 from training.step import (
-    accumulating,
     autocast_to,
-    distribute,
     dtype_of_run,
     make_optimizer,
     micro_batch_seed,
-    update,
+    optimizer_step,
+    sync_gradients,
+    wrap_ddp,
 )
 
 DEFAULT_ENCODER = "runs/tiny"  # pretrained if it is missing
@@ -62,25 +62,25 @@ class PIIConfig:
     steps: int = option(10_000, "optimizer steps at most")
     batch_size: int = option(64, "windows in a step, over all ranks and micro-batches")
     micro_batch_size: int = option(64, "windows that a rank computes at once, at most")
-    learning_rate: float = option(2e-5, "at its peak")
-    warmup_steps: int = option(100, "of linear rise, then a cosine to 0", least=0)
-    adam_beta1: float = option(0.9, "AdamW")
-    adam_beta2: float = option(0.999, "AdamW")
-    adam_epsilon: float = option(1e-8, "AdamW")
-    weight_decay: float = option(0.01, "AdamW; not on biases and LayerNorms")
-    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", least=1e-30)
+    learning_rate: float = option(2e-5, "peak learning rate")
+    warmup_steps: int = option(100, "steps of linear warm-up; then a cosine to 0", least=0)
+    adam_beta1: float = option(0.9, "AdamW: decay of the first moment")
+    adam_beta2: float = option(0.999, "AdamW: decay of the second moment")
+    adam_epsilon: float = option(1e-8, "AdamW: added to the denominator")
+    weight_decay: float = option(0.01, "AdamW: on matrices, not on biases and LayerNorms")
+    max_grad_norm: float = option(1.0, "larger gradients are scaled down to it", least=1e-30)
     eval_every: int = option(200, "steps between evaluations and checkpoints")
     patience: int = option(10, "evaluations without a better F1 after which the run ends")
     seed: int = option(0, "fixes the new weights, the order of windows and dropout", least=0)
-    device: str = option("auto", "auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: cuda if available", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto",
-        "of the computation; auto: bfloat16 if the device is fast at it",
+        "compute dtype; auto: bfloat16 if the device is fast at it",
         choices=("auto", "bfloat16", "float32"),
     )
-    keep_checkpoints: int = option(1, "checkpoints to keep, the newest")
-    timeout: int = option(600, "seconds after which a rank that does not answer is given up")
-    log_every: int = option(10, "steps between writes to metrics.jsonl; each step has a line there")
+    keep_checkpoints: int = option(1, "how many of the newest checkpoints to keep")
+    timeout: int = option(600, "seconds before an unresponsive rank ends the run")
+    log_every: int = option(10, "steps between writes to metrics.jsonl (one line per step)")
     keep_every = 2**62  # no checkpoint is kept for good
 
     def __post_init__(self):
@@ -134,7 +134,7 @@ def make_defaults(config, ranks):
     with ranks.together():
         has_data = os.path.exists(os.path.join(DEFAULT_DATA, "train.jsonl"))
         if ranks.lead and config.data == DEFAULT_DATA and not has_data:
-            print(f"No data at {DEFAULT_DATA} yet: making it of this Python's standard library.")
+            print(f"No data at {DEFAULT_DATA} yet: making it from Python's standard library.")
             synthesize([], DEFAULT_DATA)
     return True
 
@@ -224,11 +224,11 @@ def training_loop(config, ranks, setup, run):
     metrics = Metrics(path, first, ranks, plan.peak_flops(device), terms=("loss",))
     best = Best(path, ranks)
 
-    def example_loss(wrapped):
+    def example_loss(ddp_model):
         batch = window_batch([setup.windows[0]], device)
-        return wrapped(batch.input_ids, batch.cu_seqlens, batch.labels, seed=0).loss
+        return ddp_model(batch.input_ids, batch.cu_seqlens, batch.labels, seed=0).loss
 
-    wrapped = distribute(model, ranks, example_loss)
+    ddp_model = wrap_ddp(model, ranks, example_loss)
     announce(config, ranks, setup)
 
     # A run that had ended before has no step to do.
@@ -238,12 +238,12 @@ def training_loop(config, ranks, setup, run):
         total=config.steps, initial=first, unit="step", desc="fine-tuning", disable=not ranks.lead
     )
     done = first
-    stop = []
-    for step in until_signal(steps, stop):
-        # As in pretraining: the counts of the global batch, and the stop flag.
+    signals = []
+    for step in noting_signals(steps, signals):
+        # As in pretraining: the count of the global batch, and whether to stop.
         micro_batches = micro_batches_of(config, ranks, setup.windows, step)
         labelled = sum(batch.labelled for batch in micro_batches)
-        labelled, stopping = ranks.sum([labelled, len(stop)])
+        labelled, stopping = ranks.sum([labelled, len(signals)])
 
         # Forward and backward.
         losses = torch.zeros(1, device=device)
@@ -251,16 +251,16 @@ def training_loop(config, ranks, setup, run):
             lengths = batch.cu_seqlens.diff().cpu().numpy()
             metrics.count(len(batch.input_ids), plan.model_flops(model.config, lengths, 0))
             seed = micro_batch_seed(config.seed, step, ranks.rank, i, device)
-            with accumulating(wrapped, last=i == len(micro_batches) - 1):
+            with sync_gradients(ddp_model, now=i == len(micro_batches) - 1):
                 with setup.autocast():
-                    out = wrapped(batch.input_ids, batch.cu_seqlens, batch.labels, seed=seed)
+                    out = ddp_model(batch.input_ids, batch.cu_seqlens, batch.labels, seed=seed)
                     loss = out.loss * (batch.labelled / max(labelled, 1))
                 (loss * ranks.world_size).backward()
             losses += loss.detach()
 
         # The step.
         rate = learning_rate(config, step)
-        grad_norm = update(model, setup.optimizer, config.max_grad_norm, rate)
+        grad_norm = optimizer_step(model, setup.optimizer, config.max_grad_norm, rate)
         done = step + 1
         metrics.add(done, losses, grad_norm, rate)
         bar.update()
@@ -282,7 +282,13 @@ def training_loop(config, ranks, setup, run):
         ending = stopping or ended or done == config.steps
         if evaluating or stopping:
             run.save(
-                done, model, setup.optimizer, setup.tokenizer, metrics, final=ending, publish=False
+                done,
+                model,
+                setup.optimizer,
+                setup.tokenizer,
+                metrics,
+                must_succeed=ending,
+                publish=False,
             )
             metrics.start_clock()
         if stopping or ended:

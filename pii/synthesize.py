@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.files import write_whole
-from corpus.build import documents, text_of
+from corpus.documents import documents, text_of
 from pii.templates import SPLITS, read_table, render, split_of, templates_of
 from pii.values import Values
 

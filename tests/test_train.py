@@ -523,7 +523,7 @@ def test_command_lines(undisturbed, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--hidden-size", "30", "--num-attention-heads", "4"], "not divisible"),
+        (["--hidden-size", "30", "--num-attention-heads", "4"], "must be divisible"),
         (["--steps", "-3"], "steps must be at least 1, got -3"),
         (["--learning-rate", "nan"], "learning_rate"),
         (["--data", "/nowhere"], "no corpus here"),

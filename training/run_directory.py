@@ -76,8 +76,8 @@ class RunDirectory:
                 self.ranks.say(f"Continuing {self.config.out} after step {step}.")
         return step
 
-    def save(self, step, model, optimizer, tokenizer, metrics, *, final, publish=True):
-        """Writes a checkpoint on the first rank. A full disk is a warning, but OSError if `final`.
+    def save(self, step, model, optimizer, tokenizer, metrics, *, must_succeed, publish=True):
+        """Writes a checkpoint, on the first rank. A full disk is a warning, or OSError if it must.
 
         publish: also write the weights as the directory's model.
         """
@@ -95,7 +95,7 @@ class RunDirectory:
                 torch.save({"step": step} | state, f)
         except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
             words = f"{path} cannot be written ({first_line(error)}); make room"
-            if final:
+            if must_succeed:
                 raise OSError(f"{words}, and the same command goes on") from None
             warn(words)
             return

@@ -1,8 +1,10 @@
 """One optimizer step over micro-batches and ranks, and the dtype it is computed in.
 
-    model, optimizer                     make_optimizer; the model wrapped by `distribute`
-    for each micro-batch:                with accumulating(...): (loss * world_size).backward()
-    update(...)                          clip, skip what is not finite, step
+    ddp_model = wrap_ddp(model, ...)
+    for each micro-batch:
+        with sync_gradients(ddp_model, now=it is the last):
+            (loss * world_size).backward()
+    optimizer_step(...)                     clip, skip what is not finite, step
 
 The gradient of a step is that of the mean over the *global* batch. Every micro-batch's loss is a
 sum divided by the count of the whole batch, so the micro-batches of all ranks add up to it.
@@ -40,29 +42,29 @@ def make_optimizer(model, config):
     )
 
 
-def distribute(model, ranks, example_loss):
-    """The model wrapped for several ranks; the model itself if there is one.
+def wrap_ddp(model, ranks, example_loss):
+    """The model in DistributedDataParallel; the model itself if there is one rank.
 
-    example_loss: a function of the wrapped model that returns a loss, of any one example.
+    example_loss: a function of the wrapped model that returns the loss of any one example.
     """
     if ranks.world_size == 1:
         return model
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    ddp_model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     # After its first backward pass DDP sorts its buckets by when the gradients came, and from three
     # ranks up gloo then sums in another order. Have that pass here and drop its gradient: no step
     # then depends on being the first after a start. (find_unused_parameters=True would keep the
     # first buckets, at the price of a walk through the graph in every step.)
-    example_loss(wrapped).backward()
+    example_loss(ddp_model).backward()
     model.zero_grad(set_to_none=True)
-    return wrapped
+    return ddp_model
 
 
-def accumulating(wrapped, last):
-    """A context for one micro-batch: the ranks add up their gradients in the last one only."""
-    if last or not isinstance(wrapped, DistributedDataParallel):
+def sync_gradients(ddp_model, now):
+    """A context for one micro-batch, in which the ranks exchange gradients only if `now`."""
+    if now or not isinstance(ddp_model, DistributedDataParallel):
         return contextlib.nullcontext()
-    return wrapped.no_sync()
+    return ddp_model.no_sync()
 
 
 def micro_batch_seed(seed, step, rank, micro_batch, device):
@@ -72,7 +74,7 @@ def micro_batch_seed(seed, step, rank, micro_batch, device):
     return torch.full((), value, dtype=torch.int64, device=device)
 
 
-def update(model, optimizer, max_grad_norm, learning_rate):
+def optimizer_step(model, optimizer, max_grad_norm, learning_rate):
     """Clips the gradient, takes the step, clears the gradient. Returns the norm before clipping.
 
     A gradient that is not finite changes nothing.

@@ -8,8 +8,8 @@ import kernels
 from starencoder import fill_mask
 
 
-def announce(config, ranks, model, epoch, dtype, peak):
-    """Prints what is about to be computed, and on what. epoch: its steps. peak: FLOP/s or None."""
+def announce(config, ranks, model, steps_per_epoch, dtype, peak):
+    """Prints what is about to be computed, and on what. peak: FLOP/s or None."""
     parameters = sum(p.numel() for p in model.parameters())
     device = f"CPU with {torch.get_num_threads()} threads"
     if ranks.device.type == "cuda":
@@ -19,8 +19,8 @@ def announce(config, ranks, model, epoch, dtype, peak):
     ranks.say(
         f"{parameters / 1e6:.2f} M parameters; {config.steps:,} steps of {config.batch_size:,} "
         f"pairs of up to {config.max_length:,} tokens\n"
-        f"({epoch:,.1f} steps an epoch), in micro-batches of up to {config.micro_batch_size} pairs "
-        f"on each of {ranks.world_size} rank(s)\n"
+        f"({steps_per_epoch:,.1f} steps an epoch), in micro-batches of up to "
+        f"{config.micro_batch_size} pairs on each of {ranks.world_size} rank(s)\n"
         f"{device}, {dtype}, peak {peak}; kernels: {backend}"
     )
 
@@ -32,22 +32,22 @@ def progress(line):
     return f"loss {loss}, {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}"
 
 
-def describe(figures):
-    """One line of held-out figures beside their baselines."""
+def describe(scores):
+    """One line of held-out scores beside their baselines."""
     return (
-        f"MLM loss {figures['mlm_loss']:.3f}, MLM accuracy {figures['mlm_accuracy']:.1%} "
-        f"(most frequent token: {figures['majority_accuracy']:.1%}), "
-        f"NSP accuracy {figures['nsp_accuracy']:.1%} (coin flip: {figures['coin_flip']:.0%})"
+        f"MLM loss {scores['mlm_loss']:.3f}, MLM accuracy {scores['mlm_accuracy']:.1%} "
+        f"(most frequent token: {scores['majority_accuracy']:.1%}), "
+        f"NSP accuracy {scores['nsp_accuracy']:.1%} (coin flip: {scores['coin_flip']:.0%})"
     )
 
 
-def last_words(config, model, tokenizer, held_out, figures):
-    """Prints the held-out figures, some filled masks, and what to try next."""
+def last_words(config, model, tokenizer, held_out, scores):
+    """Prints the held-out scores, some filled masks, and what to try next."""
     model.eval()
     pairs = min(config.eval_examples, len(held_out))
-    print(f"\nHeld out, {pairs:,} pairs: {describe(figures)}")
+    print(f"\nHeld out, {pairs:,} pairs: {describe(scores)}")
     by_language = []
-    for name, value in figures.items():
+    for name, value in scores.items():
         if name.startswith("mlm_accuracy/"):
             by_language.append(f"{name.removeprefix('mlm_accuracy/')} {value:.0%}")
     if by_language:
