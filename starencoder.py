@@ -731,10 +731,7 @@ def main(argv=None):
     tokenizer = Tokenizer.from_pretrained(directory)
     model = model_class.from_pretrained(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, "
-            f"its model {model.config.vocab_size}"
-        )
+        raise ValueError(f"{directory}: its tokenizer has more tokens than its model")
 
     if arguments.command == "fill-mask":
         for candidates in fill_mask(model, tokenizer, arguments.text, arguments.top_k):
