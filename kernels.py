@@ -46,6 +46,7 @@ Under torch.compile these operations break the graph.
 """
 
 import contextlib
+import functools
 import os
 from itertools import groupby
 from typing import NamedTuple
@@ -65,6 +66,21 @@ try:  # there is no Triton for macOS and Windows
 except ImportError:
     HAS_TRITON = False
     INTERPRETED = False
+
+
+def outside_compile(function):
+    """`torch.compiler.disable`, but only if something is compiled: importing it takes a second.
+
+    A compiled model breaks its graph here and computes the same.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments, **keywords):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments, **keywords)
+        return function(*arguments, **keywords)
+
+    return call
 
 
 def backend(tensor):
@@ -238,7 +254,7 @@ if HAS_TRITON:
 # ---- attention -----------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@outside_compile
 def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
     """Bidirectional multi-head attention of each sequence to itself (Vaswani et al., section 3.2).
 
@@ -662,7 +678,7 @@ class Attention(torch.autograd.Function):
 # ---- dropout + residual + LayerNorm, and dropout alone -------------------------------------------
 
 
-@torch.compiler.disable
+@outside_compile
 def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
     """LN(dropout(x) + residual), between two blocks of a post-LayerNorm transformer (Ba et al.).
 
@@ -692,7 +708,7 @@ def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, 
     return F.layer_norm(h, h.shape[1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
-@torch.compiler.disable
+@outside_compile
 def dropout(x, dropout_p, seed):
     """Dropout alone, where no LayerNorm follows. x: (T, H). Returns (T, H) of the same dtype.
 
