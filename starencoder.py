@@ -717,7 +717,7 @@ def main(argv=None):
     embed_parser = commands.add_parser("embed", help="a unit vector for each file, one JSON a line")
     for command in (fill_parser, embed_parser):
         command.add_argument("run", help="a run, any Bert directory, or a name on the hub")
-    fill_parser.add_argument("text", help='such as "def add(a, b): return a <mask> b"')
+    fill_parser.add_argument("text", help='such as "def __init__(<mask>, name):"')
     fill_parser.add_argument(
         "--top-k", type=int, default=5, metavar="N", help="tokens for each mask (default: 5)"
     )

@@ -56,7 +56,7 @@ def last_words(config, model, tokenizer, held_out, scores):
     show_filled_masks(model, tokenizer, held_out)
     curves = os.path.join(config.out, "curves.png")
     print(f"The model is in {config.out} (a Hugging Face directory), its curves in {curves}.")
-    print(f'Try: python starencoder.py fill-mask {config.out} "def add(a, b): return a <mask> b"')
+    print(f'Try: python starencoder.py fill-mask {config.out} "def __init__(<mask>, name):"')
 
 
 def show_filled_masks(model, tokenizer, dataset, count=3):
