@@ -5,6 +5,7 @@ starts it again by the same command, and compares the end bit for bit with that 
 touched. Exits with status 1 if they differ.
 """
 
+import argparse
 import functools
 import glob
 import json
@@ -197,7 +198,10 @@ def drill(corpus, out, way, expected, seconds, generator, world_size=2):
 def main():
     import corpus
 
-    count, failures = int(sys.argv[1]) if len(sys.argv) > 1 else 50, []
+    parser = argparse.ArgumentParser(description="Disturb runs, and compare their ends.")
+    parser.add_argument("count", nargs="?", type=int, default=50, help="drills (default: 50)")
+    count = parser.parse_args().count
+    failures = []
     with tempfile.TemporaryDirectory() as directory:
         data = os.path.join(directory, "corpus")
         library = os.path.dirname(os.__file__)
