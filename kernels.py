@@ -182,9 +182,9 @@ def attention_keep(seed, dropout_p, head, start, length, dtype=torch.bool):
 
     # One matrix for each (head, start), n matrices at a time.
     at_once = max(1, COUNTERS_IN_CACHE // max(1, c1.numel()))
-    streams = torch.stack([head, start]).view(2, -1, 1, 1).split(at_once, dim=1)
+    heads_and_starts = torch.stack([head, start]).view(2, -1, 1, 1).split(at_once, dim=1)
     matrices = keep.view(head.numel(), length, length).split(at_once)
-    for (heads, starts), matrix in zip(streams, matrices):
+    for (heads, starts), matrix in zip(heads_and_starts, matrices):
         halves = dropout_halves(seed, heads, starts, c1, dropout_p)  # (n, 8 blocks, 8 blocks, 4)
         # The axes: n, query block, query % 8, key block, key % 8, query // 8 % 2, key // 8 % 2.
         # The last two each go between the block and the remainder of their own position.
@@ -1030,7 +1030,7 @@ def launch_dropout(x, dropout_p, seed):
 def norm_settings(tile, x):
     """The constants of a LayerNorm kernel for x (T, H), and its number of programs.
 
-    A chunk is a power of two of columns, at least 8 (two counters of dropout):
+    A chunk is a power of two of columns, at least the four that share a counter of dropout:
 
         H <= 256     the whole row
         H <= 1,024   256 columns, which a warp reads at once
@@ -1043,7 +1043,7 @@ def norm_settings(tile, x):
     constants = dict(
         H=H,
         BLOCK_R=rows,
-        BLOCK_H=max(8, triton.next_power_of_2(columns)),
+        BLOCK_H=max(4, triton.next_power_of_2(columns)),
         num_warps=8 if wide else tile.warps,
     )
     blocks = triton.cdiv(T, rows)
@@ -1371,8 +1371,9 @@ def check_attention(qkv, cu_seqlens, max_seqlen):
     if lengths_visible(cu_seqlens):
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(qkv) or (lengths < 0).any():
+            wanted = f"non-decreasing from 0 to T = {len(qkv)}"
             found = f"{cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}"
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {found}")
+            raise ValueError(f"cu_seqlens must be {wanted}, got {found}")
         if len(lengths) and lengths.max() > max_seqlen:
             longest = int(lengths.max())
             raise ValueError(f"max_seqlen = {max_seqlen} is below the longest sequence, {longest}")
