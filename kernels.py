@@ -823,8 +823,7 @@ if HAS_TRITON:
     ):  # fmt: skip
         """One program: BLOCK_R whole rows, in chunks of BLOCK_H columns that stay in registers.
 
-            y = (h - mean) rstd weight + bias;  h = dropout(x) + residual;
-            rstd = 1 / sqrt(var + eps)
+            y = (h - mean) rstd weight + bias;  rstd = 1 / sqrt(var + eps)
 
         grid = (ceil(T / BLOCK_R),). Kept for the backward pass: mean, rstd. The first element of a
         row of h, the pivot, is subtracted before the mean is taken, so that a constant row gives
