@@ -487,16 +487,16 @@ if HAS_TRITON:
         row = (start + query_pos).to(tl.int64)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
         out_offset = (start.to(tl.int64) * N + head) * D  # where the sequence starts in out, dout
-        stat_offset = head.to(tl.int64) * T + row  # in (N, T)
         q = _load_rows(q_ptr, stride_t, query_pos, length, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
         do = _load_rows(dout_ptr + out_offset, N * D, query_pos, length, D, BLOCK_D, True)
-        if FP32:
-            shift = tl.load(shift_ptr + stat_offset, mask=query_pos < length, other=0.0)
+        if not FP32:
+            out = _load_rows(out_ptr + out_offset, N * D, query_pos, length, D, BLOCK_D, True)
+        stat_offset = head.to(tl.int64) * T + row  # in (N, T)
+        shift = tl.load(shift_ptr + stat_offset, mask=query_pos < length, other=0.0)
+        if FP32:  # pass 0 computes delta
             norm = tl.load(norm_ptr + stat_offset, mask=query_pos < length, other=0.0)
             delta = tl.zeros([BLOCK_Q], tl.float32)
         else:
-            out = _load_rows(out_ptr + out_offset, N * D, query_pos, length, D, BLOCK_D, True)
-            shift = tl.load(shift_ptr + stat_offset, mask=query_pos < length, other=0.0)
             delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
