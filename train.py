@@ -32,10 +32,11 @@ from tqdm import tqdm
 import corpus
 from common.arguments import add_flags, check_fields, option
 from common.command_line import CommandLine, run_command
+from common.ranges import share
 from common.signals import noting_signals
 from corpus.report import summary
 from corpus.store import read_meta
-from data import PairDataset, Tokenizer, batches, collate, share
+from data import PairDataset, Tokenizer, batches, collate
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 from training import plan, report
 from training.curves import draw_curves, draw_pretraining

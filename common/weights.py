@@ -36,9 +36,11 @@ def local_directory(name):
             directory = snapshot_download(name, allow_patterns=files)
             if glob.glob(os.path.join(glob.escape(directory), weights)):
                 break
-    except Exception as error:  # no such name, no network, no access: all one to the caller
-        words = f"no such directory, and the Hugging Face hub did not give it ({first_line(error)})"
-        raise FileNotFoundError(f"{name}: {words}") from None
+    except Exception as error:  # no such name, no network, no access: the caller has no model
+        raise FileNotFoundError(
+            f"{name}: no such directory, and the Hugging Face hub did not give it "
+            f"({first_line(error)})"
+        ) from None
     return directory
 
 
@@ -63,10 +65,14 @@ def read(directory):
             if os.path.exists(path + ".index.json"):  # in shards
                 return read_shards(directory, name + ".index.json")
         except Exception as error:  # each library raises its own type for a damaged file
-            words = f"the weights cannot be read ({first_line(error)}); copy or save them again"
-            raise ValueError(f"{directory}: {words}") from None
-    words = "neither model.safetensors nor pytorch_model.bin, nor the index of shards of either"
-    raise FileNotFoundError(f"{directory}: {words}")
+            raise ValueError(
+                f"{directory}: the weights cannot be read ({first_line(error)}); "
+                "copy or save them again"
+            ) from None
+    raise FileNotFoundError(
+        f"{directory}: neither model.safetensors nor pytorch_model.bin, "
+        "nor the index of shards of either"
+    )
 
 
 def load(path):
@@ -115,8 +121,8 @@ def read_shards(directory, index):
 
 # ---- modules -------------------------------------------------------------------------------------
 #
-# `names` is a function: the names in a file of a parameter of the module. If there are several, the
-# parameter is cut into that many along its first axis, as a fused matrix is.
+# `names` is a function from the name of a module's parameter to a list of names in a file. If there
+# are several, each names a part of the parameter, which is cut along its first axis.
 
 
 def of_module(module, names):
@@ -129,16 +135,16 @@ def of_module(module, names):
 
 
 def fill_module(module, weights, names, optional=()):
-    """Copies weights into a module. Returns the parameters that the weights lack.
+    """Copies weights into a module. Returns the names of the parameters that the weights lack.
 
-    optional: how the names of those begin that they may lack. Raises ValueError if they lack
-    another, or hold one of another shape.
+    optional: a tuple of beginnings of names; only parameters so named may be lacking. Raises
+    ValueError if another one is lacking or has another shape.
     """
     lacking = []
     for name, parameter in module.named_parameters():
         in_file = names(name)
         if name.startswith(optional) and not weights.keys() >= set(in_file):
-            lacking.append(name)  # it keeps the weights that it has
+            lacking.append(name)  # it keeps its initial weights
             continue
         # `chunk` gives views, so this writes into the parameter itself.
         for part, place in zip(in_file, parameter.data.chunk(len(in_file))):
@@ -151,9 +157,9 @@ def check_weight(weights, name, shape):
     """Raises ValueError unless `weights` holds floating-point numbers of this name and shape."""
     if name not in weights:
         raise ValueError(f"the weights lack {name}")
-    # Before the values are copied, which would broadcast them or raise a less helpful error.
-    found = tuple(weights[name].shape)
-    if found != tuple(shape):
-        raise ValueError(f"{name} is {found}, its config.json asks for {tuple(shape)}")
+    # `copy_` would broadcast another shape, or raise a less helpful error.
+    stored_shape = tuple(weights[name].shape)
+    if stored_shape != tuple(shape):
+        raise ValueError(f"{name} is {stored_shape}, its config.json asks for {tuple(shape)}")
     if not weights[name].is_floating_point():
         raise ValueError(f"{name} is not made of floating-point numbers")

@@ -1,7 +1,7 @@
 """Tokens on disk: the format of a corpus directory, its reader, and its writer.
 
     tokenizer.json           the tokenizer that made the tokens
-    prepare.json             how the corpus is made; an interrupted run goes on by it
+    prepare.json             how the corpus is made; an interrupted run continues by it
     00007.train.bin          tokens of part 7's training documents, end to end, uint16 or uint32
     00007.train.index.npy    (documents + 1,) of INDEX: where each document begins, its language
     00007.validation.*       the same for the documents held out
@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows, which has no such limits
     resource = None
 
-FORMAT = 3  # one more whenever an older reader or an older corpus would no longer do
+FORMAT = 3  # one more whenever older readers or older corpora no longer work
 SPLITS = ("train", "validation")
 INDEX = np.dtype([("offset", np.int64), ("language", np.uint32)])  # its last entry is the end
 
@@ -55,11 +55,6 @@ OURS = re.compile(
     r"|\d{5,}\.(json|(train|validation)\.(bin|index\.npy)))"
     rf"({TEMPORARY})?"
     r"|\.(\d+-of-\d+\.)?lock"
-)
-
-CHANGED = (  # how prepare refuses a part that was made of other documents
-    "the sources have changed since it was made; bring them back as they were, "
-    "or begin anew in another directory"
 )
 
 # ---- meta.json -----------------------------------------------------------------------------------
@@ -158,7 +153,8 @@ def reasons(skipped):
     return ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "none"
 
 
-def _damaged(path, words):  # an error to be raised
+def _damaged(path, words):
+    """The error to raise for a damaged file."""
     return ValueError(f"{path}: damaged ({words}); prepare the corpus again")
 
 
@@ -213,7 +209,7 @@ class PartReader:
         self.language_numbers = index["language"][:-1]  # (documents,)
         self.languages = list(facts.get("languages", ()))  # names, in the order of their numbers
 
-        # After this check nothing leads out of the file: documents lie in it end to end.
+        # Documents lie end to end in the file. After this check no offset leads outside.
         ends = (self.offsets[0], self.offsets[-1])
         shortest = np.diff(self.offsets).min(initial=2)
         if ends != (0, counts["tokens"]) or shortest < 2:
@@ -240,12 +236,12 @@ def map_tokens(path, count, dtype):
 
 
 def map_index(path, length):
-    """The entries (length,) of an index. Raises ValueError if the file is another, or cut short."""
+    """The entries (length,) of an index. Raises ValueError if the file holds anything else."""
     try:
         index = np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception as error:  # NumPy parses the header as Python, and raises what Python does
+    except Exception as error:  # NumPy parses the header as Python, so this may be any error
         raise _damaged(path, first_line(error)) from None
     if index.dtype != INDEX or index.shape != (length,):
         raise _damaged(path, f"not {length:,} entries of {INDEX}")
@@ -258,7 +254,7 @@ def map_index(path, length):
 class PartWriter:
     """A part that is being made, in memory until it is closed: about 70 MB of tokens.
 
-    Two processes may write the same part: what they write is the same.
+    Two processes may write the same part, because they write the same bytes.
     """
 
     def __init__(self, directory, number, dtype):
@@ -307,7 +303,8 @@ def check_read(out, number, digest):
     """Raises ValueError if a part exists that was made of documents with another digest."""
     path = part_file(out, number, "json")
     if os.path.exists(path) and read_json(path).get("read") != digest:
-        raise ValueError(f"{path}: {CHANGED}")
+        advice = "bring them back as they were, or begin anew in another directory"
+        raise ValueError(f"{path}: the sources have changed since it was made; {advice}")
 
 
 def is_temporary(name):

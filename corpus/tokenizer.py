@@ -6,7 +6,7 @@ tiktoken, which gives the same ids several times faster.
     a list of merges, first ones first           ids are ranks: the lowest id first
     special tokens in the text are special       encode_ordinary: they are ordinary text
 
-What the one could not run as the other does is refused when it is read.
+A tokenizer.json that the two would run differently is refused when it is read.
 
 References: Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016;
 Radford et al., GPT-2, 2019 (on bytes); Li et al., StarCoder, 2023 (single digits, special tokens).
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import tiktoken
@@ -33,21 +34,16 @@ SPECIAL_TOKENS = """
 """.split()
 ENCODER_TOKENS = ["<pad>", "<sep>", "<cls>", "<mask>"]  # StarEncoder's, at the end
 
-# What cuts a text into pieces. The alternatives that need no look ahead stand in one atomic group,
+# What cuts a text into pieces. The alternatives without a look-ahead stand in one atomic group,
 # (?>...), which tiktoken's regex library runs as an automaton: the same pieces in half the time.
 _WORDS = r"(?> ?\p{L}+|%s|'(?:[stmd]|re|ve|ll)| ?[^\s\p{L}\p{N}]+)|\s+(?:%s)|\s"
 GPT2_PATTERN = _WORDS % (r" ?\p{N}+", r"(?!\S)")
 
-# StarCoder cuts at every digit before GPT-2's regex runs, so blanks in front of a digit are one
-# piece, hence (?=...). Its `Digits` step knows 13 digits of a newer Unicode than the regexes do.
+# StarCoder cuts at every digit before GPT-2's regex runs, so all blanks in front of a digit are one
+# piece: hence (?=...). Its `Digits` step knows 13 digits of a newer Unicode than the regexes do.
 # They stand here as characters, because each regex library has escapes of its own.
 _DIGIT = "\\p{N}\U00011de0-\U00011de9\U00016ff4-\U00016ff6"
 DIGITS_PATTERN = _WORDS.replace(r"\p{N}", _DIGIT) % (f"[{_DIGIT}]", rf"(?=[{_DIGIT}])|(?!\S)")
-
-# Fields of a BPE model that a plain byte-level one leaves empty.
-UNSUPPORTED = """
-    dropout continuing_subword_prefix end_of_word_suffix byte_fallback ignore_merges
-""".split()
 
 
 class Tokenizer:
@@ -93,7 +89,7 @@ class Tokenizer:
             special_tokens=self.special_tokens,
         )
 
-        # The library itself runs only in `encode`, and there is to do what tiktoken does.
+        # The library itself runs only in `encode`, where it has to do what tiktoken does.
         self._library.encode_special_tokens = True
         self._library.no_padding()
         self._library.no_truncation()
@@ -147,8 +143,8 @@ class Tokenizer:
         """
         blanks = re.findall(r"\s+", text) if len(text) > self.long_run else []
         if any(len(run) > self.long_run for run in blanks):
-            # The library gives the same ids, slowly. It refuses half a surrogate pair, which is
-            # U+FFFD to tiktoken.
+            # The library gives the same ids, slowly. It refuses half a surrogate pair, which
+            # tiktoken reads as U+FFFD.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return self._library.encode(text, add_special_tokens=False).ids
         return self._tiktoken.encode_ordinary(text)
@@ -179,9 +175,9 @@ def train_tokenizer(texts, vocab_size):
     StarEncoder); fewer come out if the texts hold too few pairs.
     Raises ValueError for a size without room for the bytes and the special tokens.
     """
-    least = len(SPECIAL_TOKENS) + 256 + len(ENCODER_TOKENS)  # without a single merge
-    if not least <= vocab_size < 2**31:
-        words = f"at least {least} (the bytes and the special tokens)"
+    smallest = len(SPECIAL_TOKENS) + 256 + len(ENCODER_TOKENS)  # without a single merge
+    if not smallest <= vocab_size < 2**31:
+        words = f"at least {smallest} (the bytes and the special tokens)"
         raise ValueError(f"vocab_size must be {words}, got {vocab_size}")
 
     # How a text is cut into pieces; pairs are merged only within a piece.
@@ -193,6 +189,7 @@ def train_tokenizer(texts, vocab_size):
 
     # Ids: special tokens, bytes, merges, and the encoder's tokens at the end, as in StarEncoder.
     trainer = tokenizers.trainers.BpeTrainer(
+        show_progress=sys.stderr.isatty(),  # its bar is empty lines in a file
         vocab_size=vocab_size - len(ENCODER_TOKENS),
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(byte_level.alphabet()),  # all bytes, so that nothing is unknown
@@ -217,7 +214,9 @@ def check_readable(text):
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict):
         raise ValueError("no tokenizer: it has no model")
-    for name in UNSUPPORTED:
+    # Fields of a BPE model that a plain byte-level one leaves empty.
+    fields = "dropout continuing_subword_prefix end_of_word_suffix byte_fallback ignore_merges"
+    for name in fields.split():
         if model.get(name):
             raise ValueError(f"not a plain byte-level BPE: {name!r} is not supported")
 
@@ -227,9 +226,9 @@ def pattern_of(spec):
 
     Raises ValueError if that is neither StarCoder's way nor GPT-2's.
     """
-    # One step, or a sequence of steps.
-    step = spec["pre_tokenizer"] or {}
-    steps = [dict(step) for step in step.get("pretokenizers", [step])]
+    # The pre-tokenizer is one step, or a sequence of steps.
+    pre_tokenizer = spec["pre_tokenizer"] or {}
+    steps = [dict(step) for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
     for step in steps:
         step.pop("trim_offsets", None)  # does not touch the ids
     digits = {"type": "Digits", "individual_digits": True}
@@ -240,8 +239,8 @@ def pattern_of(spec):
             return GPT2_PATTERN
         if steps == [digits, byte_level]:
             return DIGITS_PATTERN
-    words = "not a byte-level BPE with GPT-2's or StarCoder's pre-tokenizer and no normalizer"
-    raise ValueError(words)
+    need = "with GPT-2's or StarCoder's pre-tokenizer and no normalizer"
+    raise ValueError(f"not a byte-level BPE {need}")
 
 
 def check_added(added_tokens):
@@ -259,8 +258,8 @@ def check_vocabulary(vocabulary, merged, special):
     # tiktoken merges the pair of the lowest id first, the library the first in its list of merges.
     made = byte_characters().keys() | {*merged}
     ids = [vocabulary.get(token, -1) for token in merged]
-    rising = all(a < b for a, b in zip(ids, ids[1:]))
-    if not rising or not made <= vocabulary.keys():
+    ascending = all(a < b for a, b in zip(ids, ids[1:]))
+    if not ascending or not made <= vocabulary.keys():
         words = "the ids do not follow the order of the merges, or some of the 256 bytes have none"
         raise ValueError(words)
     # Text can become any token that has a rank: exactly the bytes and what the merges make.

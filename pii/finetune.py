@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import train as pretraining
 from common.arguments import check_fields, option
+from common.ranges import permute, share
 from common.signals import noting_signals
 from corpus.tokenizer import Tokenizer
-from data import permute, share
 from pii.detector import Detector
 from pii.labels import LABELS, LabelledWindows, pack, read_labelled
 from pii.scores import evaluate_detector

@@ -1,5 +1,6 @@
 """Pairs and masks by their properties, and batches."""
 
+import doctest
 import os
 import pickle
 import shutil
@@ -15,9 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import corpus
+from common import ranges
+from common.ranges import permute, share
 from corpus import store
 from corpus.tokenizer import Tokenizer, train_tokenizer
-from data import PairDataset, batches, collate, mask_tokens, permute, share
+from data import PairDataset, batches, collate, mask_tokens
+
+
+def test_examples_in_docstrings():
+    result = doctest.testmod(ranges)
+    assert result.attempted and not result.failed
+
 
 # ---- the shuffle ----
 
@@ -58,6 +67,11 @@ def dataset_of(tokenizer, tmp_path_factory):
     return make
 
 
+def draw(dataset, i):
+    """The windows of example i."""
+    return dataset.draw(i, dataset.random_stream(i))
+
+
 @given(lengths=corpora, max_length=max_lengths)
 def test_windows_cover_every_token_and_stay_in_their_document(dataset_of, lengths, max_length):
     dataset = dataset_of(lengths, max_length)
@@ -81,18 +95,18 @@ def test_windows_cover_every_token_and_stay_in_their_document(dataset_of, length
 def test_pairs_are_what_they_say(dataset_of, lengths, max_length, seed, i):
     documents = rising_documents(lengths)
     dataset = dataset_of(lengths, max_length, seed)
-    draw = dataset.draw(i)
+    windows = draw(dataset, i)
     a, b, follows = dataset.pair(i)
-    assert a.tolist() == documents[draw.a.document][draw.a.start : draw.a.end]
-    assert b.tolist() == documents[draw.b.document][draw.b.start : draw.b.end]
-    assert len(a) == draw.a.end - draw.a.start >= 1  # both lie within their documents
-    assert len(b) == draw.b.end - draw.b.start >= 1
+    assert a.tolist() == documents[windows.a.document][windows.a.start : windows.a.end]
+    assert b.tolist() == documents[windows.b.document][windows.b.start : windows.b.end]
+    assert len(a) == windows.a.end - windows.a.start >= 1  # both lie within their documents
+    assert len(b) == windows.b.end - windows.b.start >= 1
     assert len(a) + len(b) + 3 <= max_length
-    assert follows == draw.next_sentence_label
+    assert follows == windows.next_sentence_label
     if follows:
-        assert (draw.b.document, draw.b.start) == (draw.a.document, draw.a.end)
+        assert (windows.b.document, windows.b.start) == (windows.a.document, windows.a.end)
     else:
-        assert draw.b.document != draw.a.document
+        assert windows.b.document != windows.a.document
 
     # A pure function of (seed, i), in this process or another.
     example = dataset[i]
@@ -105,6 +119,19 @@ def test_pairs_are_what_they_say(dataset_of, lengths, max_length, seed, i):
     assert ids.tolist() == [dataset.cls_id, *a, dataset.sep_id, *b, dataset.sep_id]
     assert example.next_sentence_label == follows
     assert not dataset.special[example.labels].any()
+
+
+def test_a_numpy_integer_numbers_the_same_example(small_corpus):
+    """In NumPy's 64 bits, a key of 128 would overflow: all examples would draw the same numbers."""
+    dataset = PairDataset(small_corpus, "train", 64, 3)
+    for i in (0, 3, 2 * len(dataset) + 1):
+        for number in (np.int64(i), np.uint16(i)):
+            for x, y in zip(dataset[i], dataset[number], strict=True):
+                assert np.array_equal(x, y)
+            assert draw(dataset, number) == draw(dataset, i)
+            assert dataset.proposal(number) == dataset.proposal(i)
+    with pytest.raises(TypeError):
+        dataset[1.0]
 
 
 @given(lengths=corpora, cuts=st.sets(st.integers(1, 11), max_size=5), max_length=max_lengths)
@@ -141,11 +168,11 @@ def test_languages_of_masks_are_those_of_their_documents(tokenizer, tmp_path):
     seen = set()
     for i in range(200):
         example = dataset[i]
-        draw = dataset.draw(i)
+        windows = draw(dataset, i)
         end_of_a = np.flatnonzero(example.input_ids == dataset.sep_id)[0]
         names = dataset.languages_of_masks(i, example)
         for position, name in zip(example.masked_positions, names, strict=True):
-            document = draw.a.document if position < end_of_a else draw.b.document
+            document = windows.a.document if position < end_of_a else windows.b.document
             assert name == ("python" if document else "c")
         seen.update(names)
     assert seen == {"c", "python"}
@@ -163,7 +190,7 @@ def test_an_epoch_takes_every_window_once_and_epochs_differ(small_corpus):
     # A pair begins with the window proposed, unless its partner was of the same document.
     kept = 0
     for i in range(n):
-        a = dataset.draw(i).a
+        a = draw(dataset, i).a
         document, start, end = dataset.window(first[i])
         kept += a.document == document and start <= a.start < end
     assert 0.75 * n < kept < n
@@ -180,8 +207,8 @@ def test_every_token_is_reached(dataset_of):
     dataset = dataset_of(lengths, 19)
     seen = [np.zeros(n, bool) for n in lengths]
     for i in range(3000):
-        draw = dataset.draw(i)
-        for window in (draw.a, draw.b):
+        windows = draw(dataset, i)
+        for window in (windows.a, windows.b):
             seen[window.document][window.start : window.end] = True
     assert np.concatenate(seen).all()
 
@@ -193,9 +220,9 @@ def test_large_documents_are_no_likelier_in_positive_pairs(dataset_of):
     from_large = np.zeros(2)  # by label
     drawn = np.zeros(2)
     for i in range(8000):
-        draw = dataset.draw(i)
-        from_large[draw.next_sentence_label] += draw.b.document == 0
-        drawn[draw.next_sentence_label] += 1
+        windows = draw(dataset, i)
+        from_large[windows.next_sentence_label] += windows.b.document == 0
+        drawn[windows.next_sentence_label] += 1
     negative, positive = from_large / drawn
     assert abs(negative - positive) < 0.04
 
@@ -389,6 +416,27 @@ def main():
             raise RuntimeError("an error of the program")
 run_command(main)
 """
+
+
+class Unreadable:
+    """A dataset whose files have gone."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, i):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "x"), ValueError("two\nlines: 1"), ValueError()]
+)
+def test_an_error_comes_out_of_a_worker_as_it_is(error, workers):
+    with pytest.raises(type(error)) as caught:
+        list(batches(Unreadable(error), range(2), 4, 2, workers=workers))
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == str(error)
 
 
 @pytest.mark.slow

@@ -960,9 +960,9 @@ def _with_nan_on_one_rank(rank, corpus_directory, out):
     torch.set_num_threads(1)
     real, calls = train.loss_on, []
 
-    def planted(*a, seed):
-        calls.append(seed)
-        loss, *parts = real(*a, seed=seed)
+    def planted(*a, **options):
+        calls.append(options)
+        loss, *parts = real(*a, **options)
         return (
             loss * float("nan") if rank == 1 and len(calls) == 6 else loss
         ), *parts  # two micro-batches a step: in the third step
