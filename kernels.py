@@ -1,52 +1,59 @@
-"""The operations of the encoder that are worth a kernel of their own: in Triton, and as formulas.
+"""The operations of the encoder that deserve a kernel: in Triton, and as plain PyTorch.
 
-    attention     O = dropout(softmax(Q K^T / sqrt(D))) V      each sequence to itself, both ways
-    layer_norm    y = LN(dropout(x) + residual),  LN(h) = (h - mean) / sqrt(var + eps) weight + bias
-    dropout       y = dropout(x)                               where no LayerNorm follows
-    CrossEntropy  sum of log(sum e^logits) - logit[label]      over the rows of a large vocabulary
+    attention      O = dropout(softmax(Q K^T / sqrt(D))) V     within each sequence, not causal
+    layer_norm     y = LN(dropout(x) + residual)               between two blocks of the encoder,
+                   LN(h) = (h - mean) / sqrt(var + eps) weight + bias
+    dropout        y = dropout(x)                              where no LayerNorm follows
+    cross_entropy  sum of log(sum e^logits) - logit[label]     over the rows of a large vocabulary
 
-Each operation is one section, in this order: what it promises, its naive twin (`..._reference`),
-its kernels, the functions that launch them, and the autograd function. Start with the twins: the
-tests hold the kernels to them. CUDA devices run Triton, and others run PyTorch;
-`STARENCODER_KERNELS=torch|triton` overrides (triton on a CPU is its interpreter). CrossEntropy
-exists in Triton alone, for a model that has asked `backend`.
+Each operation is one section, in this order: the public function, its naive twin (`..._reference`),
+its kernels, the functions that launch them, and the autograd function. Read the twins first: the
+tests hold the kernels to them. Tensors on a CUDA device are served by Triton, others by PyTorch;
+`STARENCODER_KERNELS=torch|triton` overrides (triton on a CPU is Triton's interpreter).
 
 Sequences are packed: the tokens of a micro-batch lie end to end in one axis of length T, and
-`cu_seqlens` (B+1,) int32 says where each sequence starts. No padding is ever computed.
-Letters: B sequences, T tokens, N heads, D head size, L length of a sequence, H = N*D hidden, M rows
-of logits, V vocabulary.
+`cu_seqlens` (B+1,) int32 says where each sequence starts. There are no padding tokens.
+Letters in shapes: B sequences, T tokens, N heads, D head size, L length of one sequence, H hidden,
+M rows of logits, V vocabulary. In formulas, p is the probability of dropout.
 
-**Dropout by counter.** A mask is never stored, and no generator has a state. Whether an element is
-kept is a pure function of the seed and of the element's place, computed by the counter-based
+**Counter-based dropout.** No generator has a state, and the kernels store no mask. Whether an
+element is kept is a pure function of the seed and of the element's position, computed by the
 generator Philox 2x32-7: philox(key, (c0, c1)) mixes a key and a counter, all 32-bit words, into two
 random words. The backward pass computes the same bits again, and a resumed run needs only the seed.
+**Each call needs a seed of its own**: two calls with one seed drop the same elements.
 
-    key, offset = philox(head, (lower, upper word of the seed))        once for each head
-    word_0, word_1 = philox(key, (c0, c1 + offset))                    once for every four elements
+    rng_key, rng_offset = philox(head, (lower, upper word of the seed))    once for each head
+    word_0, word_1 = philox(rng_key, (c0, c1 + rng_offset))                once for four elements
 
-Two words are four 16-bit halves, numbered 0 to 3, the lower half first. They serve four elements:
+Two words are four 16-bit halves, numbered 0 to 3, the lower half first. They decide on four
+elements:
 
     layer_norm, dropout   x[row, column]: head = 0, c0 = row, c1 = column // 4, half column % 4
-    attention             P[query, key], positions in the sequence that starts at row `start`:
+    attention             P[query, key], positions within the sequence that starts at token `start`:
                           c0 = start, c1 = pair(query) * 2^16 + pair(key),
-                          half 2 * (query // 8 % 2) + key // 8 % 2; pair(i) = i // 16 * 8 + i % 8
+                          half 2 * (query // 8 % 2) + key // 8 % 2
 
-An element is kept if its half, read as a signed number, is at least p * 2^16 - 2^15. What is kept
-is scaled by 1 / (1 - p). Attention groups {q, q + 8} x {k, k + 8} because one thread of a tensor
-core holds just these four elements of a tile of scores, and of its transpose: the mask never has
-to travel between threads.
+Here pair(i) = i // 16 * 8 + i % 8 gives i and i + 8 in the same block of 16 one number: pair(3) =
+pair(11) = 3, pair(16) = pair(24) = 8. So one counter serves {q, q + 8} x {k, k + 8}. In a tile of
+scores, these four elements belong to one thread of a tensor core, also when the tile is transposed:
+the mask never travels between threads.
+
+An element is kept if its half, read as a signed number, is at least round(p * 2^16) - 2^15 (or
+2^15 - 1, if that is less). What is kept is scaled by 1 / (1 - p).
 
 References: Vaswani et al., Attention Is All You Need, 2017, section 3.2; Ba et al., Layer
 Normalization, 2016; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao,
 FlashAttention-2, 2023; Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox:
 7 rounds are the fewest that pass all of TestU01's BigCrush, table 2 there).
 
-Left out: causal masks, cross attention, grouped-query attention, second derivatives, D above 128.
-Under torch.compile these operations break the graph.
+Left out: causal masks, cross attention, grouped-query attention, second derivatives. Under
+torch.compile these operations break the graph. Limits of the kernels: D up to 128, sequences of up
+to 2^17 tokens, 65,535 sequences and heads, and fp16, bf16 or fp32.
 """
 
 import contextlib
 import functools
+import math
 import os
 from itertools import groupby
 from typing import NamedTuple
@@ -69,7 +76,7 @@ except ImportError:
 
 
 def outside_compile(function):
-    """`torch.compiler.disable`, but only if something is compiled: importing it takes a second.
+    """`torch.compiler.disable`, but only when something is compiled: importing it takes a second.
 
     A compiled model breaks its graph here and computes the same.
     """
@@ -88,6 +95,7 @@ def backend(tensor):
 
     `STARENCODER_KERNELS` overrides. Raises ValueError if it asks for what is not available.
     """
+    # A dry launcher (see `Launcher`) only pretends to launch: any tensor counts as one on a GPU.
     on_gpu = tensor.is_cuda or Launcher.current.dry
     asked = os.environ.get("STARENCODER_KERNELS")
     if not asked:
@@ -110,8 +118,8 @@ def lengths_visible(cu_seqlens):
 PHILOX_MULTIPLIER = 0xD256D193
 PHILOX_KEY_STEP = 0x9E3779B9
 PHILOX_ROUNDS = 7
-LOW = 0xFFFFFFFF  # the lower 32 bits
-CACHED = 2**16  # so many counters and their words stay in a CPU's cache
+LOWER_32 = 0xFFFFFFFF  # selects the lower 32 bits
+COUNTERS_IN_CACHE = 2**16  # a mask in PyTorch is computed in pieces that fit a CPU's cache
 
 
 def philox(key, c0, c1, rounds=PHILOX_ROUNDS):
@@ -119,28 +127,28 @@ def philox(key, c0, c1, rounds=PHILOX_ROUNDS):
 
     key, c0, c1: ints or int64 tensors that broadcast, with values below 2**32. Returns two of the
     same kind. PyTorch has no uint32 arithmetic, so words live in int64, where a product wraps
-    modulo 2**64 just as the hardware's does, and `& LOW` keeps 32 bits.
+    modulo 2**64 just as the hardware's does, and `& LOWER_32` keeps 32 bits.
 
     >>> [hex(word) for word in philox(0, 0, 0)]  # the known answer of Random123
     ['0x257a3673', '0xcd26be2a']
     """
     for _ in range(rounds):
         product = c0 * PHILOX_MULTIPLIER
-        c0 = ((product >> 32) ^ key ^ c1) & LOW
-        c1 = product & LOW
-        key = (key + PHILOX_KEY_STEP) & LOW
+        c0 = ((product >> 32) ^ key ^ c1) & LOWER_32
+        c1 = product & LOWER_32
+        key = (key + PHILOX_KEY_STEP) & LOWER_32
     return c0, c1
 
 
 def dropout_threshold(dropout_p):
-    """The least half that is kept. At most 2^15 - 1, the largest half, which is always kept."""
+    """The least half that is kept. At most 2^15 - 1, the largest half: it is always kept."""
     return min(round(dropout_p * 2**16), 2**16 - 1) - 2**15
 
 
 def dropout_halves(seed, head, c0, c1, dropout_p):
     """Which of the four elements of each counter (c0, c1) are kept: bool (..., 4)."""
-    key, offset = philox(head, seed & LOW, (seed >> 32) & LOW)
-    words = philox(key, c0, (c1 + offset) & LOW)
+    rng_key, rng_offset = philox(head, seed & LOWER_32, (seed >> 32) & LOWER_32)
+    words = philox(rng_key, c0, (c1 + rng_offset) & LOWER_32)
     words = torch.stack([word.to(torch.int32) for word in words], dim=-1)  # (..., 2)
     # On a little-endian machine the lower half of a word comes first.
     return words.view(torch.int16) >= dropout_threshold(dropout_p)
@@ -153,18 +161,18 @@ def dropout_keep(seed, dropout_p, rows, columns, device=None, dtype=torch.bool):
     groups = (columns + 3) // 4  # one counter serves four neighbouring columns
     group = torch.arange(groups, device=device)[None, :]
 
-    at_once = max(1, CACHED // max(1, groups))  # rows
-    for some_rows, out in zip(row.split(at_once), keep.split(at_once)):
-        halves = dropout_halves(seed, 0, some_rows, group, dropout_p)  # (rows, groups, 4)
-        out.copy_(halves.flatten(1)[:, :columns])
+    rows_at_once = max(1, COUNTERS_IN_CACHE // max(1, groups))
+    for row_part, keep_part in zip(row.split(rows_at_once), keep.split(rows_at_once)):
+        halves = dropout_halves(seed, 0, row_part, group, dropout_p)  # (rows, groups, 4)
+        keep_part.copy_(halves.flatten(1)[:, :columns])
     return keep
 
 
 def attention_keep(seed, dropout_p, head, start, length, dtype=torch.bool):
     """Which attention weights dropout keeps: (..., length, length), queries by keys, of `dtype`.
 
-    head, start: int64 tensors that broadcast to (...): the head, and the row of the packed batch at
-    which the sequence starts.
+    head, start: int64 tensors that broadcast to (...): the head, and the token of the packed batch
+    at which the sequence starts.
     """
     head, start = torch.broadcast_tensors(head, start)
     keep = torch.empty(*head.shape, length, length, dtype=dtype, device=start.device)
@@ -172,15 +180,17 @@ def attention_keep(seed, dropout_p, head, start, length, dtype=torch.bool):
     pair = torch.arange(8 * blocks, device=start.device)
     c1 = (pair[:, None] << 16) | pair[None, :]  # (8 blocks, 8 blocks)
 
-    at_once = max(1, CACHED // max(1, c1.numel()))  # matrices
-    places = torch.stack([head, start]).view(2, -1, 1, 1).split(at_once, dim=1)
-    for place, out in zip(places, keep.view(head.numel(), length, length).split(at_once)):
-        halves = dropout_halves(seed, *place, c1, dropout_p)  # (n, 8 blocks, 8 blocks, 4)
+    # One matrix for each (head, start), n matrices at a time.
+    at_once = max(1, COUNTERS_IN_CACHE // max(1, c1.numel()))
+    heads_and_starts = torch.stack([head, start]).view(2, -1, 1, 1).split(at_once, dim=1)
+    matrices = keep.view(head.numel(), length, length).split(at_once)
+    for (heads, starts), matrix in zip(heads_and_starts, matrices):
+        halves = dropout_halves(seed, heads, starts, c1, dropout_p)  # (n, 8 blocks, 8 blocks, 4)
         # The axes: n, query block, query % 8, key block, key % 8, query // 8 % 2, key // 8 % 2.
         # The last two each go between the block and the remainder of their own position.
         n = len(halves)
         halves = halves.view(n, blocks, 8, blocks, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
-        out.copy_(halves.reshape(n, 16 * blocks, 16 * blocks)[:, :length, :length])
+        matrix.copy_(halves.reshape(n, 16 * blocks, 16 * blocks)[:, :length, :length])
     return keep
 
 
@@ -188,10 +198,10 @@ if HAS_TRITON:
     MULTIPLIER = tl.constexpr(PHILOX_MULTIPLIER)
     KEY_STEP = tl.constexpr(PHILOX_KEY_STEP)
     ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-    LOG2_E = tl.constexpr(1.4426950408889634)
-    # Triton compiles a variant of a kernel for arguments that are 1 or divisible by 16. These
-    # arguments change from batch to batch and must not compile anew.
-    GENERIC = dict(
+    LOG2_E = tl.constexpr(math.log2(math.e))
+    # Triton compiles another variant of a kernel for an integer that is 1 or divisible by 16, and
+    # for an aligned pointer. These arguments vary from batch to batch and must not compile anew.
+    VARYING = dict(
         do_not_specialize=["T", "threshold"],
         do_not_specialize_on_alignment=["seed_ptr"],
     )
@@ -207,15 +217,15 @@ if HAS_TRITON:
         return c0, c1
 
     @triton.jit
-    def _dropout_stream(seed_ptr, head):
-        """The key and the offset of a head."""
+    def _head_rng(seed_ptr, head):
+        """The rng_key and the rng_offset of a head."""
         seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
         return _philox(head.to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
 
     @triton.jit
-    def _halves(key, c0, c1, threshold):
-        """`dropout_halves`: four bool tensors, in the order of the halves."""
-        word_0, word_1 = _philox(key, c0, c1)
+    def _halves(rng_key, c0, c1, threshold):
+        """`dropout_halves`, where rng_offset is in c1: four bool tensors, one for each half."""
+        word_0, word_1 = _philox(rng_key, c0, c1)
         word_0 = word_0.to(tl.int32, bitcast=True)
         word_1 = word_1.to(tl.int32, bitcast=True)
         # A half in the upper 16 bits of a word compares as the half itself, whatever is below it.
@@ -224,31 +234,32 @@ if HAS_TRITON:
 
     @triton.jit
     def _attention_keep(
-        stream,  # the head's key and offset, the sequence's start, the threshold
+        attention_rng,  # the head's rng_key and rng_offset, the sequence's start, the threshold
         first_query, first_key,  # of the tile, multiples of 16
         QUERIES: tl.constexpr, KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
     ):  # fmt: skip
         """`attention_keep` for a tile: bool (QUERIES, KEYS), or (KEYS, QUERIES) if TRANSPOSED."""
-        key, offset, start, threshold = stream
-        # pair(i) = i // 2 where i is a multiple of 16.
+        rng_key, rng_offset, start, threshold = attention_rng
+        # pair(i) = i // 2 if i is a multiple of 16.
         query_pair = first_query // 2 + tl.arange(0, QUERIES // 2)
         key_pair = first_key // 2 + tl.arange(0, KEYS // 2)
         if TRANSPOSED:
             c1 = (query_pair << 16)[None, :] | key_pair[:, None]
         else:
             c1 = (query_pair << 16)[:, None] | key_pair[None, :]
-        c1 = c1.to(tl.uint32) + offset
-        near, key_8, query_8, both_8 = _halves(key, start.to(tl.uint32), c1, threshold)
+        c1 = c1.to(tl.uint32) + rng_offset
+        # keep_ij: i = query // 8 % 2, j = key // 8 % 2. The number of its half is 2 i + j.
+        keep_00, keep_01, keep_10, keep_11 = _halves(rng_key, start.to(tl.uint32), c1, threshold)
 
-        # Joining adds two axes, key // 8 % 2 and query // 8 % 2. Each goes between the block of 16
-        # and the remainder by 8 of its own position.
-        halves = tl.join(tl.join(near, key_8), tl.join(query_8, both_8))
+        # Joining adds an axis of 2 for j, then one for i. Each goes between the block of 16 and the
+        # remainder by 8 of its own position.
+        keep = tl.join(tl.join(keep_00, keep_01), tl.join(keep_10, keep_11))
         if TRANSPOSED:
-            halves = tl.reshape(halves, [KEYS // 16, 8, QUERIES // 16, 8, 2, 2])
-            return tl.reshape(tl.permute(halves, (0, 4, 1, 2, 5, 3)), [KEYS, QUERIES])
+            keep = tl.reshape(keep, [KEYS // 16, 8, QUERIES // 16, 8, 2, 2])
+            return tl.reshape(tl.permute(keep, (0, 4, 1, 2, 5, 3)), [KEYS, QUERIES])
         else:
-            halves = tl.reshape(halves, [QUERIES // 16, 8, KEYS // 16, 8, 2, 2])
-            return tl.reshape(tl.permute(halves, (0, 5, 1, 2, 4, 3)), [QUERIES, KEYS])
+            keep = tl.reshape(keep, [QUERIES // 16, 8, KEYS // 16, 8, 2, 2])
+            return tl.reshape(tl.permute(keep, (0, 5, 1, 2, 4, 3)), [QUERIES, KEYS])
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -256,18 +267,22 @@ if HAS_TRITON:
 
 @outside_compile
 def attention(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
-    """Bidirectional multi-head attention of each sequence to itself (Vaswani et al., section 3.2).
+    """Bidirectional multi-head attention within each sequence (Vaswani et al., section 3.2).
 
-    qkv: (T, 3, N, D), queries, keys and values. cu_seqlens: (B+1,) int32, rising from 0 to T.
-    max_seqlen: int, at least the length of the longest sequence. dropout_p: probability that an
-    attention weight is dropped. seed: int or 0-d int64 tensor. Returns (T, N, D) in the dtype of
-    qkv. Raises ValueError for arguments that do not fit together.
+    qkv: (T, 3, N, D): queries, keys and values. cu_seqlens: (B+1,) int32, non-decreasing from 0 to
+    T. max_seqlen: int, at least the length of the longest sequence, at most 2**17. dropout_p: the
+    probability that an attention weight is dropped. seed: int or 0-d int64 tensor, another for each
+    call. Returns (T, N, D) in the dtype of qkv.
+
+    The kernels take fp16, bf16 or fp32, D up to 128, and a qkv whose last stride is 1. Raises
+    ValueError for arguments that do not fit together. The numbers in cu_seqlens are checked on a
+    CPU only, since reading them from a GPU would make the step wait.
     """
     check_attention(qkv, cu_seqlens, max_seqlen)
     check_dropout(dropout_p, seed)
     if backend(qkv) == "torch":
         return attention_torch(qkv, cu_seqlens, dropout_p, seed)
-    check_triton_attention(qkv, max_seqlen)
+    check_triton_attention(qkv, cu_seqlens, max_seqlen)
     return Attention.apply(qkv, cu_seqlens, max_seqlen, dropout_p, seed_tensor(seed, qkv.device))
 
 
@@ -323,297 +338,323 @@ if HAS_TRITON:
     def _load_rows(
         base_ptr, stride,  # of a (length, D) matrix, with `stride` elements from row to row
         row, length, D: tl.constexpr, BLOCK_D: tl.constexpr,
-        MASKED: tl.constexpr,  # False: all rows are inside, so none is compared with length
+        MASKED: tl.constexpr,  # False: every row is below length, so no comparison is needed
     ):  # fmt: skip
-        """The rows of a matrix, with zeros outside: (rows, BLOCK_D)."""
+        """The rows of a matrix, with zeros beyond length and D: (rows, BLOCK_D)."""
         d = tl.arange(0, BLOCK_D)
-        place = row[:, None] * stride + d[None, :]
+        offset = row[:, None] * stride + d[None, :]
         if MASKED:
-            inside = (row < length)[:, None] & (d < D)[None, :]
-            return tl.load(base_ptr + place, mask=inside, other=0.0)
+            mask = (row < length)[:, None] & (d < D)[None, :]
+            return tl.load(base_ptr + offset, mask=mask, other=0.0)
         if D < BLOCK_D:
-            return tl.load(base_ptr + place, mask=(d < D)[None, :], other=0.0)
-        return tl.load(base_ptr + place)
+            return tl.load(base_ptr + offset, mask=(d < D)[None, :], other=0.0)
+        return tl.load(base_ptr + offset)
 
-    # Each kernel goes through all whole blocks without a comparison, and then, with masks, through
-    # the block that is left: once, or not at all. `REST` is 0 in the first loop and 1 in the
-    # second; Triton unrolls `static_range`, so there are two loops in the machine code.
+    # Names in the three kernels:
+    #
+    #   s        a tile of Q K^T, not scaled
+    #   S        s * scale, where scale = log2(e) / sqrt(D): the hardware has 2^x and not e^x
+    #   e        a tile of E = 2^(S - m), where m is the greatest S of a query
+    #   p        a tile of P = softmax = E / l, before dropout, where l is the sum of a query's E
+    #   keep     the dropout mask of a tile; keep_scale is 1 / (1 - dropout_p)
+    #   shift    (N, T) and norm (N, T) are kept for the backward pass: P = norm 2^(S - shift).
+    #            Half precision: shift = m + log2(l), and norm = 1 is not stored. Beside a large m,
+    #            log2(l) would be rounded away, which shows in fp32: there shift = m, norm = 1 / l.
+    #
+    # Each loop over blocks is unrolled into two: one over whole blocks, which need no masks, and
+    # one over the partial block at the end, if there is one. PARTIAL is 0 in the first and 1 in the
+    # second. A single block needs no pipeline, so num_stages = 1 there.
 
-    @triton.jit(**GENERIC)
+    @triton.jit(**VARYING)
     def _attention_forward(
         qkv_ptr,  # (T, 3, N, D)
         out_ptr,  # (T, N, D), contiguous, written
         shift_ptr,  # (N, T) fp32, written
-        norm_ptr,  # (N, T) fp32, written for fp32 inputs only
+        norm_ptr,  # (N, T) fp32, written if FP32
         cu_seqlens_ptr,  # (B+1,) int32
         seed_ptr,  # () int64
         stride_t, stride_3, stride_n,  # of qkv, in elements; its last axis is contiguous
         T, N, scale, threshold, keep_scale,
         D: tl.constexpr, BLOCK_D: tl.constexpr,  # BLOCK_D: D, rounded up to a power of two
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+        FP32: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: BLOCK_M queries of one head of one sequence, all keys in blocks of BLOCK_N.
+        """One program: BLOCK_Q queries of one head of one sequence, all keys in blocks of BLOCK_K.
 
-            S = scale Q K^T;  m = max S;  P = 2^(S - m);  l = sum P;  O = keep P V / (l (1 - p))
-            scale = log2(e) / sqrt(D), since the hardware has 2^x and not e^x
+            S = scale Q K^T;  m = max S;  E = 2^(S - m);  l = sum E;  O = keep_scale (keep E) V / l
 
-        grid = (ceil(max_seqlen / BLOCK_M), N, B). Each block of keys updates m and l, and what was
-        summed before shrinks by 2^(m_old - m_new).
-
-        Kept for the backward pass, so that P / l = norm 2^(S - shift): shift = m + log2(l), with
-        norm = 1, which is not stored. Beside a large m, log2(l) would be rounded away, and with
-        fp32 inputs that shows. For these, shift = m and norm = 1 / l.
+        grid = (ceil(max_seqlen / BLOCK_Q), N, B). Each block of keys updates m and l; what was
+        summed earlier shrinks by 2^(m_old - m_new).
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
-        first_query = tl.program_id(0) * BLOCK_M
-        if first_query >= length:  # the grid is made for the longest sequence
+        first_query = tl.program_id(0) * BLOCK_Q
+        if first_query >= length:  # the grid covers the longest sequence; this one is shorter
             return
-        key, offset = _dropout_stream(seed_ptr, head)
-        stream = (key, offset, start, threshold)
+        rng_key, rng_offset = _head_rng(seed_ptr, head)
+        attention_rng = (rng_key, rng_offset, start, threshold)
 
-        # Queries outside are zeros. Their softmax is uniform and finite, and is not stored.
-        query = first_query + tl.arange(0, BLOCK_M)
+        # Queries beyond the end are zeros. Their softmax is uniform and finite, and is not stored.
+        query_pos = first_query + tl.arange(0, BLOCK_Q)  # within the sequence
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
-        o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        q = _load_rows(q_ptr, stride_t, query_pos, length, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
+        m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_Q], tl.float32)
+        o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
-        whole = length // BLOCK_N * BLOCK_N
-        for REST in tl.static_range(2):
-            begin = whole if REST else 0
-            end = length if REST else whole
-            for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if REST else None):
-                # Load k and v: (BLOCK_N, BLOCK_D).
-                position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, REST)
-                v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, REST)
+        whole = length // BLOCK_K * BLOCK_K
+        for PARTIAL in tl.static_range(2):
+            begin = whole if PARTIAL else 0
+            end = length if PARTIAL else whole
+            for first_key in tl.range(begin, end, BLOCK_K, num_stages=1 if PARTIAL else None):
+                # Load k and v: (BLOCK_K, BLOCK_D).
+                key_pos = first_key + tl.arange(0, BLOCK_K)  # within the sequence
+                k = _load_rows(q_ptr + stride_3, stride_t, key_pos, length, D, BLOCK_D, PARTIAL)
+                v = _load_rows(q_ptr + 2 * stride_3, stride_t, key_pos, length, D, BLOCK_D, PARTIAL)
 
-                # Score. Keys outside weigh 2^-inf = 0.
-                s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-                if REST:
-                    s = tl.where((position < length)[None, :], s, float("-inf"))
+                # Score. Keys beyond the end weigh 2^-inf = 0.
+                s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
+                if PARTIAL:
+                    s = tl.where((key_pos < length)[None, :], s, float("-inf"))
 
                 # Weigh. l is summed before dropout, which acts on the normalized softmax.
-                m_new = tl.maximum(m, tl.max(s, 1) * scale)  # (BLOCK_M,)
-                p = tl.exp2(s * scale - m_new[:, None])  # (BLOCK_M, BLOCK_N)
+                m_new = tl.maximum(m, tl.max(s, 1) * scale)  # (BLOCK_Q,)
+                e = tl.exp2(s * scale - m_new[:, None])  # (BLOCK_Q, BLOCK_K)
                 shrink = tl.exp2(m - m_new)  # 0 in the first block, where m is -inf
                 m = m_new
-                l = l * shrink + tl.sum(p, 1)
+                l = l * shrink + tl.sum(e, 1)
                 if DROPOUT:
-                    keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, False)
-                    # scale * 0.0 and not 0.0: with a constant the compiler would select after the
-                    # rounding to bf16, at three times the cost.
-                    p = tl.where(keep, p, scale * 0.0)
+                    keep = _attention_keep(
+                        attention_rng, first_query, first_key, BLOCK_Q, BLOCK_K, TRANSPOSED=False
+                    )
+                    # A literal 0.0 instead of scale * 0.0 lets the compiler move the select behind
+                    # the cast to bf16, which is three times slower.
+                    e = tl.where(keep, e, scale * 0.0)
 
                 # Accumulate.
                 o = o * shrink[:, None]
-                o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
+                o = tl.dot(e.to(v.dtype), v, o, input_precision="ieee")
 
         # Store.
         d = tl.arange(0, BLOCK_D)
-        row = (start + query).to(tl.int64)  # of the packed batch
+        row = (start + query_pos).to(tl.int64)  # of the packed batch
+        out_offset = (row[:, None] * N + head) * D + d[None, :]
         o = o * (keep_scale / l)[:, None]
-        inside = (query < length)[:, None] & (d < D)[None, :]
-        tl.store(out_ptr + (row[:, None] * N + head) * D + d[None, :], o, mask=inside)
-        place = head.to(tl.int64) * T + row  # in (N, T)
-        if q.dtype == tl.float32:
-            tl.store(shift_ptr + place, m, mask=query < length)
-            tl.store(norm_ptr + place, 1 / l, mask=query < length)
+        mask = (query_pos < length)[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + out_offset, o, mask=mask)
+        stat_offset = head.to(tl.int64) * T + row  # in (N, T)
+        if FP32:
+            tl.store(shift_ptr + stat_offset, m, mask=query_pos < length)
+            tl.store(norm_ptr + stat_offset, 1 / l, mask=query_pos < length)
         else:
-            tl.store(shift_ptr + place, m + tl.log2(l), mask=query < length)
+            tl.store(shift_ptr + stat_offset, m + tl.log2(l), mask=query_pos < length)
 
-    @triton.jit(**GENERIC)
+    @triton.jit(**VARYING)
     def _attention_backward_dq(
         qkv_ptr,  # (T, 3, N, D)
         out_ptr, dout_ptr,  # (T, N, D), contiguous
         shift_ptr,  # (N, T) fp32
-        norm_ptr,  # (N, T) fp32, for fp32 inputs only
+        norm_ptr,  # (N, T) fp32, read if FP32
         delta_ptr,  # (N, T) fp32, written
-        dqkv_ptr,  # (T, 3, N, D), contiguous, of which dQ is written
+        dqkv_ptr,  # (T, 3, N, D), contiguous; dQ is written
         cu_seqlens_ptr,  # (B+1,) int32
         seed_ptr,  # () int64
         stride_t, stride_3, stride_n,  # of qkv
         T, N, scale, threshold, keep_scale,
         D: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+        FP32: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: BLOCK_M queries of one head of one sequence, all keys in blocks of BLOCK_N.
+        """One program: BLOCK_Q queries of one head of one sequence, all keys in blocks of BLOCK_K.
 
-            dP = keep (dO V^T) / (1 - p);  dS = P (dP - rowsum(O dO));  dQ = dS K / sqrt(D)
+            dP = keep_scale keep (dO V^T);  dS = P (dP - rowsum(P dP));  dQ = dS K / sqrt(D)
 
-        Here P is the normalized softmax, and rowsum(O dO) = rowsum(P dP) is what the derivative of
-        softmax subtracts. The loop leaves the factors norm and 1 / (1 - p) to the end, and so
-        subtracts delta = rowsum(O dO) (1 - p), which `_attention_backward_dk_dv` reads again.
+        rowsum(P dP) = rowsum(O dO) is what the derivative of softmax subtracts. In the loop `dp` is
+        dP / keep_scale, delta is rowsum(P dP) / keep_scale, and `e` is P / norm, which in half
+        precision is P itself. Both factors come at the end. `_attention_backward_dk_dv` reads
+        delta again.
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
-        first_query = tl.program_id(0) * BLOCK_M
+        first_query = tl.program_id(0) * BLOCK_Q
         if first_query >= length:
             return
-        key, offset = _dropout_stream(seed_ptr, head)
-        stream = (key, offset, start, threshold)
+        rng_key, rng_offset = _head_rng(seed_ptr, head)
+        attention_rng = (rng_key, rng_offset, start, threshold)
 
-        # Queries outside are zeros, and not stored.
-        query = first_query + tl.arange(0, BLOCK_M)
-        row = (start + query).to(tl.int64)
+        # Queries beyond the end are zeros, and not stored.
+        query_pos = first_query + tl.arange(0, BLOCK_Q)
+        row = (start + query_pos).to(tl.int64)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        rows_before = (start.to(tl.int64) * N + head) * D  # of out and dout
-        q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
-        do = _load_rows(dout_ptr + rows_before, N * D, query, length, D, BLOCK_D, True)
-        out = _load_rows(out_ptr + rows_before, N * D, query, length, D, BLOCK_D, True)
-        place = head.to(tl.int64) * T + row  # in (N, T)
-        shift = tl.load(shift_ptr + place, mask=query < length, other=0.0)
-        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
-        if q.dtype == tl.float32:
-            norm = tl.load(norm_ptr + place, mask=query < length, other=0.0)
-            delta = tl.zeros([BLOCK_M], tl.float32)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        out_offset = (start.to(tl.int64) * N + head) * D  # where the sequence starts in out, dout
+        q = _load_rows(q_ptr, stride_t, query_pos, length, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
+        do = _load_rows(dout_ptr + out_offset, N * D, query_pos, length, D, BLOCK_D, True)
+        if not FP32:
+            out = _load_rows(out_ptr + out_offset, N * D, query_pos, length, D, BLOCK_D, True)
+        stat_offset = head.to(tl.int64) * T + row  # in (N, T)
+        shift = tl.load(shift_ptr + stat_offset, mask=query_pos < length, other=0.0)
+        if FP32:  # pass 0 computes delta
+            norm = tl.load(norm_ptr + stat_offset, mask=query_pos < length, other=0.0)
+            delta = tl.zeros([BLOCK_Q], tl.float32)
+        else:
+            delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
+        dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
-        # Pass 1 goes through the whole blocks, pass 2 through the rest. With fp32 inputs, pass 0
-        # comes first and sums delta from the very numbers that it is subtracted from, as PyTorch
-        # does: in a saturated row dP - delta is 0 but for rounding, which in fp32 shows.
-        whole = length // BLOCK_N * BLOCK_N
-        for PASS in tl.static_range(0 if q.dtype == tl.float32 else 1, 3):
+        # Pass 1 takes the whole blocks, pass 2 the partial one. FP32 only: pass 0 goes through all
+        # keys first and computes delta as sum(P dP), from the very numbers that it is subtracted
+        # from, so that it cancels dP exactly in saturated rows. rowsum(O dO) differs by rounding.
+        # PASS stays in expressions: Triton would compare a variable at run time.
+        whole = length // BLOCK_K * BLOCK_K
+        for PASS in tl.static_range(0 if FP32 else 1, 3):
             if PASS == 1:
-                tl.store(delta_ptr + place, delta, mask=query < length)
+                tl.store(delta_ptr + stat_offset, delta, mask=query_pos < length)
             begin = whole if PASS == 2 else 0
             end = whole if PASS == 1 else length
-            for first_key in tl.range(begin, end, BLOCK_N, num_stages=1 if PASS == 2 else None):
-                # Load k and v: (BLOCK_N, BLOCK_D).
-                position = first_key + tl.arange(0, BLOCK_N)  # of the keys
-                k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, PASS != 1)
+            for first_key in tl.range(begin, end, BLOCK_K, num_stages=1 if PASS == 2 else None):
+                # Load k and v: (BLOCK_K, BLOCK_D).
+                key_pos = first_key + tl.arange(0, BLOCK_K)
+                k = _load_rows(q_ptr + stride_3, stride_t, key_pos, length, D, BLOCK_D, PASS != 1)
                 v = _load_rows(
-                    q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, PASS != 1
+                    q_ptr + 2 * stride_3, stride_t, key_pos, length, D, BLOCK_D, PASS != 1
                 )
 
                 # Score.
-                s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-                dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+                s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
+                dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
 
-                # Weigh. Of a key outside, 2^(0 - shift) may be inf, and inf * 0 would be NaN.
-                p = tl.exp2(s * scale - shift[:, None])
+                # Weigh. For keys beyond the end, 2^(0 - shift) may be inf, and inf * 0 is NaN.
+                e = tl.exp2(s * scale - shift[:, None])
                 if PASS != 1:
-                    p = tl.where((position < length)[None, :], p, 0.0)
+                    e = tl.where((key_pos < length)[None, :], e, 0.0)
                 if DROPOUT:
-                    keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, False)
+                    keep = _attention_keep(
+                        attention_rng, first_query, first_key, BLOCK_Q, BLOCK_K, TRANSPOSED=False
+                    )
                     dp = tl.where(keep, dp, 0.0)
 
                 # Accumulate.
                 if PASS == 0:
-                    delta += tl.sum(p * norm[:, None] * dp, 1)
+                    delta += tl.sum(e * norm[:, None] * dp, 1)
                 else:
-                    ds = p * (dp - delta[:, None])  # (BLOCK_M, BLOCK_N)
+                    ds = e * (dp - delta[:, None])  # (BLOCK_Q, BLOCK_K)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
         # Store.
         dq *= scale / LOG2_E * keep_scale  # scale / LOG2_E = 1 / sqrt(D)
-        if q.dtype == tl.float32:
+        if FP32:
             dq *= norm[:, None]
         d = tl.arange(0, BLOCK_D)
-        inside = (query < length)[:, None] & (d < D)[None, :]
-        tl.store(dqkv_ptr + (row[:, None] * 3 * N + head) * D + d[None, :], dq, mask=inside)
+        dq_offset = (row[:, None] * 3 * N + head) * D + d[None, :]
+        mask = (query_pos < length)[:, None] & (d < D)[None, :]
+        tl.store(dqkv_ptr + dq_offset, dq, mask=mask)
 
-    @triton.jit(**GENERIC)
+    @triton.jit(**VARYING)
     def _attention_backward_dk_dv(
         qkv_ptr,  # (T, 3, N, D)
         dout_ptr,  # (T, N, D), contiguous
         shift_ptr,  # (N, T) fp32
-        norm_ptr,  # (N, T) fp32, for fp32 inputs only
+        norm_ptr,  # (N, T) fp32, read if FP32
         delta_ptr,  # (N, T) fp32, from `_attention_backward_dq`
-        dqkv_ptr,  # (T, 3, N, D), contiguous, of which dK and dV are written
+        dqkv_ptr,  # (T, 3, N, D), contiguous; dK and dV are written
         cu_seqlens_ptr,  # (B+1,) int32
         seed_ptr,  # () int64
         stride_t, stride_3, stride_n,  # of qkv
         T, N, scale, threshold, keep_scale,
         D: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+        FP32: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: BLOCK_N keys of one head of one sequence, all queries in blocks of BLOCK_M.
+        """One program: BLOCK_K keys of one head of one sequence, all queries in blocks of BLOCK_Q.
 
-            dV = (keep P / (1 - p))^T dO;  dK = dS^T Q / sqrt(D)                 P, dS: as above
+            dV = keep_scale (keep P)^T dO;  dK = dS^T Q / sqrt(D)           dS: as above
 
-        No two programs write to one place: there are no atomics, and every run has the same bits.
-        Tiles are transposed, keys by queries: P^T and dS^T go into the next product as they are.
+        grid = (ceil(max_seqlen / BLOCK_K), N, B). Each program owns its output rows: no atomics,
+        deterministic. Tiles are transposed, keys by queries: P^T and dS^T go into the next product
+        as they are. `dp` and delta lack the factor keep_scale, as above; it comes at the end.
         """
         head = tl.program_id(1)
         start, length = _bounds(cu_seqlens_ptr, tl.program_id(2))
-        first_key = tl.program_id(0) * BLOCK_N
+        first_key = tl.program_id(0) * BLOCK_K
         if first_key >= length:
             return
-        key, offset = _dropout_stream(seed_ptr, head)
-        stream = (key, offset, start, threshold)
+        rng_key, rng_offset = _head_rng(seed_ptr, head)
+        attention_rng = (rng_key, rng_offset, start, threshold)
 
-        # Keys outside are zeros; their rows of dK and dV are not stored.
-        position = first_key + tl.arange(0, BLOCK_N)  # of the keys
+        # Keys beyond the end are zeros; their rows of dK and dV are not stored.
+        key_pos = first_key + tl.arange(0, BLOCK_K)
         q_ptr = qkv_ptr + start.to(tl.int64) * stride_t + head * stride_n
-        k = _load_rows(q_ptr + stride_3, stride_t, position, length, D, BLOCK_D, True)
-        v = _load_rows(q_ptr + 2 * stride_3, stride_t, position, length, D, BLOCK_D, True)
+        k = _load_rows(q_ptr + stride_3, stride_t, key_pos, length, D, BLOCK_D, True)
+        v = _load_rows(q_ptr + 2 * stride_3, stride_t, key_pos, length, D, BLOCK_D, True)
         dout_ptr += (start.to(tl.int64) * N + head) * D
-        before = head.to(tl.int64) * T + start
-        shift_ptr += before
-        norm_ptr += before
-        delta_ptr += before
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        stat_offset = head.to(tl.int64) * T + start  # where the sequence starts in (N, T)
+        shift_ptr += stat_offset
+        norm_ptr += stat_offset
+        delta_ptr += stat_offset
+        dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 
-        whole = length // BLOCK_M * BLOCK_M
-        for REST in tl.static_range(2):
-            begin = whole if REST else 0
-            end = length if REST else whole
-            for first_query in tl.range(begin, end, BLOCK_M, num_stages=1 if REST else None):
-                # Load. Of queries outside, q = dO = delta = shift = 0: P is 1 and adds nothing.
-                query = first_query + tl.arange(0, BLOCK_M)
-                q = _load_rows(q_ptr, stride_t, query, length, D, BLOCK_D, REST)
-                do = _load_rows(dout_ptr, N * D, query, length, D, BLOCK_D, REST)
-                if REST:
-                    shift = tl.load(shift_ptr + query, mask=query < length, other=0.0)
-                    delta = tl.load(delta_ptr + query, mask=query < length, other=0.0)
+        whole = length // BLOCK_Q * BLOCK_Q
+        for PARTIAL in tl.static_range(2):
+            begin = whole if PARTIAL else 0
+            end = length if PARTIAL else whole
+            for first_query in tl.range(begin, end, BLOCK_Q, num_stages=1 if PARTIAL else None):
+                # Load. Beyond the end, q = dO = delta = shift = 0: a weight of 1 adds nothing.
+                query_pos = first_query + tl.arange(0, BLOCK_Q)
+                q = _load_rows(q_ptr, stride_t, query_pos, length, D, BLOCK_D, PARTIAL)
+                do = _load_rows(dout_ptr, N * D, query_pos, length, D, BLOCK_D, PARTIAL)
+                if PARTIAL:
+                    shift = tl.load(shift_ptr + query_pos, mask=query_pos < length, other=0.0)
+                    delta = tl.load(delta_ptr + query_pos, mask=query_pos < length, other=0.0)
                 else:
-                    shift = tl.load(shift_ptr + query)
-                    delta = tl.load(delta_ptr + query)
+                    shift = tl.load(shift_ptr + query_pos)
+                    delta = tl.load(delta_ptr + query_pos)
 
                 # Score.
-                s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-                dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+                s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
+                dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
 
                 # Weigh.
                 p = tl.exp2(s * scale - shift[None, :])
-                if q.dtype == tl.float32:
-                    p *= tl.load(norm_ptr + query, mask=query < length, other=0.0)[None, :]
-                dropped = p
+                if FP32:
+                    norm = tl.load(norm_ptr + query_pos, mask=query_pos < length, other=0.0)
+                    p *= norm[None, :]
+                p_kept = p
                 if DROPOUT:
-                    keep = _attention_keep(stream, first_query, first_key, BLOCK_M, BLOCK_N, True)
-                    dropped = tl.where(keep, p, scale * 0.0)  # as in the forward pass
+                    keep = _attention_keep(
+                        attention_rng, first_query, first_key, BLOCK_Q, BLOCK_K, TRANSPOSED=True
+                    )
+                    p_kept = tl.where(keep, p, scale * 0.0)  # not 0.0: see the forward pass
                     dp = tl.where(keep, dp, 0.0)
 
                 # Accumulate.
-                dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
-                ds = p * (dp - delta[None, :])  # (BLOCK_N, BLOCK_M)
+                dv = tl.dot(p_kept.to(do.dtype), do, dv, input_precision="ieee")
+                ds = p * (dp - delta[None, :])  # (BLOCK_K, BLOCK_Q)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
         # Store.
         dk *= scale / LOG2_E * keep_scale
         dv *= keep_scale
         d = tl.arange(0, BLOCK_D)
-        inside = (position < length)[:, None] & (d < D)[None, :]
-        row = (start + position).to(tl.int64)
-        place = (row[:, None] * 3 * N + head) * D + d[None, :]
-        tl.store(dqkv_ptr + place + N * D, dk, mask=inside)
-        tl.store(dqkv_ptr + place + 2 * N * D, dv, mask=inside)
+        mask = (key_pos < length)[:, None] & (d < D)[None, :]
+        row = (start + key_pos).to(tl.int64)
+        dq_offset = (row[:, None] * 3 * N + head) * D + d[None, :]  # dK follows after N D
+        tl.store(dqkv_ptr + dq_offset + N * D, dk, mask=mask)
+        tl.store(dqkv_ptr + dq_offset + 2 * N * D, dv, mask=mask)
 
 
 def attention_forward(qkv, cu_seqlens, max_seqlen, dropout_p, seed):
-    """Launches the forward kernel: out (T, N, D), and shift and norm (N, T) for the backward."""
+    """Launches the forward kernel: out (T, N, D), and shift and norm (N, T) for the backward.
+
+    norm is empty in half precision.
+    """
     T, _, N, D = qkv.shape
     out = qkv.new_empty(T, N, D)
     shift = qkv.new_empty(N, T, dtype=torch.float32)
     norm = torch.empty_like(shift if qkv.dtype == torch.float32 else shift[:0])
-    tile = attention_tiles(qkv).forward
-    pointers = (qkv, out, shift, norm)
+    tile = Launcher.current.tiles(qkv).forward
+    pointers = (qkv, out, shift, norm)  # in the order of the kernel's parameters
     inputs = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
-    launch_attention(_attention_forward, tile, tile.queries, pointers, inputs)
+    launch_attention(_attention_forward, tile, tile.queries, pointers, *inputs)
     return out, shift, norm
 
 
@@ -624,41 +665,46 @@ def attention_backward(dout, qkv, out, shift, norm, cu_seqlens, max_seqlen, drop
     delta = torch.empty_like(shift)  # (N, T), written by the first kernel and read by the second
     inputs = (qkv, cu_seqlens, max_seqlen, dropout_p, seed)
 
-    tile = attention_tiles(qkv).dq
+    tile = Launcher.current.tiles(qkv).dq
     pointers = (qkv, out, dout, shift, norm, delta, dqkv)
-    launch_attention(_attention_backward_dq, tile, tile.queries, pointers, inputs)
+    launch_attention(_attention_backward_dq, tile, tile.queries, pointers, *inputs)
 
-    tile = attention_tiles(qkv).dk_dv
+    tile = Launcher.current.tiles(qkv).dk_dv
     pointers = (qkv, dout, shift, norm, delta, dqkv)
-    launch_attention(_attention_backward_dk_dv, tile, tile.keys, pointers, inputs)
+    launch_attention(_attention_backward_dk_dv, tile, tile.keys, pointers, *inputs)
     return dqkv
 
 
-def launch_attention(kernel, tile, rows, pointers, inputs):
-    """Launches an attention kernel. rows: how many rows a program takes, queries or keys."""
-    qkv, cu_seqlens, max_seqlen, dropout_p, seed = inputs
+def launch_attention(kernel, tile, block, pointers, qkv, cu_seqlens, max_seqlen, dropout_p, seed):
+    """Launches an attention kernel. pointers: its own parameters, before those that all share.
+
+    block: how many positions one program owns, tile.queries or tile.keys.
+    """
     T, _, N, D = qkv.shape
-    grid = (-(-max_seqlen // rows), N, len(cu_seqlens) - 1)
-    scale = D**-0.5 * 1.4426950408889634  # log2(e)
-    scalars = (T, N, scale, *dropout_scalars(dropout_p))
+    grid = (triton.cdiv(max_seqlen, block), N, len(cu_seqlens) - 1)
+    scale = D**-0.5 * LOG2_E.value
+    arguments = (
+        *pointers,
+        cu_seqlens.contiguous(), seed,
+        *qkv.stride()[:3],
+        T, N, scale, *dropout_scalars(dropout_p),  # threshold, keep_scale
+    )  # fmt: skip
     constants = dict(
         D=D,
-        BLOCK_D=max(16, 1 << (D - 1).bit_length()),  # tl.dot wants 16 columns at least
-        BLOCK_M=tile.queries,
-        BLOCK_N=tile.keys,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),  # tl.dot needs at least 16 columns
+        BLOCK_Q=tile.queries,
+        BLOCK_K=tile.keys,
+        FP32=qkv.dtype == torch.float32,
         DROPOUT=dropout_p > 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     if tile.registers and dropout_p > 0:
         constants["maxnreg"] = tile.registers
-    arguments = (*pointers, cu_seqlens.contiguous(), seed, *qkv.stride()[:3], *scalars)
     launch(kernel, grid, arguments, constants)
 
 
 class Attention(torch.autograd.Function):
-    """The attention kernels as one function that autograd knows."""
-
     @staticmethod
     def forward(ctx, qkv, cu_seqlens, max_seqlen, dropout_p, seed):
         out, shift, norm = attention_forward(qkv, cu_seqlens, max_seqlen, dropout_p, seed)
@@ -684,7 +730,8 @@ def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
 
     x: (T, H). weight, bias: (H,), of any float dtype. eps: float, added to the variance. residual:
     like x, or None. dropout_p, seed: as in `attention`. Returns (T, H) in the dtype of x; the
-    statistics are fp32 at least. Raises ValueError for shapes that do not fit together.
+    statistics are at least fp32. The kernels take fp16, bf16 or fp32. Raises ValueError for
+    arguments that do not fit together.
     """
     check_layer_norm(x, weight, bias, residual)
     check_dropout(dropout_p, seed)
@@ -698,7 +745,7 @@ def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
 
 
 def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
-    """The naive twin of `layer_norm`, any float dtype. Computes in fp32 at least; rounds once."""
+    """The naive twin of `layer_norm`. Computes in at least fp32 and rounds once, at the end."""
     wide = torch.promote_types(x.dtype, torch.float32)
     h = x.to(wide)
     if dropout_p > 0.0:
@@ -733,36 +780,37 @@ def dropout_reference(x, dropout_p, seed):
 if HAS_TRITON:
 
     @triton.jit
-    def _load_sum(
+    def _load_dropout_add(
         x_ptr, residual_ptr,  # (T, H), contiguous
-        stream,  # key, offset, threshold, keep_scale
-        row, T, first,  # the rows, and the first of BLOCK_H columns
+        row_rng,  # rng_key and rng_offset of head 0, threshold, keep_scale
+        row, T, first,  # the rows, how many there are, and the first of BLOCK_H columns
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
         RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """h = dropout(x) + residual, fp32, zeros outside: (BLOCK_R, BLOCK_H).
+        """h = dropout(x) + residual, fp32, zeros beyond T and H: (BLOCK_R, BLOCK_H).
 
-        Returns h, dropout's factor, where the elements lie, and which of them are inside.
+        Returns h, what dropout multiplied x by, the offsets of the elements, and their mask.
         """
         column = first + tl.arange(0, BLOCK_H)
-        place = row.to(tl.int64)[:, None] * H + column[None, :]
-        inside = (row < T)[:, None] & (column < H)[None, :]
-        h = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        offset = row.to(tl.int64)[:, None] * H + column[None, :]
+        mask = (row < T)[:, None] & (column < H)[None, :]
+        h = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         factor = tl.full([BLOCK_R, BLOCK_H], 1.0, tl.float32)
         if DROPOUT:
-            key, offset, threshold, keep_scale = stream
+            rng_key, rng_offset, threshold, keep_scale = row_rng
             group = first // 4 + tl.arange(0, BLOCK_H // 4)
-            c1 = group.to(tl.uint32)[None, :] + offset
-            half_0, half_1, half_2, half_3 = _halves(key, row.to(tl.uint32)[:, None], c1, threshold)
-            # Joining adds two axes of 2: half number 2 i + j is at [i, j].
-            keep = tl.join(tl.join(half_0, half_2), tl.join(half_1, half_3))
+            c1 = group.to(tl.uint32)[None, :] + rng_offset
+            c0 = row.to(tl.uint32)[:, None]
+            keep_0, keep_1, keep_2, keep_3 = _halves(rng_key, c0, c1, threshold)  # of 4 columns
+            # Joining adds two axes of 2: keep_{2 i + j} is at [i, j].
+            keep = tl.join(tl.join(keep_0, keep_2), tl.join(keep_1, keep_3))
             factor = tl.where(tl.reshape(keep, [BLOCK_R, BLOCK_H]), keep_scale, 0.0)
             h = h * factor
         if RESIDUAL:
-            h += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        return h, factor, place, inside
+            h += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        return h, factor, offset, mask
 
-    @triton.jit(**GENERIC)
+    @triton.jit(**VARYING)
     def _layer_norm_forward(
         x_ptr, residual_ptr,  # (T, H), contiguous
         weight_ptr, bias_ptr,  # (H,)
@@ -777,34 +825,35 @@ if HAS_TRITON:
 
             y = (h - mean) rstd weight + bias;  rstd = 1 / sqrt(var + eps)
 
-        Kept for the backward pass: mean, rstd. A row's first element, the pivot, is subtracted
-        before the mean is taken, so that a constant row gives exactly 0. Otherwise the rounding
-        error of its mean would be divided by sqrt(eps).
+        grid = (ceil(T / BLOCK_R),). Kept for the backward pass: mean, rstd. The first element of a
+        row of h, the pivot, is subtracted before the mean is taken, so that a constant row gives
+        exactly 0. Otherwise the rounding error of its mean would be divided by sqrt(eps).
         """
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-        key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
-        stream = (key, offset, threshold, keep_scale)
-        place = row.to(tl.int64) * H
-        pivot = tl.load(x_ptr + place, mask=row < T, other=0.0).to(tl.float32)  # (BLOCK_R,)
+        rng_key, rng_offset = _head_rng(seed_ptr, tl.full([], 0, tl.int32))
+        row_rng = (rng_key, rng_offset, threshold, keep_scale)
+        row_offset = row.to(tl.int64) * H
+        pivot = tl.load(x_ptr + row_offset, mask=row < T, other=0.0).to(tl.float32)  # (BLOCK_R,)
         if DROPOUT:
-            kept, _, _, _ = _halves(key, row.to(tl.uint32), offset, threshold)  # of column 0
-            pivot *= tl.where(kept, keep_scale, 0.0)
+            keep, _, _, _ = _halves(rng_key, row.to(tl.uint32), rng_offset, threshold)  # column 0
+            pivot *= tl.where(keep, keep_scale, 0.0)
         if RESIDUAL:
-            pivot += tl.load(residual_ptr + place, mask=row < T, other=0.0).to(tl.float32)
+            pivot += tl.load(residual_ptr + row_offset, mask=row < T, other=0.0).to(tl.float32)
 
-        # First pass: h - pivot, and its sum.
+        # First pass: h - pivot, and its sum. static_range unrolls the loop, so a tuple can grow by
+        # a chunk each time: Triton has no lists, and the chunks stay in registers.
         chunks = ()  # (BLOCK_R, BLOCK_H) each
         total = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
         for first in tl.static_range(0, H, BLOCK_H):
-            h, _, _, inside = _load_sum(
-                x_ptr, residual_ptr, stream, row, T, first, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT
+            h, _, _, mask = _load_dropout_add(
+                x_ptr, residual_ptr, row_rng, row, T, first, H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT
             )
-            h = tl.where(inside, h - pivot[:, None], 0.0)
+            h = tl.where(mask, h - pivot[:, None], 0.0)
             chunks = chunks + (h,)
             total += h
         mean = tl.sum(total, 1) / H  # (BLOCK_R,), without the pivot
 
-        # Second pass, over registers: the variance.
+        # Second pass, from registers: the variance.
         square = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
         for i in tl.static_range(len(chunks)):
             column = i * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -812,18 +861,18 @@ if HAS_TRITON:
             square += centered * centered
         rstd = 1 / tl.sqrt(tl.sum(square, 1) / H + eps)  # (BLOCK_R,)
 
-        # Third pass: what is written.
+        # Third pass, from registers: the output.
         for i in tl.static_range(len(chunks)):
             column = i * BLOCK_H + tl.arange(0, BLOCK_H)
             weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32)
             bias = tl.load(bias_ptr + column, mask=column < H, other=0.0).to(tl.float32)
             y = (chunks[i] - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-            inside = (row < T)[:, None] & (column < H)[None, :]
-            tl.store(y_ptr + place[:, None] + column[None, :], y, mask=inside)
+            mask = (row < T)[:, None] & (column < H)[None, :]
+            tl.store(y_ptr + row_offset[:, None] + column[None, :], y, mask=mask)
         tl.store(mean_ptr + row, mean + pivot, mask=row < T)
         tl.store(rstd_ptr + row, rstd, mask=row < T)
 
-    @triton.jit(**GENERIC)
+    @triton.jit(**VARYING)
     def _layer_norm_backward(
         dy_ptr, x_ptr, residual_ptr,  # (T, H), contiguous
         weight_ptr,  # (H,)
@@ -835,17 +884,17 @@ if HAS_TRITON:
         H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
         RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
-        """One program: every programs-th block of BLOCK_R rows, in chunks as above.
+        """Persistent: program i takes the blocks i, i + programs, ... of BLOCK_R rows.
 
             n = (h - mean) rstd;  g = dy weight;  dh = (g - mean(g) - n mean(g n)) rstd
             dresidual = dh;  dx = keep dh / (1 - p);  dweight = sum dy n;  dbias = sum dy
 
-        The last two are summed over the rows of a block only at the end; until then no thread has
-        to wait for another. Tuples have one entry for each chunk. Triton cannot assign to an
-        entry, so the new sums make new tuples.
+        grid = (programs,). A row is read in chunks as in the forward pass; each tuple has one entry
+        for each chunk. dweight and dbias keep a row of sums for each row of a block until the end,
+        since a sum over rows makes threads wait for each other.
         """
-        key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
-        stream = (key, offset, threshold, keep_scale)
+        rng_key, rng_offset = _head_rng(seed_ptr, tl.full([], 0, tl.int32))
+        row_rng = (rng_key, rng_offset, threshold, keep_scale)
         CHUNKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
         weights = ()  # (BLOCK_H,) each
         dweights = ()  # (BLOCK_R, BLOCK_H) each
@@ -862,24 +911,25 @@ if HAS_TRITON:
             mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
             rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
 
-            # First pass: n and g of each chunk, and the two means. Outside, dy = 0 adds nothing.
-            ns = ()
-            gs = ()
+            # First pass: n and g of each chunk, and the two means. Beyond T and H, dy = 0 adds
+            # nothing.
+            n_chunks = ()
+            g_chunks = ()
             factors = ()  # of dropout
             sum_g = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
             sum_gn = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
-            new_dweights = ()
+            new_dweights = ()  # an entry of a tuple cannot be assigned: the new sums are new tuples
             new_dbiases = ()
             for i in tl.static_range(CHUNKS):
-                h, factor, place, inside = _load_sum(
-                    x_ptr, residual_ptr, stream, row, T, i * BLOCK_H,
+                h, factor, offset, mask = _load_dropout_add(
+                    x_ptr, residual_ptr, row_rng, row, T, i * BLOCK_H,
                     H, BLOCK_R, BLOCK_H, RESIDUAL, DROPOUT,
                 )  # fmt: skip
-                dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
+                dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
                 n = (h - mean[:, None]) * rstd[:, None]
                 g = dy * weights[i][None, :]
-                ns = ns + (n,)
-                gs = gs + (g,)
+                n_chunks = n_chunks + (n,)
+                g_chunks = g_chunks + (g,)
                 factors = factors + (factor,)
                 sum_g += g
                 sum_gn += g * n
@@ -890,24 +940,25 @@ if HAS_TRITON:
             mean_g = tl.sum(sum_g, 1) / H  # (BLOCK_R,)
             mean_gn = tl.sum(sum_gn, 1) / H  # (BLOCK_R,)
 
-            # Second pass, over registers: the gradients.
+            # Second pass, from registers: the gradients.
             for i in tl.static_range(CHUNKS):
                 column = i * BLOCK_H + tl.arange(0, BLOCK_H)
-                place = row.to(tl.int64)[:, None] * H + column[None, :]
-                inside = (row < T)[:, None] & (column < H)[None, :]
-                dh = (gs[i] - mean_g[:, None] - ns[i] * mean_gn[:, None]) * rstd[:, None]
+                offset = row.to(tl.int64)[:, None] * H + column[None, :]
+                mask = (row < T)[:, None] & (column < H)[None, :]
+                dh = g_chunks[i] - mean_g[:, None] - n_chunks[i] * mean_gn[:, None]
+                dh *= rstd[:, None]
                 if RESIDUAL and DROPOUT:  # without dropout dresidual is dx
-                    tl.store(dresidual_ptr + place, dh, mask=inside)
-                tl.store(dx_ptr + place, dh * factors[i], mask=inside)
+                    tl.store(dresidual_ptr + offset, dh, mask=mask)
+                tl.store(dx_ptr + offset, dh * factors[i], mask=mask)
 
-        # What is stored is this program's share; the sum over all programs follows.
+        # Each program stores its own sums; the launcher adds up those of all programs.
         for i in tl.static_range(CHUNKS):
             column = i * BLOCK_H + tl.arange(0, BLOCK_H)
-            place = tl.program_id(0).to(tl.int64) * H + column
-            tl.store(dweight_ptr + place, tl.sum(dweights[i], 0), mask=column < H)
-            tl.store(dbias_ptr + place, tl.sum(dbiases[i], 0), mask=column < H)
+            sum_offset = tl.program_id(0).to(tl.int64) * H + column
+            tl.store(dweight_ptr + sum_offset, tl.sum(dweights[i], 0), mask=column < H)
+            tl.store(dbias_ptr + sum_offset, tl.sum(dbiases[i], 0), mask=column < H)
 
-    @triton.jit(**GENERIC)
+    @triton.jit(**VARYING)
     def _dropout_kernel(
         x_ptr, y_ptr,  # (T, H), contiguous
         seed_ptr,  # () int64
@@ -916,13 +967,13 @@ if HAS_TRITON:
     ):  # fmt: skip
         """One program: BLOCK_R rows. y = keep x / (1 - p)."""
         row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-        key, offset = _dropout_stream(seed_ptr, tl.full([], 0, tl.int32))
-        stream = (key, offset, threshold, keep_scale)
+        rng_key, rng_offset = _head_rng(seed_ptr, tl.full([], 0, tl.int32))
+        row_rng = (rng_key, rng_offset, threshold, keep_scale)
         for first in range(0, H, BLOCK_H):
-            y, _, place, inside = _load_sum(
-                x_ptr, x_ptr, stream, row, T, first, H, BLOCK_R, BLOCK_H, False, True
+            y, _, offset, mask = _load_dropout_add(
+                x_ptr, x_ptr, row_rng, row, T, first, H, BLOCK_R, BLOCK_H, False, True
             )
-            tl.store(y_ptr + place, y, mask=inside)
+            tl.store(y_ptr + offset, y, mask=mask)
 
 
 def layer_norm_forward(x, residual, weight, bias, eps, dropout_p, seed):
@@ -933,9 +984,11 @@ def layer_norm_forward(x, residual, weight, bias, eps, dropout_p, seed):
     rstd = torch.empty_like(mean)
     constants, programs = norm_settings(Launcher.current.tiles(x).norm, x)
     constants |= dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
-    residual = x if residual is None else residual.contiguous()  # some pointer is needed
-    pointers = (x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed)
-    arguments = (*pointers, len(x), eps, *dropout_scalars(dropout_p))
+    residual = x if residual is None else residual.contiguous()  # not read if RESIDUAL is False
+    arguments = (
+        x, residual, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed,
+        len(x), eps, *dropout_scalars(dropout_p),  # threshold, keep_scale
+    )  # fmt: skip
     launch(_layer_norm_forward, (programs,), arguments, constants)
     return y, mean, rstd
 
@@ -948,15 +1001,17 @@ def layer_norm_backward(dy, x, residual, weight, mean, rstd, dropout_p, seed):
     x = x.contiguous()
     constants, programs = norm_settings(Launcher.current.tiles(x).norm_backward, x)
     constants |= dict(RESIDUAL=residual is not None, DROPOUT=dropout_p > 0)
-    residual = x if residual is None else residual.contiguous()
+    residual = x if residual is None else residual.contiguous()  # not read if RESIDUAL is False
     dx = torch.empty_like(x)
     two_gradients = constants["RESIDUAL"] and constants["DROPOUT"]
     dresidual = torch.empty_like(residual) if two_gradients else dx
     dweight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     dbias = torch.empty_like(dweight)
-    inputs = (dy.contiguous(), x, residual, weight.contiguous(), mean, rstd)
-    outputs = (dx, dresidual, dweight, dbias)
-    arguments = (*inputs, *outputs, seed, len(x), *dropout_scalars(dropout_p))
+    arguments = (
+        dy.contiguous(), x, residual, weight.contiguous(), mean, rstd,
+        dx, dresidual, dweight, dbias, seed,
+        len(x), *dropout_scalars(dropout_p),  # threshold, keep_scale
+    )  # fmt: skip
     launch(_layer_norm_backward, (programs,), arguments, constants)
     return dx, dresidual, dweight.sum(0), dbias.sum(0)  # over the programs
 
@@ -974,26 +1029,27 @@ def launch_dropout(x, dropout_p, seed):
 def norm_settings(tile, x):
     """The constants of a LayerNorm kernel for x (T, H), and its number of programs.
 
-    A chunk is a power of two: the whole row up to 256 columns; 256 columns, which a warp reads
-    at once, of a row up to 1,024; and a quarter of a wider row, of which registers hold only one.
+    A chunk is a power of two of columns, at least the four that share a counter of dropout:
+
+        H <= 256     the whole row
+        H <= 1,024   256 columns, which a warp reads at once
+        wider        a quarter of the row, and one row at a time: registers hold no more
     """
     T, H = x.shape
     wide = H > 1024
     rows = 1 if wide else tile.rows
-    columns = H if H <= 256 else max(256, -(-H // 4))
+    columns = H if H <= 256 else max(256, triton.cdiv(H, 4))
     constants = dict(
         H=H,
         BLOCK_R=rows,
-        BLOCK_H=max(8, triton.next_power_of_2(columns)),
+        BLOCK_H=max(4, triton.next_power_of_2(columns)),
         num_warps=8 if wide else tile.warps,
     )
-    blocks = -(-T // rows)
+    blocks = triton.cdiv(T, rows)
     return constants, min(blocks, tile.programs or blocks)
 
 
 class LayerNorm(torch.autograd.Function):
-    """The LayerNorm kernels as one function that autograd knows."""
-
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed):
         y, mean, rstd = layer_norm_forward(x, residual, weight, bias, eps, dropout_p, seed)
@@ -1015,8 +1071,6 @@ class LayerNorm(torch.autograd.Function):
 
 
 class Dropout(torch.autograd.Function):
-    """The kernel of dropout alone as a function that autograd knows."""
-
     @staticmethod
     def forward(ctx, x, dropout_p, seed):
         ctx.save_for_backward(seed)
@@ -1032,31 +1086,27 @@ class Dropout(torch.autograd.Function):
 # ---- cross-entropy of a large vocabulary ---------------------------------------------------------
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64, in fp32, by Triton.
+@outside_compile
+def cross_entropy(logits, labels):
+    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64: () fp32.
 
-    A label of -100 does not count; any other that is no column makes the sum NaN. The twin is
-    `F.cross_entropy(logits.float(), labels, reduction="sum")`. The backward pass overwrites the
-    logits with their gradient, since with 49,152 columns they are the largest tensor of a step.
-    So there is one backward pass, and nobody may read the logits after it.
+    A label of -100 does not count. Any other that is no column makes the sum NaN on Triton, and the
+    gradient of its row; PyTorch raises. With Triton, the backward pass overwrites the logits with
+    their gradient, since with 49,152 columns they are the largest tensor of a step. So there is one
+    backward pass, and the logits must not be read after it.
+
+    Raises ValueError for arguments that do not fit together.
     """
+    check_cross_entropy(logits, labels)
+    if backend(logits) == "torch":
+        return cross_entropy_reference(logits, labels)
+    return CrossEntropy.apply(logits, labels)
 
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logits = logits.contiguous()
-        labels = labels.contiguous()
-        losses, lse = cross_entropy_forward(logits, labels)
-        ctx.save_for_backward(logits, labels, lse)
-        return losses.sum()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        logits, labels, lse = ctx.saved_tensors
-        gradient = logits.detach()
-        cross_entropy_backward(gradient, labels, lse, upstream)
-        torch.autograd.graph.increment_version(gradient)  # a second backward pass would be refused
-        return gradient, None
+def cross_entropy_reference(logits, labels):
+    """The naive twin of `cross_entropy`, in at least fp32. It leaves the logits alone."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), labels, reduction="sum")
 
 
 if HAS_TRITON:
@@ -1065,8 +1115,8 @@ if HAS_TRITON:
     def _cross_entropy_forward(
         logits_ptr,  # (M, V), contiguous
         labels_ptr,  # (M,) int64
-        losses_ptr,  # (M,) fp32
-        lse_ptr,  # (M,) fp32, kept for the backward pass
+        losses_ptr,  # (M,) fp32, written
+        lse_ptr,  # (M,) fp32, written, kept for the backward pass
         V: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
         """One program: one row, read once. loss = lse - logit[label];  lse = log sum e^logit."""
@@ -1083,12 +1133,12 @@ if HAS_TRITON:
             m = m_new
         lse = m + tl.log(tl.sum(l, 0))
 
-        # The place of a label that is no column belongs to another row, or to nobody. NaN instead.
+        # A label that is no column would read from another row, or from beyond the tensor: the
+        # loss is NaN instead.
         label = tl.load(labels_ptr + row)
-        counted = label != -100
         is_column = (label >= 0) & (label < V)
         chosen = tl.load(logits_ptr + label, mask=is_column, other=float("nan")).to(tl.float32)
-        tl.store(losses_ptr + row, tl.where(counted, lse - chosen, 0.0))
+        tl.store(losses_ptr + row, tl.where(label == -100, 0.0, lse - chosen))
         tl.store(lse_ptr + row, lse)
 
     @triton.jit
@@ -1104,7 +1154,9 @@ if HAS_TRITON:
         logits_ptr += row * V
         label = tl.load(labels_ptr + row)
         lse = tl.load(lse_ptr + row)
-        factor = tl.where(label >= 0, tl.load(upstream_ptr), 0.0)  # a row that does not count: 0
+        is_column = (label >= 0) & (label < V)
+        factor = tl.where(is_column, tl.load(upstream_ptr), float("nan"))
+        factor = tl.where(label == -100, 0.0, factor)
         for first in range(0, V, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
             x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
@@ -1116,20 +1168,42 @@ def cross_entropy_forward(logits, labels):
     """Launches the forward kernel: losses and lse, both (M,) fp32."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     lse = torch.empty_like(losses)
-    launch_rows(_cross_entropy_forward, logits, labels, losses, lse)
+    launch_cross_entropy(_cross_entropy_forward, logits, labels, losses, lse)
     return losses, lse
 
 
 def cross_entropy_backward(logits, labels, lse, upstream):
-    """Launches the backward kernel: the gradient of the logits takes their place."""
-    launch_rows(_cross_entropy_backward, logits, labels, lse, upstream)
+    """Launches the backward kernel, which overwrites the logits with their gradient."""
+    launch_cross_entropy(_cross_entropy_backward, logits, labels, lse, upstream)
 
 
-def launch_rows(kernel, logits, *rest):
+def launch_cross_entropy(kernel, logits, *other_pointers):
     """Launches a cross-entropy kernel: one program a row, in blocks of up to 4,096 columns."""
     M, V = logits.shape
     constants = dict(V=V, BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
-    launch(kernel, (M,), (logits, *rest), constants)
+    launch(kernel, (M,), (logits, *other_pointers), constants)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """`cross_entropy` by Triton, without the checks."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logits = logits.contiguous()
+        labels = labels.contiguous()
+        losses, lse = cross_entropy_forward(logits, labels)
+        ctx.save_for_backward(logits, labels, lse)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        logits, labels, lse = ctx.saved_tensors
+        gradient = logits.detach()
+        cross_entropy_backward(gradient, labels, lse, upstream)
+        # Autograd now sees that the logits changed, and raises an error in a second backward pass.
+        torch.autograd.graph.increment_version(gradient)
+        return gradient, None
 
 
 # ---- launching -----------------------------------------------------------------------------------
@@ -1138,19 +1212,11 @@ def launch_rows(kernel, logits, *rest):
 class Tile(NamedTuple):
     """How an attention kernel is launched."""
 
-    queries: int  # BLOCK_M
-    keys: int  # BLOCK_N
+    queries: int  # BLOCK_Q
+    keys: int  # BLOCK_K
     warps: int
     stages: int  # blocks in flight from device memory
-    registers: int = 0  # at most, for a thread, with dropout; 0: as many as the compiler likes
-
-
-class AttentionTiles(NamedTuple):
-    """The tile of each attention kernel."""
-
-    forward: Tile
-    dq: Tile
-    dk_dv: Tile
+    registers: int = 0  # the most that a thread may use, with dropout; 0: the compiler decides
 
 
 class NormTile(NamedTuple):
@@ -1158,46 +1224,41 @@ class NormTile(NamedTuple):
 
     rows: int  # BLOCK_R
     warps: int
-    programs: int = 0  # at most, each with partial sums of its own; 0: one for each block of rows
+    programs: int = 0  # the most; each writes partial sums. 0: one for each block of rows
 
 
 class Tiles(NamedTuple):
     """How every kernel is launched on a chip."""
 
-    narrow: AttentionTiles  # D up to 64
-    wide: AttentionTiles  # D up to 128
-    norm: NormTile = NormTile(4, 4)  # for dropout alone, too
+    forward: Tile
+    dq: Tile
+    dk_dv: Tile
+    norm: NormTile = NormTile(4, 4)  # LayerNorm forward, and dropout alone
     norm_backward: NormTile = NormTile(4, 4, 528)
 
 
-# By compute capability; "default" serves the others. Inputs in fp32 have an entry of their own on
-# every GPU, since no tensor core computes them. The tiles are fixed, so that results do not depend
-# on what a tuner saw, and such that nothing spills. `python -m bench kernels --tune` measures
-# others and prints an entry.
+# By compute capability and width: 64 serves a last axis (D or H) up to 64, and 128 any other.
+# "default" serves all other chips. fp32 has an entry of its own on every GPU, since tensor cores do
+# not compute it. The tiles are fixed rather than tuned at run time, so that results do not depend
+# on timings, and chosen so that no register spills. `python -m bench kernels --tune` measures
+# others and prints entries.
 TILES = {
-    "default": Tiles(
-        narrow=AttentionTiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 4, 2)),
-        wide=AttentionTiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-    ),
-    "fp32": Tiles(
-        narrow=AttentionTiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        wide=AttentionTiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    ),
-    (8, 0): Tiles(
-        narrow=AttentionTiles(Tile(128, 32, 4, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
-        wide=AttentionTiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
-    ),
-    (9, 0): Tiles(
-        narrow=AttentionTiles(Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 3, 168), Tile(32, 64, 4, 3)),
-        wide=AttentionTiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
-    ),
+    ("default", 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 4, 2)),
+    ("default", 128): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    ("fp32", 64): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("fp32", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ((8, 0), 64): Tiles(Tile(128, 32, 4, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+    ((8, 0), 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    ((9, 0), 64): Tiles(Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 3, 168), Tile(32, 64, 4, 3)),
+    ((9, 0), 128): Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
 }
 
 
 class Launcher:
-    """Launches kernels on the device of their tensors. `replaced` puts another in its place.
+    """Launches kernels on the device of their tensors.
 
-    dry: launch nothing. Tensors need no GPU then, and no values (FakeTensorMode).
+    A subclass can do something else instead: record the launches, or only compile them (bench/).
+    dry: launch nothing. Then tensors need no GPU, and no values (FakeTensorMode).
     """
 
     current = None  # the launcher in use
@@ -1210,14 +1271,19 @@ class Launcher:
         return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
 
     def tiles(self, x):
-        """The tiles for the device and the dtype of x."""
+        """The tiles for the device, the dtype and the width of x, (T, 3, N, D) or (T, H)."""
         chip = self.capability(x)
         if chip and x.dtype == torch.float32:
             chip = "fp32"
-        return TILES.get(chip, TILES["default"])
+        width = 64 if x.shape[-1] <= 64 else 128
+        return TILES.get((chip, width), TILES["default", width])
 
     def launch(self, kernel, grid, arguments, constants):
-        """Runs a kernel. Triton takes the current device, which need not be that of the tensors."""
+        """Runs a kernel on the device of its first argument, which need not be the current one.
+
+        arguments: pointers, strides and sizes, in the order of the kernel's parameters. constants:
+        its constexprs by name, num_warps and the like.
+        """
         if not self.dry:
             with torch.cuda.device_of(arguments[0]):
                 kernel[grid](*arguments, **constants)
@@ -1225,7 +1291,7 @@ class Launcher:
     @staticmethod
     @contextlib.contextmanager
     def replaced(other):
-        """Meanwhile every kernel is launched by `other`, such as one that only compiles."""
+        """Within this `with` block, `other` launches every kernel."""
         before = Launcher.current
         Launcher.current = other
         try:
@@ -1238,15 +1304,9 @@ Launcher.current = Launcher()
 
 
 def launch(kernel, grid, arguments, constants):
-    """Hands a kernel to the current launcher, unless its first argument has no element."""
-    if arguments[0].numel():  # a grid may not be empty
+    """Hands a kernel to the current launcher, unless its first argument is empty."""
+    if arguments[0].numel():  # a grid must not be empty
         Launcher.current.launch(kernel, grid, arguments, constants)
-
-
-def attention_tiles(qkv):
-    """The tiles of the attention kernels for qkv (T, 3, N, D)."""
-    tiles = Launcher.current.tiles(qkv)
-    return tiles.narrow if qkv.shape[3] <= 64 else tiles.wide
 
 
 def seed_tensor(seed, device):
@@ -1264,9 +1324,10 @@ def dropout_scalars(dropout_p):
 # ---- checks of arguments: each raises ValueError -------------------------------------------------
 
 LENGTH_LIMIT = 2**17  # of a sequence: a pair of positions has 16 bits in the counter of its mask
+GRID_LIMIT = 65_535  # of the second and the third axis of a CUDA grid: heads and sequences
 
 
-def shown(tensor):
+def describe(tensor):
     """Shape and dtype, for a message."""
     return f"{tuple(tensor.shape)} {tensor.dtype}"
 
@@ -1276,7 +1337,9 @@ def check_dropout(dropout_p, seed):
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, torch.Tensor):
         if seed.shape != () or seed.dtype != torch.int64:
-            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {shown(seed)}")
+            raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {describe(seed)}")
+    elif not isinstance(seed, int):
+        raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {seed!r}")
     elif not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
 
@@ -1298,29 +1361,38 @@ def check_triton_dtype(name, x):
 
 def check_attention(qkv, cu_seqlens, max_seqlen):
     if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
-        raise ValueError(f"qkv must be (T, 3, N, D) floating point, got {shown(qkv)}")
+        raise ValueError(f"qkv must be (T, 3, N, D) floating point, got {describe(qkv)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens must be (B+1,) int32, got {shown(cu_seqlens)}")
+        raise ValueError(f"cu_seqlens must be (B+1,) int32, got {describe(cu_seqlens)}")
     check_device("cu_seqlens", cu_seqlens, "qkv", qkv)
-    if isinstance(max_seqlen, torch.Tensor) or not 0 <= max_seqlen <= LENGTH_LIMIT:
+    if not isinstance(max_seqlen, int) or not 0 <= max_seqlen <= LENGTH_LIMIT:
         raise ValueError(f"max_seqlen must be an int from 0 to {LENGTH_LIMIT}, got {max_seqlen!r}")
     if lengths_visible(cu_seqlens):
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(qkv) or (lengths < 0).any():
+            wanted = f"non-decreasing from 0 to T = {len(qkv)}"
             found = f"{cu_seqlens.tolist()[:8]} ... {int(cu_seqlens[-1])}"
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {len(qkv)}, got {found}")
+            raise ValueError(f"cu_seqlens must be {wanted}, got {found}")
         if len(lengths) and lengths.max() > max_seqlen:
             longest = int(lengths.max())
             raise ValueError(f"max_seqlen = {max_seqlen} is below the longest sequence, {longest}")
 
 
-def check_triton_attention(qkv, max_seqlen):
+def check_triton_attention(qkv, cu_seqlens, max_seqlen):
     check_triton_dtype("qkv", qkv)
-    if not 1 <= qkv.shape[3] <= 128 or qkv.stride(3) != 1:
+    _, _, N, D = qkv.shape
+    B = len(cu_seqlens) - 1
+    if not 1 <= D <= 128 or qkv.stride(3) != 1:
         found = f"shape {tuple(qkv.shape)} and strides {qkv.stride()}"
         raise ValueError(f"qkv must have 1 <= D <= 128 with stride 1, got {found}")
-    # Within a sequence, the kernels compute places in int32.
-    if max(max_seqlen * qkv.stride(0), 2 * qkv.stride(1)) >= 2**31:
+    if max(B, N) > GRID_LIMIT:
+        raise ValueError(
+            f"qkv: the Triton kernels take at most {GRID_LIMIT:,} sequences and as many heads, "
+            f"got {B:,} sequences and {N:,} heads"
+        )
+    # Within a sequence, the kernels compute offsets in int32.
+    stride_t, stride_3, stride_n, _ = qkv.stride()
+    if max(max_seqlen * stride_t, 2 * stride_3, N * stride_n) >= 2**31:
         raise ValueError(
             f"qkv: a sequence of {max_seqlen:,} tokens must span less than 2**31 elements for the "
             f"Triton kernels, got strides {qkv.stride()}"
@@ -1329,7 +1401,7 @@ def check_triton_attention(qkv, max_seqlen):
 
 def check_matrix(x):
     if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be (T, H) floating point, got {shown(x)}")
+        raise ValueError(f"x must be (T, H) floating point, got {describe(x)}")
 
 
 def check_layer_norm(x, weight, bias, residual):
@@ -1341,3 +1413,11 @@ def check_layer_norm(x, weight, bias, residual):
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
         check_device(name, tensor, "x", x)
+
+
+def check_cross_entropy(logits, labels):
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be (M, V) floating point, got {describe(logits)}")
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be ({len(logits)},) int64, got {describe(labels)}")
+    check_device("labels", labels, "logits", logits)

@@ -4,7 +4,7 @@
 run (64 sequences of 1,024 tokens, bf16), beside PyTorch and Liger. A speed is the work that must
 be done, by the time: FLOPs for attention, bytes read and written for the others. Beside it stands
 the share of what the device reaches at best, a large matrix product or a large copy, measured in
-the same run. `--tune` tries launch settings and prints the best as an entry of `kernels.TILES`.
+the same run. `--tune` tries launch settings and prints the best as entries of `kernels.TILES`.
 """
 
 import functools
@@ -279,9 +279,6 @@ def cross_entropy_rows(ceiling, device, masked, repetitions):
     labels = torch.randint(VOCABULARY, (masked,), device=device)
     upstream = torch.ones((), device=device)
 
-    def eager(logits):  # the model without Triton computes in fp32, too
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
-
     # Ours overwrites the logits with their gradient, so its backward pass has a copy of its own.
     _, lse = kernels.cross_entropy_forward(logits, labels)
     backward = kernels.cross_entropy_backward
@@ -289,8 +286,9 @@ def cross_entropy_rows(ceiling, device, masked, repetitions):
         functools.partial(kernels.cross_entropy_forward, logits, labels),
         functools.partial(backward, logits.clone(), labels, lse, upstream),
     )
+    eager = functools.partial(kernels.cross_entropy_reference, labels=labels)
     contenders = {
-        "kernels.CrossEntropy": ours,
+        "kernels.cross_entropy": ours,
         "PyTorch": autograd_passes(eager, [logits], upstream),
         "PyTorch, compiled": autograd_passes(torch.compile(eager), [logits], upstream),
     }
@@ -320,21 +318,10 @@ def bench_kernels(path=None, device="cuda", tokens=2**16, repetitions=REPETITION
 class Search(NamedTuple):
     """The settings that are tried for one kernel."""
 
-    group: str  # "narrow" or "wide", of an attention kernel; "" of a LayerNorm kernel
-    kernel: str  # the field of `kernels.AttentionTiles` or of `kernels.Tiles`
+    width: int  # 64 or 128: with it `kernels.TILES` has the entry to improve
+    kernel: str  # the field of `kernels.Tiles`
     settings: list  # Tiles or NormTiles
     works: list[Callable]  # functions without arguments that launch the kernel
-
-    def current(self, tiles):
-        """The setting that `tiles` has for this kernel."""
-        return getattr(getattr(tiles, self.group) if self.group else tiles, self.kernel)
-
-    def exchanged(self, tiles, setting):
-        """`tiles` with another setting for this kernel."""
-        if not self.group:
-            return tiles._replace(**{self.kernel: setting})
-        group = getattr(tiles, self.group)._replace(**{self.kernel: setting})
-        return tiles._replace(**{self.group: group})
 
 
 class Trial(kernels.Launcher):
@@ -382,21 +369,21 @@ def searches():
         kernels.Tile(*shape, warps, stages)
         for shape, warps, stages in itertools.product(shapes, (4, 8), (2, 3))
     ]
-    for group, D in (("narrow", 64), ("wide", 128)):
+    for D in (64, 128):
         # A setting has to serve training and evaluation: with dropout and without.
         passes = [attention_passes(D, dropout_p) for dropout_p in (0.0, 0.1)]
-        yield Search(group, "forward", tiles, [p.forward for p in passes])
+        yield Search(D, "forward", tiles, [p.forward for p in passes])
         # The backward pass runs both kernels, whichever is tried.
-        yield Search(group, "dq", tiles, [p.backward for p in passes])
-        yield Search(group, "dk_dv", tiles, [p.backward for p in passes])
+        yield Search(D, "dq", tiles, [p.backward for p in passes])
+        yield Search(D, "dk_dv", tiles, [p.backward for p in passes])
 
     passes = [layer_norm_passes(dropout_p) for dropout_p in (0.0, 0.1)]
     norm = [kernels.NormTile(*tile) for tile in ((4, 4), (8, 4), (8, 8), (2, 2), (1, 1))]
-    yield Search("", "norm", norm, [p.forward for p in passes])
+    yield Search(128, "norm", norm, [p.forward for p in passes])
     # More programs keep more of the chip busy, but leave more partial sums.
     backward = [kernels.NormTile(4, 4, programs) for programs in (264, 396, 528, 1056)]
     backward += [kernels.NormTile(*tile) for tile in ((8, 8, 264), (2, 2, 1056), (1, 1, 2112))]
-    yield Search("", "norm_backward", backward, [p.backward for p in passes])
+    yield Search(128, "norm_backward", backward, [p.backward for p in passes])
 
 
 def run_all(works, launcher=None):
@@ -407,9 +394,12 @@ def run_all(works, launcher=None):
 
 
 def sound_settings(search, settings, tiles):
-    """The settings whose kernels compile and do not spill."""
+    """The settings whose kernels compile and do not spill. The other kernels keep their `tiles`."""
     work = functools.partial(run_all, search.works)
-    jobs = [(Compiler(given=search.exchanged(tiles, setting)), work) for setting in settings]
+    jobs = []
+    for setting in settings:
+        tried = tiles._replace(**{search.kernel: setting})
+        jobs.append((Compiler(given=tried), work))
     sound = []
     for setting, launches in zip(settings, compile_launches(jobs)):
         compiled = [launch.kernel for launch in launches]
@@ -420,29 +410,36 @@ def sound_settings(search, settings, tiles):
 
 def bench_tune(path=None):
     """Tries launch settings for every kernel on this GPU, without dropout and with 0.1, and prints
-    an entry for `kernels.TILES`."""
+    entries for `kernels.TILES`."""
     capability = torch.cuda.get_device_capability()
-    best = kernels.TILES.get(capability, kernels.TILES["default"])
+    best = {}
+    for width in (64, 128):
+        best[width] = kernels.TILES.get((capability, width), kernels.TILES["default", width])
+
     rows = []
     for search in searches():
         # Each search starts from the best settings that the earlier ones found.
-        was = search.current(best)
+        tiles = best[search.width]
+        was = getattr(tiles, search.kernel)
         settings = [was, *(setting for setting in search.settings if setting != was)]
         contenders = {}
         # Settings that do not compile, or spill, are not run.
-        for setting in sound_settings(search, settings, best):
-            trial = Trial(search.exchanged(best, setting))
+        for setting in sound_settings(search, settings, tiles):
+            trial = Trial(tiles._replace(**{search.kernel: setting}))
             work = functools.partial(run_all, search.works, trial)
             contenders[setting] = on_gpu(work, 1, launches=3)
         speeds = medians(available(contenders), 5)
         fastest = max(speeds, key=speeds.get)
-        best = search.exchanged(best, fastest)
+        best[search.width] = tiles._replace(**{search.kernel: fastest})
         row = {
-            "kernel": f"{search.group} {search.kernel}".strip(),
+            "kernel": f"{search.kernel}, width {search.width}",
             "was": str(tuple(was)),
             "best": str(tuple(fastest)),
             "speed": f"{speeds[fastest] / speeds[was]:.2f}" if was in speeds else "nan",
         }
         rows.append(row)
-    print(f"{capability}: {best},")
-    report(path, "tiles", rows, tiles={str(capability): str(best)}, triton=triton.__version__)
+
+    entries = {str((capability, width)): str(tiles) for width, tiles in best.items()}
+    for key, tiles in entries.items():
+        print(f"{key}: {tiles},")
+    report(path, "tiles", rows, tiles=entries, triton=triton.__version__)

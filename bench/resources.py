@@ -137,15 +137,15 @@ def every_operation(dtype, dropout_p):
     if dropout_p == 0.0:  # it has none
         logits = torch.empty(TOKENS, 49_216, dtype=dtype, requires_grad=True)  # (M, V)
         labels = torch.zeros(TOKENS, dtype=torch.int64)
-        kernels.CrossEntropy.apply(logits, labels).backward()
+        kernels.cross_entropy(logits, labels).backward()
 
 
 def resource_row(chip, dtype, dropout_p, launch):
     """A row of the table."""
     registers, spilled = machine_code_usage(launch.kernel)
     constants = launch.constants
-    # A kernel has BLOCK_M and BLOCK_N, BLOCK_R and BLOCK_H, or BLOCK_V.
-    blocks = [constants[key] for key in constants if key in ("BLOCK_M", "BLOCK_N")]
+    # A kernel has BLOCK_Q and BLOCK_K, BLOCK_R and BLOCK_H, or BLOCK_V.
+    blocks = [constants[key] for key in constants if key in ("BLOCK_Q", "BLOCK_K")]
     blocks += [constants[key] for key in constants if key in ("BLOCK_R", "BLOCK_H", "BLOCK_V")]
     return {
         "chip": f"sm_{chip}",

@@ -23,24 +23,24 @@ MUTATIONS = {
         "attention_is_as_good or sum_to_one or drop_the_same or huge or saturated",
         {
             "keys outside are not masked, forward": (
-                's = tl.where((position < length)[None, :], s, float("-inf"))',
+                's = tl.where((key_pos < length)[None, :], s, float("-inf"))',
                 "s = s + 0.0",
             ),
             "keys outside are not masked, dq": (
-                "p = tl.where((position < length)[None, :], p, 0.0)",
-                "p = p + 0.0",
+                "e = tl.where((key_pos < length)[None, :], e, 0.0)",
+                "e = e + 0.0",
             ),
             "one block too many is whole, forward": (
-                "o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n\n        whole = length",
-                "o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n\n"
-                "        whole = (length + BLOCK_N - 1)",
+                "o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)\n\n        whole = length",
+                "o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)\n\n"
+                "        whole = (length + BLOCK_K - 1)",
             ),
             "one block too many is whole, dk_dv": (
-                "whole = length // BLOCK_M * BLOCK_M",
-                "whole = (length + BLOCK_M - 1) // BLOCK_M * BLOCK_M",
+                "whole = length // BLOCK_Q * BLOCK_Q",
+                "whole = (length + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q",
             ),
             "the rest of the keys is left out, forward": (
-                "end = length if REST else whole\n            for first_key",
+                "end = length if PARTIAL else whole\n            for first_key",
                 "end = whole\n            for first_key",
             ),
             "the rest of the keys is left out, dq": (
@@ -48,38 +48,37 @@ MUTATIONS = {
                 "end = length if PASS == 0 else whole",
             ),
             "the rest of the queries is left out, dk_dv": (
-                "end = length if REST else whole\n            for first_query",
+                "end = length if PARTIAL else whole\n            for first_query",
                 "end = whole\n            for first_query",
             ),
             "a program whose last queries are outside does nothing": (
                 "if first_query >= length:  # the grid",
-                "if first_query + BLOCK_M > length + 40:  # the grid",
+                "if first_query + BLOCK_Q > length + 40:  # the grid",
             ),
             "the start of the sequence is forgotten, dk_dv": (
                 "dout_ptr += (start.to(tl.int64) * N + head) * D",
                 "dout_ptr += head * D",
             ),
             "the scale is forgotten": (
-                "scale = D**-0.5 * 1.4426950408889634",
-                "scale = 1.4426950408889634",
+                "scale = D**-0.5 * LOG2_E.value", "scale = LOG2_E.value",
             ),
-            "the exponent has base e": ("scale = D**-0.5 * 1.4426950408889634", "scale = D**-0.5"),
+            "the exponent has base e": ("scale = D**-0.5 * LOG2_E.value", "scale = D**-0.5"),
             "the running sum does not shrink": (
-                "l = l * shrink + tl.sum(p, 1)",
-                "l = l + tl.sum(p, 1)",
+                "l = l * shrink + tl.sum(e, 1)",
+                "l = l + tl.sum(e, 1)",
             ),
             "the running output does not shrink": ("o = o * shrink[:, None]", "o = o + 0.0"),
             "dropout's scale in the sum that normalizes": (
-                "l = l * shrink + tl.sum(p, 1)",
-                "l = l * shrink + tl.sum(p, 1) / keep_scale",
+                "l = l * shrink + tl.sum(e, 1)",
+                "l = l * shrink + tl.sum(e, 1) / keep_scale",
             ),
             "no dropout scale on the output": (
                 "o * (keep_scale / l)[:, None]",
                 "o * (1 / l)[:, None]",
             ),
             "no dropout in the forward pass": (
-                "    p = tl.where(keep, p, scale * 0.0)",
-                "    p = p + 0.0",
+                "e = tl.where(keep, e, scale * 0.0)",
+                "e = e + 0.0",
             ),
             "delta from the wrong product": (
                 "tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)",
@@ -90,55 +89,55 @@ MUTATIONS = {
                 "do.to(tl.float32), 1)",
             ),
             "no delta in dk": ("ds = p * (dp - delta[None, :])", "ds = p * dp"),
-            "no delta in dq": ("ds = p * (dp - delta[:, None])", "ds = p * dp"),
-            "the stream's offset is forgotten": ("c1.to(tl.uint32) + offset", "c1.to(tl.uint32)"),
-            "the stream's key is forgotten": (
-                "_halves(key, start.to(tl.uint32), c1",
-                "_halves(offset, start.to(tl.uint32), c1",
+            "no delta in dq": ("ds = e * (dp - delta[:, None])", "ds = e * dp"),
+            "the rng_offset is forgotten": ("c1.to(tl.uint32) + rng_offset", "c1.to(tl.uint32)"),
+            "the rng_key is forgotten": (
+                "_halves(rng_key, start.to(tl.uint32), c1",
+                "_halves(rng_offset, start.to(tl.uint32), c1",
             ),
             "all heads have one mask": (
                 "_philox(head.to(tl.uint32),",
                 "_philox((head * 0).to(tl.uint32),",
             ),
             "all sequences have one mask": (
-                "key, start.to(tl.uint32),",
-                "key, (start * 0).to(tl.uint32),",
+                "(rng_key, start.to(tl.uint32),",
+                "(rng_key, (start * 0).to(tl.uint32),",
             ),
             "the seed's upper word is forgotten": (
                 "(seed >> 32).to(tl.uint32))",
                 "(seed >> 63).to(tl.uint32))",
             ),
             "another head's mask in dq": (
-                "threshold)\n\n        # Queries outside are zeros, and",
-                "threshold)\n        stream = (key + 1, offset, start, threshold)\n"
-                "        # Queries outside are zeros, and",
+                "threshold)\n\n        # Queries beyond the end are zeros, and",
+                "threshold)\n        attention_rng = (rng_key + 1, rng_offset, start, threshold)\n"
+                "        # Queries beyond the end are zeros, and",
             ),
             "another head's mask in dk_dv": (
-                "threshold)\n\n        # Keys outside are zeros",
-                "threshold)\n        stream = (key + 1, offset, start, threshold)\n"
-                "        # Keys outside are zeros",
+                "threshold)\n\n        # Keys beyond the end are zeros",
+                "threshold)\n        attention_rng = (rng_key + 1, rng_offset, start, threshold)\n"
+                "        # Keys beyond the end are zeros",
             ),
             "the halves of a word in the other order": (
                 "return word_0 << 16 >= least, word_0 >= least,",
                 "return word_0 >= least, word_0 << 16 >= least,",
             ),
             "the four halves in another order": (
-                "tl.join(tl.join(near, key_8), tl.join(query_8, both_8))",
-                "tl.join(tl.join(near, query_8), tl.join(key_8, both_8))",
+                "tl.join(tl.join(keep_00, keep_01), tl.join(keep_10, keep_11))",
+                "tl.join(tl.join(keep_00, keep_10), tl.join(keep_01, keep_11))",
             ),
             "the transposed tile is permuted as the other": (
-                "tl.permute(halves, (0, 4, 1, 2, 5, 3))",
-                "tl.permute(halves, (0, 5, 1, 2, 4, 3))",
+                "tl.permute(keep, (0, 4, 1, 2, 5, 3))",
+                "tl.permute(keep, (0, 5, 1, 2, 4, 3))",
             ),
             "dk and dv are swapped": (
-                "tl.store(dqkv_ptr + place + N * D, dk, mask=inside)\n"
-                "        tl.store(dqkv_ptr + place + 2 * N * D, dv, mask=inside)",
-                "tl.store(dqkv_ptr + place + N * D, dv, mask=inside)\n"
-                "        tl.store(dqkv_ptr + place + 2 * N * D, dk, mask=inside)",
+                "tl.store(dqkv_ptr + dq_offset + N * D, dk, mask=mask)\n"
+                "        tl.store(dqkv_ptr + dq_offset + 2 * N * D, dv, mask=mask)",
+                "tl.store(dqkv_ptr + dq_offset + N * D, dv, mask=mask)\n"
+                "        tl.store(dqkv_ptr + dq_offset + 2 * N * D, dk, mask=mask)",
             ),
             "no dropout in dv": (
-                "dropped = tl.where(keep, p, scale * 0.0)  # as in the forward pass",
-                "dropped = p",
+                "p_kept = tl.where(keep, p, scale * 0.0)",
+                "p_kept = p",
             ),
             "no dropout in dk": (
                 "dp = tl.where(keep, dp, 0.0)\n\n                # Accumulate.\n                dv",
@@ -162,31 +161,34 @@ MUTATIONS = {
                 "dq *= 1.0",
             ),
             "norm is forgotten in delta": (
-                "delta += tl.sum(p * norm[:, None] * dp, 1)",
-                "delta += tl.sum(p * dp, 1)",
+                "delta += tl.sum(e * norm[:, None] * dp, 1)",
+                "delta += tl.sum(e * dp, 1)",
             ),
             "norm is forgotten in dk_dv": (
-                "p *= tl.load(norm_ptr + query, mask=query < length, other=0.0)[None, :]",
+                "p *= norm[None, :]",
                 "p *= 1.0",
             ),
             "the sum's logarithm beside a large maximum, fp32": (
-                "tl.store(shift_ptr + place, m, mask=query < length)\n"
-                "            tl.store(norm_ptr + place, 1 / l,",
-                "tl.store(shift_ptr + place, m + tl.log2(l), mask=query < length)\n"
-                "            tl.store(norm_ptr + place, l / l,",
+                "tl.store(shift_ptr + stat_offset, m, mask=query_pos < length)\n"
+                "            tl.store(norm_ptr + stat_offset, 1 / l,",
+                "tl.store(shift_ptr + stat_offset, m + tl.log2(l), mask=query_pos < length)\n"
+                "            tl.store(norm_ptr + stat_offset, l / l,",
             ),
             "the sum is forgotten in shift, half precision": (
-                "tl.store(shift_ptr + place, m + tl.log2(l)",
-                "tl.store(shift_ptr + place, m",
+                "tl.store(shift_ptr + stat_offset, m + tl.log2(l)",
+                "tl.store(shift_ptr + stat_offset, m",
             ),
         },
     ),
     "layer_norm": (
         "layer_norm and not model",
         {
-            "no pivot": ("# First pass: h - pivot, and its sum.", "pivot *= 0.0"),
+            "no pivot": (
+                "chunks = ()  # (BLOCK_R, BLOCK_H) each",
+                "chunks = ()\n        pivot *= 0.0",
+            ),
             "the pivot without dropout": (
-                "pivot *= tl.where(kept, keep_scale, 0.0)",
+                "pivot *= tl.where(keep, keep_scale, 0.0)",
                 "pivot *= keep_scale",
             ),
             "the pivot is missing in the mean that is kept": (
@@ -198,7 +200,7 @@ MUTATIONS = {
                 "chunks[i] - mean[:, None]",
             ),
             "the pivot is subtracted outside as well": (
-                "h = tl.where(inside, h - pivot[:, None], 0.0)",
+                "h = tl.where(mask, h - pivot[:, None], 0.0)",
                 "h = h - pivot[:, None]",
             ),
             "the mean over the tile's width": (
@@ -219,21 +221,24 @@ MUTATIONS = {
                 "group = first * 0 + tl.arange(0, BLOCK_H // 4)",
             ),
             "the halves in another order": (
-                "tl.join(tl.join(half_0, half_2), tl.join(half_1, half_3))",
-                "tl.join(tl.join(half_0, half_1), tl.join(half_2, half_3))",
+                "tl.join(tl.join(keep_0, keep_2), tl.join(keep_1, keep_3))",
+                "tl.join(tl.join(keep_0, keep_1), tl.join(keep_2, keep_3))",
             ),
-            "no mean of g": ("gs[i] - mean_g[:, None] - ns[i]", "gs[i] - ns[i]"),
-            "no mean of g n": (" - ns[i] * mean_gn[:, None])", ")"),
+            "no mean of g": (
+                "g_chunks[i] - mean_g[:, None] - n_chunks[i]",
+                "g_chunks[i] - n_chunks[i]",
+            ),
+            "no mean of g n": (" - n_chunks[i] * mean_gn[:, None]", ""),
             "the mean of g of the last chunk alone": ("sum_g += g\n", "sum_g = g\n"),
             "dx without the mask": (
-                "tl.store(dx_ptr + place, dh * factors[i]",
-                "tl.store(dx_ptr + place, dh",
+                "tl.store(dx_ptr + offset, dh * factors[i]",
+                "tl.store(dx_ptr + offset, dh",
             ),
             "dresidual with the mask": (
-                "tl.store(dresidual_ptr + place, dh,",
-                "tl.store(dresidual_ptr + place, dh * factors[i],",
+                "tl.store(dresidual_ptr + offset, dh,",
+                "tl.store(dresidual_ptr + offset, dh * factors[i],",
             ),
-            "dweight from g": ("(dweights[i] + dy * n,)", "(dweights[i] + gs[i] * n,)"),
+            "dweight from g": ("(dweights[i] + dy * n,)", "(dweights[i] + g * n,)"),
             "dweight of the last block of rows alone": ("(dweights[i] + dy * n,)", "(dy * n,)"),
             "dbias from g": ("(dbiases[i] + dy,)", "(dbiases[i] + g,)"),
         },
@@ -251,14 +256,18 @@ MUTATIONS = {
             ),
             "no running maximum": ("m_new = tl.maximum(m, tl.max(x, 0))", "m_new = m * 0.0"),
             "the maximum begins at -inf": ("tl.full([], -3.0e38,", 'tl.full([], float("-inf"),'),
-            "-100 counts, forward": ("tl.where(counted, lse - chosen, 0.0)", "lse - chosen"),
+            "-100 counts, forward": ("tl.where(label == -100, 0.0, lse - chosen)", "lse - chosen"),
             "-100 counts, backward": (
-                "tl.where(label >= 0, tl.load(upstream_ptr), 0.0)",
-                "tl.load(upstream_ptr)",
+                "factor = tl.where(label == -100, 0.0, factor)",
+                "factor = tl.where(label == -100, tl.load(upstream_ptr), factor)",
             ),
             "no upstream factor": (
-                "tl.where(label >= 0, tl.load(upstream_ptr), 0.0)",
-                "tl.where(label >= 0, 1.0, 0.0)",
+                'tl.where(is_column, tl.load(upstream_ptr), float("nan"))',
+                'tl.where(is_column, 1.0, float("nan"))',
+            ),
+            "a label that is no column has a gradient": (
+                'tl.where(is_column, tl.load(upstream_ptr), float("nan"))',
+                "tl.load(upstream_ptr)",
             ),
             "the label's column in the first block alone": (
                 "column == label",

@@ -157,7 +157,7 @@ def test_layer_norm_statistics_are_wide(dtype):
         (dict(cu_seqlens=torch.tensor([0, 5])), "int32"),
         (dict(cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)), "T = 5"),
         (dict(cu_seqlens=torch.tensor([1, 5], dtype=torch.int32)), "T = 5"),
-        (dict(cu_seqlens=torch.tensor([0, 4, 3, 5], dtype=torch.int32)), "rise"),
+        (dict(cu_seqlens=torch.tensor([0, 4, 3, 5], dtype=torch.int32)), "non-decreasing"),
         (dict(max_seqlen=4), "max_seqlen = 4"),
         (dict(dropout_p=1.0), "dropout_p"),
         (dict(dropout_p=-0.1), "dropout_p"),

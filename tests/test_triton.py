@@ -486,14 +486,14 @@ def test_layer_norm_sums_over_all_blocks_of_rows(plus, p):
 
 
 @example(M=2, V=5000, seed=0, dtype=torch.float32, size=1.0, form="begins with -inf")
-@example(M=2, V=5000, seed=0, dtype=torch.float32, size=1.0, form="rising")
+@example(M=2, V=5000, seed=0, dtype=torch.float32, size=1.0, form="ascending")
 @given(
     M=st.sampled_from([0, 1, 2, 7]),
     V=st.sampled_from([1, 5, 100, 4096, 5000]),
     seed=seeds,
     dtype=dtypes,
     size=st.sampled_from([1.0, 100.0]),
-    form=st.sampled_from(["any", "some -inf", "begins with -inf", "rising"]),
+    form=st.sampled_from(["any", "some -inf", "begins with -inf", "ascending"]),
 )
 def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
     """The sum of the losses and its gradient, with an upstream factor, beside PyTorch in fp64.
@@ -505,7 +505,7 @@ def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
     torch.manual_seed(seed)
     logits = (size * torch.randn(M, V, device=DEVICE)).to(dtype)
     labels = torch.randint(V, (M,), device=DEVICE)
-    if form == "rising":  # each block of columns has a new maximum
+    if form == "ascending":  # each block of columns has a new maximum
         logits = logits.sort(1).values
     if form == "some -inf":
         logits[torch.rand(M, V, device=DEVICE) < 0.3] = float("-inf")
@@ -520,9 +520,8 @@ def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
         total = function(logits.clone(), labels)  # the clone's memory becomes the gradient
         return total.detach(), torch.autograd.grad(3.7 * total, logits)[0]
 
-    loss, gradient = summed(logits, labels, kernels.CrossEntropy.apply)
-    formula = functools.partial(torch.nn.functional.cross_entropy, reduction="sum")
-    exact, exact_gradient = summed(logits.double(), labels, formula)
+    loss, gradient = summed(logits, labels, kernels.cross_entropy)
+    exact, exact_gradient = summed(logits.double(), labels, kernels.cross_entropy_reference)
 
     numbers = torch.where(logits.isfinite(), logits, 0).double().abs()
     rounding = 32 * torch.finfo(torch.float32).eps * (1 + numbers.amax(1, keepdim=True))  # (M, 1)
@@ -538,15 +537,41 @@ def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
 
 @pytest.mark.parametrize("label", [-1, -7, 7, 10**6, 2**62])
 def test_cross_entropy_reads_no_label_that_is_no_column(label):
-    """Beside it a label that counts, and one that does not, keep their gradients."""
+    """Its loss and the gradient of its row are NaN. A label that counts, and one that does not,
+    keep their gradients."""
     logits = torch.randn(3, 7, device=DEVICE, requires_grad=True)
     labels = torch.tensor([1, label, -100], device=DEVICE)
-    total = kernels.CrossEntropy.apply(logits.clone(), labels)
+    total = kernels.cross_entropy(logits.clone(), labels)
     assert total.isnan()
     (gradient,) = torch.autograd.grad(total, logits)
     expected = logits[0].softmax(0) - torch.eye(7, device=DEVICE)[1]
     torch.testing.assert_close(gradient[0], expected)
+    assert gradient[1].isnan().all()
     assert (gradient[2] == 0).all()
+
+
+def test_cross_entropy_refuses():
+    logits = torch.zeros(3, 7, device=DEVICE)
+    labels = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    for words, arguments in (
+        ("logits must be (M, V) floating point", (logits[0], labels)),
+        ("logits must be (M, V) floating point", (logits.long(), labels)),
+        ("labels must be (3,) int64", (logits, labels[:2])),
+        ("labels must be (3,) int64", (logits, labels.int())),
+        ("labels must lie on the device of logits", (logits, labels.to("meta"))),
+    ):
+        with pytest.raises(ValueError) as error:
+            kernels.cross_entropy(*arguments)
+        assert words in str(error.value)
+
+
+def test_cross_entropy_has_one_backward_pass():
+    """The logits are overwritten, so a second pass would return a wrong gradient."""
+    logits = torch.randn(3, 7, device=DEVICE, requires_grad=True)
+    total = kernels.cross_entropy(logits.clone(), torch.tensor([1, 2, 3], device=DEVICE))
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 @pytest.mark.slow
@@ -588,6 +613,7 @@ def test_strided_inputs_are_read_where_they_lie():
 
 NONE = torch.zeros(0)
 EMPTY = torch.zeros(2, dtype=torch.int32)  # cu_seqlens of one sequence without tokens
+MANY = torch.zeros(65_537, dtype=torch.int32)  # of 65,536 such sequences
 
 
 @pytest.mark.parametrize(
@@ -605,7 +631,18 @@ EMPTY = torch.zeros(2, dtype=torch.int32)  # cu_seqlens of one sequence without 
             dict(qkv=NONE.as_strided((0, 3, 1, 16), (16, 2**30, 16, 1)), cu_seqlens=EMPTY),
             "2**31 elements",
         ),
+        (
+            dict(qkv=NONE.as_strided((0, 3, 2, 16), (16, 16, 2**30, 1)), cu_seqlens=EMPTY),
+            "2**31 elements",
+        ),
+        (dict(qkv=torch.zeros(5, 3, 65_536, 1)), "at most 65,535 sequences and as many heads"),
+        (
+            dict(qkv=torch.zeros(0, 3, 1, 16), cu_seqlens=MANY),
+            "at most 65,535 sequences and as many heads",
+        ),
         (dict(max_seqlen=torch.tensor(5)), "max_seqlen must be an int"),
+        (dict(max_seqlen=5.0), "max_seqlen must be an int"),
+        (dict(seed=1.0), "seed must be an int"),
         (
             dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")),
             "cu_seqlens must lie on the device of qkv",
