@@ -705,6 +705,8 @@ def launch_attention(kernel, tile, block, pointers, qkv, cu_seqlens, max_seqlen,
 
 
 class Attention(torch.autograd.Function):
+    """Autograd's view of the attention kernels."""
+
     @staticmethod
     def forward(ctx, qkv, cu_seqlens, max_seqlen, dropout_p, seed):
         out, shift, norm = attention_forward(qkv, cu_seqlens, max_seqlen, dropout_p, seed)
@@ -1050,6 +1052,8 @@ def norm_settings(tile, x):
 
 
 class LayerNorm(torch.autograd.Function):
+    """Autograd's view of the LayerNorm kernels."""
+
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed):
         y, mean, rstd = layer_norm_forward(x, residual, weight, bias, eps, dropout_p, seed)
@@ -1071,6 +1075,8 @@ class LayerNorm(torch.autograd.Function):
 
 
 class Dropout(torch.autograd.Function):
+    """Autograd's view of the dropout kernel."""
+
     @staticmethod
     def forward(ctx, x, dropout_p, seed):
         ctx.save_for_backward(seed)
@@ -1333,6 +1339,7 @@ def describe(tensor):
 
 
 def check_dropout(dropout_p, seed):
+    """p in [0, 1), and a seed that fits."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, torch.Tensor):
@@ -1345,12 +1352,14 @@ def check_dropout(dropout_p, seed):
 
 
 def check_device(name, tensor, other_name, other):
+    """Both on one device."""
     if tensor.device != other.device:
         devices = f"{other.device}, got {tensor.device}"
         raise ValueError(f"{name} must lie on the device of {other_name}, {devices}")
 
 
 def check_triton_dtype(name, x):
+    """A dtype that the kernels compute in."""
     allowed = [torch.float16, torch.bfloat16, torch.float32]
     if INTERPRETED and not Launcher.current.dry:
         allowed.remove(torch.bfloat16)  # the interpreter's tl.dot of bf16 gives garbage
@@ -1360,6 +1369,7 @@ def check_triton_dtype(name, x):
 
 
 def check_attention(qkv, cu_seqlens, max_seqlen):
+    """Shapes, dtypes and, on a CPU, the values of cu_seqlens."""
     if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv must be (T, 3, N, D) floating point, got {describe(qkv)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
@@ -1379,6 +1389,7 @@ def check_attention(qkv, cu_seqlens, max_seqlen):
 
 
 def check_triton_attention(qkv, cu_seqlens, max_seqlen):
+    """What the attention kernels need beyond that."""
     check_triton_dtype("qkv", qkv)
     _, _, N, D = qkv.shape
     B = len(cu_seqlens) - 1
@@ -1400,11 +1411,13 @@ def check_triton_attention(qkv, cu_seqlens, max_seqlen):
 
 
 def check_matrix(x):
+    """A matrix of floating-point numbers."""
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x must be (T, H) floating point, got {describe(x)}")
 
 
 def check_layer_norm(x, weight, bias, residual):
+    """Shapes and devices."""
     check_matrix(x)
     shapes = {"weight": (weight, x.shape[1:]), "bias": (bias, x.shape[1:])}
     if residual is not None:
@@ -1416,6 +1429,7 @@ def check_layer_norm(x, weight, bias, residual):
 
 
 def check_cross_entropy(logits, labels):
+    """Shapes, dtypes and devices."""
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be (M, V) floating point, got {describe(logits)}")
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:

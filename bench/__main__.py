@@ -71,7 +71,7 @@ def run(arguments):
 
 
 def measure_kernels(arguments):
-    # The speeds, the search for launch settings, or what the kernels take of a chip.
+    """Speeds, launch settings, or what the kernels take of a chip."""
     import torch
 
     import kernels

@@ -83,6 +83,7 @@ def random_batch(lengths, config):
 
 
 def own_loss(model, batch):
+    """The loss of this project's model."""
     return model(**batch.packed, max_seqlen=model.config.max_position_embeddings).loss
 
 
@@ -96,11 +97,13 @@ def loss_of_all_tokens(model, batch):
 
 
 def make_bert(config):
+    """transformers' BERT, as it is."""
     bert = transformers.BertConfig(**asdict(config), attn_implementation="sdpa")
     return transformers.BertForPreTraining(bert)
 
 
 def bert_loss(model, batch):
+    """Its loss, on padded inputs."""
     return model(**batch.padded).loss
 
 
@@ -118,12 +121,15 @@ def make_modern_bert(config):
 
 
 def modern_bert_loss(model, batch):
+    """ModernBERT's loss, on padded inputs."""
     # It has no head for pairs.
     inputs = {name: t for name, t in batch.padded.items() if name != "next_sentence_label"}
     return model(**inputs).loss
 
 
 class Contender(NamedTuple):
+    """A model and how its loss is computed."""
+
     make: Callable  # config -> model
     loss: Callable  # model, batch -> loss
     compiled: bool = False

@@ -74,6 +74,7 @@ def add_train_flags(parser):
 
 
 def train_command(arguments):
+    """Trains a detector and shows it at work."""
     import torch.distributed as dist
 
     from pii.detector import Detector
@@ -104,6 +105,7 @@ def show_at_work(detector):
 
 
 def synthesize_command(arguments):
+    """Writes labelled documents."""
     from pii.synthesize import synthesize
 
     sizes = synthesize(arguments.sources, arguments.out, arguments.count, arguments.seed)
@@ -111,6 +113,7 @@ def synthesize_command(arguments):
 
 
 def detect_command(arguments):
+    """Prints what is found."""
     from pii.scan import scan
 
     found = Counter()
@@ -137,6 +140,7 @@ def detect_command(arguments):
 
 
 def redact_command(arguments):
+    """Replaces what is found."""
     from pii.redact import redact
 
     # There is no default: a model that is wrong must not destroy anything unasked.
@@ -150,6 +154,7 @@ def redact_command(arguments):
 
 
 def eval_command(arguments):
+    """Prints scores, also those of other tools."""
     from pii.peers import compare
 
     print(compare(detector_of(arguments), arguments.data, arguments.peers, arguments.out))

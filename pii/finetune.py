@@ -81,7 +81,7 @@ class PIIConfig:
     keep_checkpoints: int = option(1, "how many of the newest checkpoints to keep")
     timeout: int = option(600, "seconds before an unresponsive rank ends the run")
     log_every: int = option(10, "steps between writes to metrics.jsonl (one line per step)")
-    keep_every = 2**62  # no checkpoint is kept for good
+    keep_every = 2**62  # no field: no checkpoint is kept for good
 
     def __post_init__(self):
         check_fields(self)

@@ -309,6 +309,8 @@ def main(words):
                 raise SystemExit(f"not once in kernels.py: {replaced!r}")
             trials[f"{operation}: {name}"] = (tests, source, replaced, by)
     trials = {name: trial for name, trial in trials.items() if words in name}
+    if not trials:
+        raise SystemExit(f"no planted bug is called {words!r}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         verdicts = pool.map(lambda trial: survives(*trial), trials.values())
