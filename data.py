@@ -15,9 +15,9 @@ shorter one's length, and cuts both at the same place:
     A = first[:cut]        B = first[cut:length] or second[cut:length], by a fair coin
 
 Over an epoch both windows are uniform over all windows: the first by a shuffle, so that each is
-used, the second at random. If both are of one document, both are redrawn at random. So the two
-candidates for B are exchangeable: whatever the coin, B alone has the same distribution, of its
-tokens, its length and its place in the document.
+proposed once, the second at random. If both are of one document, both are redrawn at random. So
+the two candidates for B are exchangeable: whatever the coin, B alone has the same distribution, of
+its tokens, its length and its place in the document.
 
 A and B together may still be easy: a negative B is of another document, so often on another subject
 (Lan et al., ALBERT, 2020) and, if the corpus has several languages, in another language.
@@ -165,7 +165,8 @@ class PairDataset:
 
         # Documents and windows are numbered across all parts of the split.
         self.parts = open_parts(directory, split, meta)
-        self.document_starts = starts_of([len(part.offsets) - 1 for part in self.parts])  # of parts
+        # (parts+1,): each part's first document.
+        self.document_starts = starts_of([len(part.offsets) - 1 for part in self.parts])
         lengths = np.concatenate([np.diff(part.offsets) for part in self.parts])  # (documents,)
         window_counts = -(-lengths // self.window_size)  # (documents,): the quotient, rounded up
         check_pairs(directory, split, window_counts)
@@ -264,7 +265,7 @@ class PairDataset:
             second = self.random_window(generator)
 
         # Trim both to the shorter one's length, and cut both at the same place in the middle half.
-        # A window has at least 2 tokens, so A and B have at least 1.
+        # A document on disk, and so a window, has at least 2 tokens; A and B then have at least 1.
         length = min(first.length, second.length)
         first = trim(first, length, generator)
         second = trim(second, length, generator)
@@ -341,7 +342,7 @@ def collate(examples):
 
 
 class MicroBatches:
-    """What a DataLoader's workers index: ranges of examples."""
+    """The DataLoader's dataset: indexed by a range of examples, it gives their batch."""
 
     def __init__(self, dataset):
         self.dataset = dataset

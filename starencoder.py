@@ -219,7 +219,7 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, directory):
         """Writes config.json and model.safetensors, as `architecture` of transformers does."""
         weights = weight_files.of_module(self, bert_names)
-        # An untied decoder of transformers has its own bias; safetensors refuses shared memory.
+        # transformers' untied decoder has its own bias. A clone: safetensors refuses shared memory.
         if DECODER in weights:
             weights[DECODER_BIAS] = weights[MLM_BIAS].clone()
         os.makedirs(directory, exist_ok=True)
@@ -282,8 +282,8 @@ class StarEncoder(PretrainedModel):
         masks, see `dropout_seeds`; None: drawn from torch's generator. Dropout acts in training
         mode only.
 
-        rows: (R,) int64, the only tokens whose states are wanted; None: all. This saves the second
-        half of the last layer for the other tokens, see `Layer`.
+        rows: (R,) int64, the only tokens whose states are wanted; None: all. The other tokens skip
+        the second half of the last layer, see `Layer`.
 
         Raises ValueError for inputs that do not fit together or exceed the positions. On a GPU,
         cu_seqlens is not checked: reading it would stall the step until the GPU has caught up.
@@ -383,7 +383,8 @@ def cross_entropy(logits, labels, may_overwrite=True):
     """
     half = logits.dtype in (torch.bfloat16, torch.float16)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    # A leaf is the caller's own tensor. torch.compile fuses PyTorch's formula without copies.
+    # Not a leaf: that is the caller's own tensor. Not under torch.compile: it fuses PyTorch's
+    # formula without copies.
     in_place = may_overwrite and half and needs_grad and not logits.is_leaf
     if in_place and not torch.compiler.is_compiling():
         triton = kernels.backend(logits) == "triton"
@@ -421,8 +422,8 @@ class StarEncoderForPreTraining(PretrainedModel):
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))  # b, (V,)
         self.nsp = nn.Linear(H, 2)  # W_n; W_p is the encoder's pooler
         self.initialize(self.mlm_transform, self.mlm_decoder, self.nsp)
-        # A tied decoder's own weight is drawn, then dropped: a seed of torch's generator gives tied
-        # and untied models the same initial weights elsewhere.
+        # A tied decoder's weight is drawn too, then dropped, so that `nsp`, drawn next, does not
+        # depend on tying.
         if config.tie_word_embeddings:
             self.mlm_decoder.weight = self.bert.word_embeddings.weight
 
@@ -461,8 +462,8 @@ class StarEncoderForPreTraining(PretrainedModel):
             masked_positions = (labels != -100).nonzero().squeeze(1)
             labels = labels[masked_positions]
 
-        # Only <cls> and masked tokens are used from here on. The second half of the last layer and
-        # the MLM head, a quarter of the model's work, skip the rest.
+        # With masked_positions, only <cls> and masked tokens are used from here on. The rest skip the
+        # second half of the last layer and the MLM head, a quarter of the model's work.
         cls = cu_seqlens[:-1].long()  # (B,): each sequence begins with its <cls>
         if masked_positions is None:
             h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
@@ -555,7 +556,7 @@ WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"
 DECODER_BIAS = "cls.predictions.decoder.bias"
 MLM_BIAS = "cls.predictions.bias"
-# Beginnings of the names here of parameters that a file may lack; see `from_pretrained`.
+# Prefixes of our names of parameters that a file may lack; see `from_pretrained`.
 OPTIONAL = ("classifier.", "pooler.", "bert.pooler.", "nsp.")
 
 
@@ -604,7 +605,8 @@ def rename_decoder(weights, tied):
     """Gives the MLM decoder's table and bias the short names that the model looks for, in place."""
     if tied and WORD_EMBEDDINGS not in weights and DECODER in weights:
         weights[WORD_EMBEDDINGS] = weights[DECODER]  # a tied table may have either name
-    # transformers 4 writes MLM_BIAS alone. If both exist, transformers computes with this one.
+    # transformers 4 writes MLM_BIAS alone. If both exist, transformers computes with
+    # DECODER_BIAS.
     if DECODER_BIAS in weights:
         weights[MLM_BIAS] = weights[DECODER_BIAS]
 

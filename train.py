@@ -1,6 +1,6 @@
 """Pretraining: one loop, from a CPU in minutes to 64 GPUs for a day.
 
-    python train.py                     the tiny preset, on the standard library of this Python
+    python train.py              the tiny preset, on the source of this Python's standard library
     torchrun --nproc_per_node 8 train.py --preset starencoder --data DIR --out RUN
 
 Every step trains on `batch_size` pairs, split evenly (to within one) over the ranks; each rank
@@ -187,7 +187,7 @@ def parse_arguments(argv=None):
     )
     add_flags(parser, TrainConfig, "starencoder")
 
-    # add_flags sets no defaults, so `given` holds only the flags that were typed.
+    # add_flags sets no defaults: of the fields, `given` holds only those that were typed.
     given = vars(parser.parse_args(argv))
     preset = PRESETS[given.pop("preset")]  # what is left in `given` are fields of TrainConfig
     gpus = given.pop("plan")
@@ -206,7 +206,7 @@ def plan_of(config, gpus, mfu):
             raise ValueError("--plan: there is no GPU here; name some, as in 64xA100")
         gpus = f"{torch.cuda.device_count()}x{torch.cuda.get_device_name()}"
     number, _, name = gpus.partition("x")  # 64 and A100
-    if not number.isdecimal() or not name:
+    if not number.isdecimal() or int(number) < 1 or not name:
         raise ValueError(f"--plan: {gpus} names no GPUs; write it as in 64xA100")
     if not 0 < mfu <= 1:
         raise ValueError(f"--plan-mfu must lie between 0 and 1, got {mfu}")
@@ -252,8 +252,8 @@ def loss_on(model, batch, total_masked, total_pairs, seed=None):
 
     batch: a `data.Batch`. total_masked, total_pairs: counts of the global batch. The model returns
     means over the micro-batch. Scaling each by (local count / global count) makes the contributions
-    of all micro-batches add up to the global mean. Returns the loss (), with its gradient, and its
-    MLM and NSP terms (), without.
+    of all micro-batches add up to the global mean. Returns the scalar loss,
+    with gradient, and its MLM and NSP terms, detached.
     """
     out = model(
         batch.input_ids,
@@ -273,7 +273,7 @@ def learning_rate(config, step):
     """The rate of a step, counted from 0: linear warm-up to the peak, then linear decay."""
     rise = (step + 1) / max(config.warmup_steps, 1)  # the first step is not lost
     fall = (config.steps - step) / max(config.steps - config.warmup_steps, 1)  # nor the last
-    return config.learning_rate * min(rise, fall, 1.0)  # 1: more warm-up than steps
+    return config.learning_rate * min(rise, fall)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ class Setup(NamedTuple):
     model: StarEncoderForPreTraining  # on the rank's device, in fp32
     optimizer: torch.optim.Optimizer  # AdamW
     autocast: Callable  # returns the context manager of a forward pass
-    resolved: dict  # the arguments with "auto" filled in, and facts about the corpus
+    resolved: dict  # the arguments with the dtype chosen, and facts about the corpus
 
 
 def set_up(config, ranks, dtype):
@@ -458,6 +458,7 @@ def training_loop(config, ranks, setup, run):
     steps_per_epoch = len(setup.train_set) / config.batch_size
     report.announce(config, ranks, model, steps_per_epoch, setup.resolved["dtype"], peak)
 
+    # DDP needs one backward pass before the first step: see `wrap_ddp`.
     def example_loss(ddp_model):
         example = collate([setup.train_set[0]]).to(device)
         with setup.autocast():
@@ -520,7 +521,7 @@ def training_loop(config, ranks, setup, run):
         metrics.add(done, losses, grad_norm, rate)
         bar.update()
 
-        # Log, evaluate, save: in this order, since a checkpoint promises the lines up to its step.
+        # Log, evaluate, save: a checkpoint promises that metrics.jsonl is complete up to its step.
         finished = done == config.steps
         evaluating = finished or done % config.eval_every == 0
         saving = finished or stopping or done % config.save_every == 0
