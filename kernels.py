@@ -76,7 +76,7 @@ except ImportError:
 
 
 def outside_compile(function):
-    """`torch.compiler.disable`, but only when something is compiled: importing it takes a second.
+    """`torch.compiler.disable`, but only when something is compiled: it imports much.
 
     A compiled model breaks its graph here and computes the same.
     """
@@ -251,8 +251,8 @@ if HAS_TRITON:
         # keep_ij: i = query // 8 % 2, j = key // 8 % 2. The number of its half is 2 i + j.
         keep_00, keep_01, keep_10, keep_11 = _halves(rng_key, start.to(tl.uint32), c1, threshold)
 
-        # Joining adds an axis of 2 for j, then one for i. Each goes between the block of 16 and the
-        # remainder by 8 of its own position.
+        # Joining adds axis 4 (j), then axis 5 (i). Each goes between its position's block of 16 and
+        # its position % 8.
         keep = tl.join(tl.join(keep_00, keep_01), tl.join(keep_10, keep_11))
         if TRANSPOSED:
             keep = tl.reshape(keep, [KEYS // 16, 8, QUERIES // 16, 8, 2, 2])
@@ -501,9 +501,9 @@ if HAS_TRITON:
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
         # Pass 1 takes the whole blocks, pass 2 the partial one. FP32 only: pass 0 goes through all
-        # keys first and computes delta as sum(P dP), from the very numbers that it is subtracted
-        # from, so that it cancels dP exactly in saturated rows. rowsum(O dO) differs by rounding.
-        # PASS stays in expressions: Triton would compare a variable at run time.
+        # keys first and computes delta as sum(P dP), from the same dP that delta is subtracted from,
+        # so that the two cancel exactly in saturated rows. rowsum(O dO) differs by rounding. Write
+        # `PASS == 2` out each time: stored in a variable, Triton would compare at run time.
         whole = length // BLOCK_K * BLOCK_K
         for PASS in tl.static_range(0 if FP32 else 1, 3):
             if PASS == 1:
@@ -637,7 +637,7 @@ if HAS_TRITON:
         d = tl.arange(0, BLOCK_D)
         mask = (key_pos < length)[:, None] & (d < D)[None, :]
         row = (start + key_pos).to(tl.int64)
-        dq_offset = (row[:, None] * 3 * N + head) * D + d[None, :]  # dK follows after N D
+        dq_offset = (row[:, None] * 3 * N + head) * D + d[None, :]  # dK: N D further
         tl.store(dqkv_ptr + dq_offset + N * D, dk, mask=mask)
         tl.store(dqkv_ptr + dq_offset + 2 * N * D, dv, mask=mask)
 
@@ -1094,7 +1094,7 @@ class Dropout(torch.autograd.Function):
 
 @outside_compile
 def cross_entropy(logits, labels):
-    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64: () fp32.
+    """Sum of the cross-entropies of logits (M, V) at labels (M,) int64: (), at least fp32.
 
     A label of -100 does not count. Any other that is no column makes the sum NaN on Triton, and the
     gradient of its row; PyTorch raises. With Triton, the backward pass overwrites the logits with
@@ -1106,6 +1106,8 @@ def cross_entropy(logits, labels):
     check_cross_entropy(logits, labels)
     if backend(logits) == "torch":
         return cross_entropy_reference(logits, labels)
+    if logits.dtype == torch.float64:
+        raise ValueError("logits must be of half precision or fp32 for the Triton kernels")
     return CrossEntropy.apply(logits, labels)
 
 
@@ -1230,7 +1232,7 @@ class NormTile(NamedTuple):
 
     rows: int  # BLOCK_R
     warps: int
-    programs: int = 0  # the most; each writes partial sums. 0: one for each block of rows
+    programs: int = 0  # upper limit, as each writes partial sums; 0: one for each block of rows
 
 
 class Tiles(NamedTuple):

@@ -462,8 +462,8 @@ class StarEncoderForPreTraining(PretrainedModel):
             masked_positions = (labels != -100).nonzero().squeeze(1)
             labels = labels[masked_positions]
 
-        # With masked_positions, only <cls> and masked tokens are used from here on. The rest skip the
-        # second half of the last layer and the MLM head, a quarter of the model's work.
+        # With masked_positions, only <cls> and masked tokens are used from here on. The rest skip
+        # the second half of the last layer and the MLM head, a quarter of the model's work.
         cls = cu_seqlens[:-1].long()  # (B,): each sequence begins with its <cls>
         if masked_positions is None:
             h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
