@@ -501,9 +501,9 @@ if HAS_TRITON:
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
         # Pass 1 takes the whole blocks, pass 2 the partial one. FP32 only: pass 0 goes through all
-        # keys first and computes delta as sum(P dP), from the same dP that delta is subtracted from,
-        # so that the two cancel exactly in saturated rows. rowsum(O dO) differs by rounding. Write
-        # `PASS == 2` out each time: stored in a variable, Triton would compare at run time.
+        # keys first and computes delta as sum(P dP), from the same dP that delta is subtracted
+        # from, so that the two cancel exactly in saturated rows; rowsum(O dO) differs by rounding.
+        # Write `PASS == 2` out each time: stored in a variable, Triton would compare at run time.
         whole = length // BLOCK_K * BLOCK_K
         for PASS in tl.static_range(0 if FP32 else 1, 3):
             if PASS == 1:
