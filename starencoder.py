@@ -339,6 +339,10 @@ def check_inputs(input_ids, cu_seqlens, max_seqlen, config):
 
 CHUNK = 256  # rows of logits for which an fp32 copy is made at a time
 
+# On a CPU, MKL chooses its exp at the first call. Two threads that race there can get other bits in
+# that one call, so have it here, where there is one thread.
+torch.ones(1).exp()
+
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies that overwrites the logits with their gradient already in forward.
