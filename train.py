@@ -252,8 +252,8 @@ def loss_on(model, batch, total_masked, total_pairs, seed=None):
 
     batch: a `data.Batch`. total_masked, total_pairs: counts of the global batch. The model returns
     means over the micro-batch. Scaling each by (local count / global count) makes the contributions
-    of all micro-batches add up to the global mean. Returns the scalar loss,
-    with gradient, and its MLM and NSP terms, detached.
+    of all micro-batches add up to the global mean. Returns the scalar loss, with gradient, and its
+    MLM and NSP terms, detached.
     """
     out = model(
         batch.input_ids,
