@@ -1252,7 +1252,7 @@ class Tiles(NamedTuple):
 # others and prints entries.
 TILES = {
     ("default", 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 4, 2)),
-    ("default", 128): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    ("default", 128): Tiles(Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(32, 64, 8, 2)),
     ("fp32", 64): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ("fp32", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ((8, 0), 64): Tiles(Tile(128, 32, 4, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
