@@ -41,7 +41,7 @@ from corpus.store import open_parts, read_meta
 from corpus.tokenizer import Tokenizer, train_tokenizer  # noqa: F401  for users of this file
 
 # Devlin et al., section 3.1.
-MASKED = 0.15  # share of the ordinary tokens that are to be predicted
+MASKED = 0.15  # share of the ordinary tokens that are to be predicted, unless another is asked for
 REPLACED_BY_MASK = 0.8  # share of those that <mask> replaces
 REPLACED_BY_RANDOM = 0.1  # share of those that a random token replaces; the others stay
 
@@ -103,14 +103,14 @@ class Batch(NamedTuple):
 # ---- masks ---------------------------------------------------------------------------------------
 
 
-def mask_tokens(ids, generator, special, ordinary, mask_id):
+def mask_tokens(ids, generator, special, ordinary, mask_id, masked=MASKED):
     """Chooses tokens to be predicted, and replaces them in `ids` (T,) int64 in place.
 
     generator: a numpy Generator. special: (V,) bool, tokens that are never chosen. ordinary: the
-    other ids, from which random replacements are drawn.
+    other ids, from which random replacements are drawn. masked: the share that is chosen.
     Returns masked_positions (M,), ascending, and labels (M,), the tokens that stood there.
     """
-    chosen = generator.random(len(ids)) < MASKED  # (T,) bool: each token on its own
+    chosen = generator.random(len(ids)) < masked  # (T,) bool: each token on its own
     positions = np.flatnonzero(chosen & ~special[ids])
     labels = ids[positions]
 
@@ -137,17 +137,22 @@ class PairDataset:
     len(dataset) is the number of examples in an epoch. `dataset[i]` is an `Example` for any i >= 0,
     however large: it belongs to epoch i // len(dataset).
 
+    masked: the share of the ordinary tokens that are to be predicted.
+
     Raises ValueError for a corpus that is damaged, that another tokenizer made, or that is too
     small for pairs.
     """
 
-    def __init__(self, directory, split, max_length, seed):
+    def __init__(self, directory, split, max_length, seed, masked=MASKED):
         if max_length < 5:
             need = "at least 5 (<cls> A <sep> B <sep>)"
             raise ValueError(f"max_length must be {need}, got {max_length}")
-        self.arguments = (directory, split, max_length, seed)
+        if not 0 < masked < 1:
+            raise ValueError(f"masked must lie between 0 and 1, got {masked}")
+        self.arguments = (directory, split, max_length, seed, masked)
         self.directory = directory
         self.seed = seed % 2**64
+        self.masked = masked
         self.window_size = max_length - 3  # what <cls> and both <sep> leave
 
         meta = read_meta(directory)
@@ -195,7 +200,9 @@ class PairDataset:
             raise ValueError(f"{self.directory}: {words}")
 
         # The same generator continues, from the pair to its masks.
-        positions, labels = mask_tokens(ids, generator, self.special, self.ordinary, self.mask_id)
+        positions, labels = mask_tokens(
+            ids, generator, self.special, self.ordinary, self.mask_id, self.masked
+        )
         return Example(ids, positions, labels, windows.next_sentence_label)
 
     def __iter__(self):

@@ -306,13 +306,16 @@ def attention_torch(qkv, cu_seqlens, dropout_p, seed):
     """`attention` in PyTorch: neighbouring sequences of equal length L make one batch."""
     T, _, N, D = qkv.shape
     head = torch.arange(N, device=qkv.device)  # (N,)
-    outputs = [qkv[:0, 0]]
+    # Runs of neighbours of one length, as (length, tokens in the run).
+    runs = [(L, L * len(list(run))) for L, run in groupby(cu_seqlens.diff().tolist())]
+    if not runs:  # no sequence at all
+        return qkv[:, 0]
+    outputs = []
     start = 0
-    for L, run in groupby(cu_seqlens.diff().tolist()):
-        B = len(list(run))
-        sequences = qkv[start : start + B * L].reshape(B, L, 3, N, D)
-        starts = start + L * torch.arange(B, device=qkv.device)[:, None]  # (B, 1)
-        start += B * L
+    for (L, tokens), packed in zip(runs, qkv.split([tokens for _, tokens in runs])):
+        sequences = packed.unflatten(0, (-1, L)) if L else packed[None]  # (B, L, 3, N, D)
+        starts = start + L * torch.arange(len(sequences), device=qkv.device)[:, None]  # (B, 1)
+        start += tokens
         # The scores of more sequences would not stay in a CPU's cache.
         at_once = max(1, 2**23 // max(1, N * L * L))
         for some, some_starts in zip(sequences.split(at_once), starts.split(at_once)):
@@ -323,7 +326,7 @@ def attention_torch(qkv, cu_seqlens, dropout_p, seed):
                 weights = weights * keep
                 v = v * (1 / (1 - dropout_p))  # v, since it is smaller than the weights
             outputs.append((weights @ v).transpose(1, 2).flatten(0, 1))  # (B L, N, D)
-    return torch.cat(outputs)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 if HAS_TRITON:

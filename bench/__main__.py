@@ -1,4 +1,4 @@
-"""The command line: `python -m bench kernels|model|data|pii|pictures`.
+"""The command line: `python -m bench kernels|model|data|pii|speedrun|pictures`.
 
 Each measurement prints a table and writes it, with the machine and the versions, to results/.
 """
@@ -23,6 +23,7 @@ def main(argv=None):
     model = command("model", "a training step beside transformers' models")
     data = command("data", "from tokens on disk to batches, beside tokenizing on the fly")
     pii = command("pii", "finding personal data in code, beside other detectors")
+    speedrun = command("speedrun", "a race to a held-out loss: your recipe beside the record's")
     pictures = command("pictures", "draw the front page's two pictures from a run")
 
     # Flags that only one of them has. One run measures one thing.
@@ -34,8 +35,16 @@ def main(argv=None):
     help = "show where the time of a step goes, beside the least that it could take"
     model.add_argument("--profile", action="store_true", help=help)
 
+    help = "your recipe, a JSON file; default: the newest record, which then races its predecessor"
+    speedrun.add_argument("recipe", nargs="?", metavar="RECIPE", help=help)
+    help = "the recipe to beat (default: the newest in results/speedrun, or the one before)"
+    speedrun.add_argument("--record", metavar="FILE", help=help)
+    speedrun.add_argument("--seeds", type=int, default=3, metavar="N", help="default: 3")
+    help = "run the recipe of this result again, and compare its figures"
+    speedrun.add_argument("--verify", metavar="FILE", help=help)
+
     # The flag that all measurements share.
-    for measurement in (kernels, model, data, pii):
+    for measurement in (kernels, model, data, pii, speedrun):
         help = "the JSON file to write (default: one in results/, named after the device)"
         measurement.add_argument("--out", metavar="FILE", help=help)
     pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
@@ -64,6 +73,14 @@ def run(arguments):
         from bench.pii_speed import bench_pii
 
         bench_pii(arguments.out)
+    elif arguments.what == "speedrun":
+        from bench import speedrun
+
+        if arguments.verify:
+            speedrun.verify(arguments.verify)
+        else:
+            record, recipe = speedrun.contenders_of(arguments.record, arguments.recipe)
+            speedrun.bench_speedrun(recipe, record, arguments.seeds, arguments.out)
     else:
         from bench.pictures import draw_pictures
 

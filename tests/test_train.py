@@ -49,8 +49,11 @@ MODEL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 
 
 def tiny(small_corpus, out, **overrides):
-    """A run of seconds, with dropout."""
+    """A run of seconds, with dropout, and with all that the tiny preset has to learn faster."""
     fields = dict(
+        head_start="frequencies+positions+neighbours",
+        masked=0.3,
+        muon_learning_rate=0.02,
         max_length=48,
         steps=6,
         batch_size=8,
@@ -453,7 +456,11 @@ def test_no_two_dropout_masks_of_a_run_are_alike(small_corpus, tmp_path, monkeyp
 
 def test_the_gradient_is_clipped(small_corpus, tmp_path):
     """A norm of 1e-12, far below Adam's epsilon, moves nothing; the norm before is reported."""
-    config = tiny(small_corpus, tmp_path / "run", steps=2, max_grad_norm=1e-12, weight_decay=0.0)
+    # Not with Muon, to which the length of a gradient is all one.
+    adamw = dict(muon_learning_rate=0.0, head_start="none")
+    config = tiny(
+        small_corpus, tmp_path / "run", steps=2, max_grad_norm=1e-12, weight_decay=0.0, **adamw
+    )
     train.train(config)
     torch.manual_seed(config.seed)
     start = StarEncoderForPreTraining(
@@ -474,6 +481,51 @@ def test_no_decay_on_biases_and_layer_norms():
     assert all(names[p].endswith("bias") or "norm" in names[p] for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
     assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0
+
+
+def test_muon_takes_the_matrices_that_turn_states_into_states():
+    shape = StarEncoderConfig(vocab_size=600, max_position_embeddings=48, **MODEL)
+    for tied in (True, False):
+        model = StarEncoderForPreTraining(replace(shape, tie_word_embeddings=tied))
+        optimizer = step.make_optimizer(model, train.TrainConfig(), muon_learning_rate=0.03)
+        names = {p: n for n, p in model.named_parameters()}
+        (group,) = optimizer.muon.param_groups
+        taken = {names[p] for p in group["params"]}
+        of_layers = ("qkv", "attention_output", "feed_forward_up", "feed_forward_down")
+        expected = {f"bert.layers.{i}.{name}.weight" for i in range(2) for name in of_layers}
+        assert taken == expected | {"bert.pooler.weight", "mlm_transform.weight"}
+        others = {names[p] for g in optimizer.adamw.param_groups for p in g["params"]}
+        assert not taken & others and taken | others == set(names.values())
+
+        step.set_learning_rate(optimizer, 6e-4 / 2)  # half the peak of both
+        assert [g["lr"] for g in optimizer.muon.param_groups] == [pytest.approx(0.015)]
+        assert {g["lr"] for g in optimizer.adamw.param_groups} == {6e-4 / 2}
+
+
+@pytest.mark.parametrize("muon", [0.0, 0.03])
+def test_a_gradient_that_is_not_finite_changes_nothing(muon):
+    shape = StarEncoderConfig(vocab_size=600, max_position_embeddings=48, **MODEL)
+    model = StarEncoderForPreTraining(shape)
+    optimizer = step.make_optimizer(model, train.TrainConfig(), muon)
+
+    def take(value):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.01)
+        model.nsp.weight.grad[0, 0] = value
+        norm = step.optimizer_step(model, optimizer, 1.0, 1e-3)
+        assert all(p.grad is None for p in model.parameters())
+        return norm.isfinite().item(), [p.detach().clone() for p in model.parameters()]
+
+    finite, first = take(0.5)
+    assert finite
+    moments = json.dumps(optimizer.state_dict(), default=lambda tensor: tensor.tolist())
+    for value in (math.nan, math.inf):
+        finite, after = take(value)
+        assert not finite
+        assert all(torch.equal(a, b) for a, b in zip(first, after))
+        assert moments == json.dumps(optimizer.state_dict(), default=lambda tensor: tensor.tolist())
+    _, moved = take(0.5)
+    assert not any(torch.equal(a, b) for a, b in zip(first, moved))
 
 
 # ---- use of a run ----
