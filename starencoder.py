@@ -410,21 +410,6 @@ class PreTrainingOutput(NamedTuple):
     nsp_logits: torch.Tensor | None = None  # (B, 2)
 
 
-def round_up(masked_positions, labels):
-    """On a CPU, adds rows that do not count until M is a multiple of 64; returns both.
-
-    oneDNN compiles a matrix product for each new shape, and M is another in every batch: compiling
-    took a quarter of a tiny model's step.
-    """
-    added = -len(masked_positions) % 64
-    if not added or masked_positions.is_cuda or len(masked_positions) == 0:
-        return masked_positions, labels
-    masked_positions = F.pad(masked_positions, (0, added))  # token 0, once more and in vain
-    if labels is not None:
-        labels = F.pad(labels, (0, added), value=-100)
-    return masked_positions, labels
-
-
 class StarEncoderForPreTraining(PretrainedModel):
     """The encoder with its heads for masked tokens (MLM) and next sentence (NSP)."""
 
@@ -488,8 +473,6 @@ class StarEncoderForPreTraining(PretrainedModel):
             h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed)  # (T, H)
             h_cls = h[cls]  # (B, H)
         else:
-            M = len(masked_positions)
-            masked_positions, labels = round_up(masked_positions, labels)
             rows = torch.cat([cls, masked_positions])  # (B + M,)
             h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seed, rows=rows)
             h_cls, h = h.split([len(cls), len(masked_positions)])  # (B, H) and (M, H)
@@ -497,8 +480,6 @@ class StarEncoderForPreTraining(PretrainedModel):
         nsp_logits = self.nsp(torch.tanh(self.bert.pooler(h_cls)))  # (B, 2)
         if labels is None and next_sentence_label is None:
             mlm_logits = self.mlm_head(h)[:, : self.config.vocab_size]  # (T or M, V)
-            if masked_positions is not None:
-                mlm_logits = mlm_logits[:M]
             return PreTrainingOutput(mlm_logits=mlm_logits, nsp_logits=nsp_logits)
 
         loss = 0.0

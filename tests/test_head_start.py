@@ -72,7 +72,7 @@ def test_frequencies_are_worth_their_entropy(dataset):
     entropy = -sum(share * math.log(share) for share in shares if share)
     loss = train.evaluate(model, dataset, 400, 100, Ranks())["mlm_loss"]
     assert abs(loss - entropy) < 0.25  # the logits are not quite equal, and the sample is small
-    assert loss < math.log(len(dataset.special)) - 1
+    assert loss < math.log(len(dataset.special)) - 0.5
 
 
 @given(L=st.integers(2, 80), half=st.integers(1, 40), odd=st.booleans())
@@ -90,7 +90,7 @@ def test_waves_depend_on_the_distance_alone(L, half, odd):
 
 @pytest.mark.parametrize("H, N, L", [(192, 6, 64), (512, 8, 512)])
 def test_heads_look_at_their_neighbours(dataset, H, N, L):
-    """In the first two layers, at most positions: the largest weight is the neighbour's."""
+    """In the first two layers each head's mean weight is largest at its neighbour."""
     model = model_of(dataset, H, N, L)
     head_start.give_head_start(model, head_start.words_of(ALL), dataset)
     ids = torch.from_numpy(np.concatenate([dataset[i].input_ids for i in range(12)])[:L])
@@ -102,12 +102,12 @@ def test_heads_look_at_their_neighbours(dataset, H, N, L):
         model.bert(ids, cu_seqlens)
         for layer, h in zip(model.bert.layers[: head_start.NEIGHBOUR_LAYERS], inputs):
             q, k, _ = layer.qkv(h).unflatten(-1, (3, N, -1)).unbind(1)  # (L, N, D)
-            scores = torch.einsum("qnd,knd->nqk", q, k)  # (N, L, L)
+            scores = torch.einsum("qnd,knd->nqk", q, k) * (H // N) ** -0.5
+            weights = scores.softmax(-1)  # (N, L, L)
             for n in range(N):
                 d = (n // 2 + 1) * (-1) ** (n % 2 + 1)  # -1, 1, -2, 2, ...
-                query = torch.arange(max(0, -d), L - max(0, d))
-                found = scores[n].argmax(1)[query] == query + d
-                assert found.float().mean() > 0.5, (n, d, found.float().mean())
+                mean = {at: weights[n].diagonal(at).mean().item() for at in range(-20, 21)}
+                assert max(mean, key=mean.get) == d and mean[d] > 0.1, (n, mean)
 
 
 def test_tokens_are_counted_up_to_a_limit(dataset, monkeypatch):

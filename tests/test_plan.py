@@ -174,7 +174,7 @@ def test_plans_that_make_no_sense_are_refused():
     for flags, words in (
         (["--plan", "64"], "as in 64xA100"),
         (["--plan", "2xAbacus"], "no facts about a GPU named Abacus"),
-        (["--plan", "64xA100"], "leaves some of 64 GPUs without a pair"),  # the tiny preset has 32
+        (["--plan", "80xA100"], "leaves some of 80 GPUs without a pair"),  # the tiny preset has 64
         (["--plan", "1xA100", "--plan-mfu", "2"], "between 0 and 1"),
         (["--plan", "1xA100", "--data", "nowhere"], "nowhere"),
     ):

@@ -30,8 +30,9 @@ import torch
 
 WORDS = ("frequencies", "positions", "neighbours")
 NEIGHBOUR_LAYERS = 2
-# A neighbour's logit before the first step, where others have 0 on average. e^10 against the e^0 of
-# each other token: nearly all attention, and not so much that its gradient vanishes.
+# A neighbour's logit before the first step, where the others' mean is 0. What the tokens themselves
+# add is noise of about 3, so among 64 tokens the neighbour has a third of the weight, far more than
+# any other, and not so much that nothing can be changed.
 NEIGHBOUR_LOGIT = 10.0
 TOKENS_COUNTED = 50_000_000  # of the training split; more would not change a frequency much
 
@@ -113,8 +114,8 @@ def look_at_neighbours(layer, config):
     cosines = sines + 1
     rows = torch.arange(D // 2)  # of queries and keys: first for sines, then for cosines
 
-    # Behind the first LayerNorm half of a token's variance, 1 in each column, is its position's.
-    # Then a pair (sin, cos) has length 1, and the product of D // 2 such pairs is D // 2.
+    # Behind the first LayerNorm the variance of a column is 1, and half of it is the position's.
+    # So a pair (sin, cos) has length 1, and the product of D // 2 pairs that agree is D // 2.
     scale = math.sqrt(NEIGHBOUR_LOGIT / (D // 2) * math.sqrt(D))
 
     weight = layer.qkv.weight.view(3, N, D, H)
