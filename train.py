@@ -115,6 +115,10 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
         words_of(self.head_start)
+        if self.muon_learning_rate and not self.learning_rate:
+            raise ValueError(
+                "muon_learning_rate rises and falls in proportion to learning_rate, which is 0"
+            )
 
 
 # Fields that may change when a run is resumed. They do not affect its result, except that with

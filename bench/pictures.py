@@ -64,9 +64,10 @@ def draw_curves(figure, run):
     values = [line["mlm_loss"] for line in held_out]
     losses.plot(points, values, "o", color=DARK, label="masked tokens, held out")
     losses.set(title="Loss (nats)", xlabel="step", xlim=(0, None), ylim=(0, None))
-    losses.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.3))
+    losses.legend(frameon=False, loc="upper right")
 
     # Each curve has its name and its last value at its end.
+    endings = []  # (last value, its text, color)
     for name, style, color, label in (
         ("nsp_accuracy", "o-", ACCENT, "does B follow A?"),
         ("coin_flip", "--", ACCENT, "a coin"),
@@ -75,9 +76,13 @@ def draw_curves(figure, run):
     ):
         values = [100 * line[name] for line in held_out]
         accuracies.plot(points, values, style, color=color)
+        endings.append((values[-1], f"{values[-1]:.0f} %: {label}", color))
+    height = -8
+    for value, text, color in sorted(endings):
+        height = max(value, height + 8)  # one text does not lie upon another
         accuracies.annotate(
-            f"{values[-1]:.0f} %: {label}",
-            xy=(points[-1], values[-1]),
+            text,
+            xy=(points[-1], height),
             xytext=(8, 0),  # in points, to the right of the last one
             textcoords="offset points",
             va="center",

@@ -36,7 +36,7 @@ VOCAB_SIZE = 4096
 SOURCE = "transformers"
 TOKENIZER_SHA256 = "0030235dd01062ca9894648b3eca27cc19471208c247d22ddbb484aae87dab60"
 TRAIN_TOKENS = 13_421_249
-TARGET = 3.8  # nats a masked token, a little before the first recipe's end
+TARGET = 4.1  # nats a masked token; the first recipe ends at 3.7 to 4.0, by the seed
 
 RECORDS = "results/speedrun"  # their recipes, numbered
 HELD_OUT = 1024  # pairs of an evaluation
@@ -89,21 +89,16 @@ def bench_speedrun(recipe, record, seeds=3, path=None, directory=CORPUS, target=
     for seed in range(seeds):
         for name, fields in contenders.items():  # in turns, as the machine may get slower
             race = run_race(fields, seed, directory, target, f"{name}, seed {seed}")
-            if not race.reached:
-                raise ValueError(
-                    f"{name}, seed {seed}: ended at a held-out loss of {race.held_out:.3f}, "
-                    f"above the target {target}"
-                )
             races[name].append(race)
 
     rows = []
     for name, runs in races.items():
         for seed, race in enumerate(runs):
             row = {"recipe": name, "seed": seed, "seconds": round(race.seconds, 2)}
-            rows.append(row | {"steps": race.steps, "held-out loss": race.held_out})
+            row |= {"steps": race.steps, "held-out loss": race.held_out, "reached": race.reached}
+            rows.append(row)
     pairs = zip(races["record"], races["yours"])
     ratio, low, high = ratio_of_times([a.seconds / b.seconds for a, b in pairs])
-    print(f"{ratio:.2f} times as fast as the record (95 %: {low:.2f} to {high:.2f})")
     report(
         path,
         "speedrun",
@@ -116,6 +111,9 @@ def bench_speedrun(recipe, record, seeds=3, path=None, directory=CORPUS, target=
         yours=contenders["yours"],
         **machine(),
     )
+    if not all(row["reached"] for row in rows):
+        raise ValueError(f"not every run came down to {target}: there is no ratio")
+    print(f"{ratio:.2f} times as fast as the record (95 %: {low:.2f} to {high:.2f})")
 
 
 def read_recipe(path):
@@ -233,26 +231,33 @@ def verify(path, directory=CORPUS):
     TOLERANCE. Raises ValueError if they are not.
     """
     result = read_json(path)
-    claimed = next(row for row in result["rows"] if row["recipe"] == "yours")
-    seed = claimed["seed"]
+    try:
+        claimed = next(row for row in result["rows"] if row["recipe"] == "yours")
+        seed = claimed["seed"]
+        steps = claimed["steps"]
+        held_out = claimed["held-out loss"]
+        seconds = claimed["seconds"]
+        losses = result["losses"][seed]
+        torch_version = result["versions"]["torch"]
+        claim = {"fields": result["yours"], "directory": directory, "target": result["target"]}
+    except (KeyError, TypeError, IndexError, StopIteration):
+        raise ValueError(f"{path}: not a result of this program") from None
     pinned_corpus(directory)
-    race = run_race(result["yours"], seed, directory, result["target"], "verifying")
+    race = run_race(**claim, seed=seed, title="verifying")
 
-    same_machine = result["versions"]["torch"] == torch.__version__
+    same_machine = torch_version == torch.__version__
     for key, value in machine().items():
-        same_machine = same_machine and result[key] == value
-    differences = [abs(a - b) for a, b in zip(race.losses, result["losses"][seed])]
-    differences.append(abs(race.held_out - claimed["held-out loss"]))
+        same_machine = same_machine and result.get(key) == value
+    difference = abs(race.held_out - held_out)
     if same_machine:
-        verified = race.steps == claimed["steps"] and max(differences) == 0
+        verified = race.steps == steps and difference == 0 and race.losses == losses
     else:
         # Elsewhere the target may be met an evaluation earlier or later, by other losses.
-        steps = race.steps / claimed["steps"]
-        verified = abs(steps - 1) <= TOLERANCE and differences[-1] <= TOLERANCE
+        verified = abs(race.steps / steps - 1) <= TOLERANCE and difference <= TOLERANCE
     if not verified:
         raise ValueError(
             f"{path}: not verified: {race.steps} steps to a held-out loss of {race.held_out:.4f}, "
-            f"where {claimed['steps']} to {claimed['held-out loss']:.4f} are claimed"
+            f"where {steps} to {held_out:.4f} are claimed"
         )
     how = "bit for bit" if same_machine else "within tolerance, on another machine"
-    print(f"{path}: verified {how}; {race.seconds:.1f} s here, {claimed['seconds']:.1f} s there")
+    print(f"{path}: verified {how}; {race.seconds:.1f} s here, {seconds:.1f} s there")

@@ -10,7 +10,7 @@ import torch
 from conftest import assert_refused, program
 
 import train
-from bench import data_speed, measure, model_speed, pictures, step_profile
+from bench import data_speed, measure, model_speed, pictures, speedrun, step_profile
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -109,3 +109,74 @@ def test_refusals():
     assert_refused(program("bench", "speed"), "invalid choice")
     assert_refused(program("bench", "model", "--tune"), "unrecognized arguments: --tune")
     assert_refused(program("bench", "kernels", "--tune", "--resources"), "not allowed with")
+
+
+def recipe_file(directory, name, **fields):
+    path = directory / name
+    path.write_text(json.dumps({"idea": "for a test", "fields": fields}))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_speedrun_is_raced_and_verified(small_corpus, tmp_path, capsys):
+    schedule = dict(steps=4, batch_size=8, micro_batch_size=8, warmup_steps=1, eval_every=2)
+    record = recipe_file(tmp_path, "record.json", **schedule)
+    yours = recipe_file(tmp_path, "yours.json", **schedule, muon_learning_rate=0.01, masked=0.3)
+    result = tmp_path / "result.json"
+    far = dict(directory=small_corpus, target=100.0)  # both are there at their first evaluation
+    speedrun.bench_speedrun(yours, record, 2, str(result), **far)
+    assert "times as fast as the record (95 %:" in capsys.readouterr().out
+    claimed = json.loads(result.read_text())
+    rows = claimed["rows"]
+    assert [row["recipe"] for row in rows] == ["record", "record", "yours", "yours"]
+    assert all(row["steps"] == 2 and row["seconds"] > 0 for row in rows)
+    low, high = claimed["interval"]
+    assert low <= claimed["ratio"] <= high
+
+    speedrun.verify(str(result), small_corpus)
+    assert "verified bit for bit" in capsys.readouterr().out
+    first = next(row for row in rows if row["recipe"] == "yours")
+    first["held-out loss"] += 1e-9  # not the same bits
+    result.write_text(json.dumps(claimed))
+    with pytest.raises(ValueError, match="not verified"):
+        speedrun.verify(str(result), small_corpus)
+    claimed["processor"] = "another"
+    result.write_text(json.dumps(claimed))
+    speedrun.verify(str(result), small_corpus)
+    assert "within tolerance, on another machine" in capsys.readouterr().out
+    first["held-out loss"] += 0.1
+    result.write_text(json.dumps(claimed))
+    with pytest.raises(ValueError, match="not verified"):
+        speedrun.verify(str(result), small_corpus)
+
+    with pytest.raises(ValueError, match="not every run came down to 0.1"):
+        speedrun.bench_speedrun(yours, record, 2, str(result), small_corpus, target=0.1)
+
+
+def test_recipes_and_their_rules(tmp_path):
+    assert speedrun.contenders_of("a", "b") == ("a", "b")
+    record, recipe = speedrun.contenders_of(None, None)
+    assert record != recipe and "speedrun" in record
+    assert speedrun.read_recipe(record)["hidden_size"] == 192
+    for fields, words in (
+        (dict(hidden_size=384), "hidden_size must be 192"),
+        (dict(max_length=128), "max_length must be 64"),
+        (dict(colour="red"), "colour"),
+        (dict(masked=0.3, steps=0), "steps"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            speedrun.read_recipe(recipe_file(tmp_path, "wrong.json", **fields))
+    (tmp_path / "wrong.json").write_text("{}")
+    with pytest.raises(ValueError, match="a recipe is"):
+        speedrun.read_recipe(str(tmp_path / "wrong.json"))
+    assert_refused(program("bench", "speedrun", str(tmp_path / "wrong.json")), "a recipe is")
+    assert_refused(program("bench", "speedrun", "--seeds", "1"), "--seeds")
+    assert_refused(program("bench", "speedrun", "--verify", str(tmp_path / "no.json")), "no.json")
+
+
+def test_the_interval_of_a_ratio():
+    assert speedrun.ratio_of_times([2.0, 2.0, 2.0]) == pytest.approx((2.0, 2.0, 2.0))
+    ratio, low, high = speedrun.ratio_of_times([2.0, 8.0])
+    assert ratio == pytest.approx(4.0)
+    # Logarithms ln 4 -+ ln 2: a standard error of ln 2, times Student's 12.71 for two seeds.
+    assert high / ratio == pytest.approx(2**12.71) and ratio / low == pytest.approx(2**12.71)

@@ -41,6 +41,8 @@ def test_words():
     for wrong in ("", "all", "frequencies,positions", "none+positions", "neighbours"):
         with pytest.raises(ValueError, match="head_start"):
             train.TrainConfig(head_start=wrong)
+    with pytest.raises(ValueError, match="in proportion to learning_rate"):
+        train.TrainConfig(learning_rate=0.0, muon_learning_rate=0.01)
 
 
 def test_nothing_changes_what_was_not_asked_for(dataset):
