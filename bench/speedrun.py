@@ -4,8 +4,9 @@
 other, and reports the ratio of their times. A recipe is a JSON file with the fields of a
 `train.TrainConfig` that differ from its defaults. The rules are in results/speedrun.md.
 
-The clock runs while examples are made and steps are taken, not during evaluations. Each evaluation
-is of the same held-out pairs under the same masks, so the figure depends on the weights alone.
+The clock runs while examples are made and steps are taken, not during set-up and evaluations. Each
+evaluation is of the same held-out pairs under the same masks, so the figure depends on the weights
+alone.
 """
 
 import glob
@@ -68,11 +69,12 @@ class Race(NamedTuple):
 
 
 def contenders_of(record, recipe):
-    """(record, recipe): the two paths, where None is the newest record that is left."""
+    """(record, recipe): the two paths, where None is the newest record that is not the other."""
     paths = glob.glob(os.path.join(RECORDS, "[0-9]*-*.json"))
     records = sorted(paths, key=lambda path: int(os.path.basename(path).split("-")[0]))
     recipe = recipe or records.pop()
-    return record or records.pop(), recipe
+    others = [path for path in records if not os.path.samefile(path, recipe)]
+    return record or others.pop(), recipe
 
 
 def bench_speedrun(recipe, record, seeds=3, path=None, directory=CORPUS, target=TARGET):
@@ -121,6 +123,11 @@ def read_recipe(path):
     fields = read_json(path).get("fields")
     if not isinstance(fields, dict):
         raise ValueError(f'{path}: a recipe is {{"idea": "...", "fields": {{...}}}}')
+    return checked_fields(fields, path)
+
+
+def checked_fields(fields, path):
+    """The fields with the shape of rule 1. Raises ValueError that names the file."""
     for name, value in FIXED.items():
         if fields.get(name, value) != value:
             raise ValueError(f"{path}: {name} must be {value}")
@@ -239,11 +246,14 @@ def verify(path, directory=CORPUS):
         seconds = claimed["seconds"]
         losses = result["losses"][seed]
         torch_version = result["versions"]["torch"]
-        claim = {"fields": result["yours"], "directory": directory, "target": result["target"]}
+        fields = checked_fields(dict(result["yours"]), path)
+        target = float(result["target"])
     except (KeyError, TypeError, IndexError, StopIteration):
         raise ValueError(f"{path}: not a result of this program") from None
+    if directory == CORPUS and target != TARGET:
+        raise ValueError(f"{path}: its target is {target}, not {TARGET}")
     pinned_corpus(directory)
-    race = run_race(**claim, seed=seed, title="verifying")
+    race = run_race(fields, seed, directory, target, "verifying")
 
     same_machine = torch_version == torch.__version__
     for key, value in machine().items():

@@ -4,6 +4,7 @@ No speed is ever asserted.
 """
 
 import json
+import os
 
 import pytest
 import torch
@@ -154,9 +155,10 @@ def test_a_speedrun_is_raced_and_verified(small_corpus, tmp_path, capsys):
 
 
 def test_recipes_and_their_rules(tmp_path):
-    assert speedrun.contenders_of("a", "b") == ("a", "b")
     record, recipe = speedrun.contenders_of(None, None)
-    assert record != recipe and "speedrun" in record
+    assert os.path.basename(recipe) > os.path.basename(record)
+    assert speedrun.contenders_of(None, recipe) == (record, recipe)  # it does not race itself
+    assert speedrun.contenders_of(recipe, record) == (recipe, record)
     assert speedrun.read_recipe(record)["hidden_size"] == 192
     for fields, words in (
         (dict(hidden_size=384), "hidden_size must be 192"),
