@@ -373,8 +373,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         (gradient,) = ctx.saved_tensors
-        # The factor stays fp32: rounded to bf16, its error would scale the whole gradient.
-        gradient.mul_(grad_output)
+        for rows in gradient.split(CHUNK):
+            # In fp32: the rounding error of a bf16 factor would scale the whole gradient.
+            rows.copy_(rows.float() * grad_output)
         return gradient, None
 
 

@@ -77,7 +77,7 @@ class TrainConfig:
     attention_probs_dropout_prob: float = option(0.1, "dropout on the attention weights")
     initializer_range: float = option(0.02, "standard deviation of the initial weights")
     head_start: str = option(
-        "none", "initial weights that know something: frequencies+positions+neighbours, or some"
+        "none", "what initial weights know: frequencies+positions+neighbours, a part of it, or none"
     )
     max_length: int = option(1024, "longest sequence in tokens, <cls> and <sep>s included")
     # The schedule.
@@ -93,7 +93,7 @@ class TrainConfig:
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment")
     adam_beta2: float = option(0.98, "AdamW: decay of the second moment")
     adam_epsilon: float = option(1e-6, "AdamW: added to the denominator")
-    weight_decay: float = option(0.01, "AdamW: on matrices, not on biases and LayerNorms")
+    weight_decay: float = option(0.01, "on matrices, not on biases and LayerNorms")
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it", least=1e-30)
     seed: int = option(0, "fixes initial weights, examples, masks and dropout", least=0)
     # The machine, and what is written when.
@@ -115,6 +115,8 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
         words_of(self.head_start)
+        if not 0 < self.masked < 1:
+            raise ValueError(f"masked must lie between 0 and 1, got {self.masked}")
         if self.muon_learning_rate and not self.learning_rate:
             raise ValueError(
                 "muon_learning_rate rises and falls in proportion to learning_rate, which is 0"
@@ -141,7 +143,7 @@ PRESETS = {
         head_start="frequencies+positions+neighbours",  # see training/head_start.py
         max_length=64,
         steps=1500,  # 4 minutes on 2 cores with AMX
-        batch_size=64,  # half as many steps of 32 are worth less, and take longer for a token
+        batch_size=64,  # a step of 32 would take two thirds of its time
         micro_batch_size=64,
         # Twice as many tokens to learn from in every text. Each has fewer neighbours left, which
         # costs less than it gains.
@@ -468,7 +470,7 @@ def set_up(config, ranks, dtype):
     model = StarEncoderForPreTraining(shape)
     give_head_start(model, words_of(config.head_start), train_set)
     model.to(ranks.device)
-    optimizer = make_optimizer(model, config, config.muon_learning_rate)
+    optimizer = make_optimizer(model, config, config.muon_learning_rate, dtype)
 
     # Saved in train.json and compared on resume: a run goes on only with the corpus it began with.
     resolved = asdict(config) | {

@@ -164,7 +164,12 @@ def test_recipes_and_their_rules(tmp_path):
         (dict(hidden_size=384), "hidden_size must be 192"),
         (dict(max_length=128), "max_length must be 64"),
         (dict(colour="red"), "colour"),
-        (dict(masked=0.3, steps=0), "steps"),
+        (dict(steps=0), "steps must be at least 1"),
+        (dict(steps=2.5), "steps = 2.5"),
+        (dict(batch_size=True), "batch_size = True"),
+        (dict(masked=1.5), "masked must lie between 0 and 1"),
+        (dict(hidden_dropout_prob=1), "hidden_dropout_prob"),
+        (dict(head_start=5), "head_start = 5"),
     ):
         with pytest.raises(ValueError, match=words):
             speedrun.read_recipe(recipe_file(tmp_path, "wrong.json", **fields))
@@ -172,8 +177,13 @@ def test_recipes_and_their_rules(tmp_path):
     with pytest.raises(ValueError, match="a recipe is"):
         speedrun.read_recipe(str(tmp_path / "wrong.json"))
     assert_refused(program("bench", "speedrun", str(tmp_path / "wrong.json")), "a recipe is")
-    assert_refused(program("bench", "speedrun", "--seeds", "1"), "--seeds")
-    assert_refused(program("bench", "speedrun", "--verify", str(tmp_path / "no.json")), "no.json")
+    assert_refused(program("bench", "speedrun", "--seeds", "1"), "must lie between 2 and 10")
+    nowhere = str(tmp_path / "no.json")
+    assert_refused(program("bench", "speedrun", "--verify", nowhere), "No such file", "no.json")
+    assert_refused(program("bench", "speedrun", nowhere), "No such file", "no.json")
+    (tmp_path / "wrong.json").write_text('{"rows": [{"recipe": "yours", "seed": 0}]}')
+    wrong = str(tmp_path / "wrong.json")
+    assert_refused(program("bench", "speedrun", "--verify", wrong), "not a result of this program")
 
 
 def test_the_interval_of_a_ratio():

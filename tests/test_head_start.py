@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,3 +119,17 @@ def test_tokens_are_counted_up_to_a_limit(dataset, monkeypatch):
     assert (counts == np.bincount(tokens, minlength=len(counts))).all()
     monkeypatch.setattr(head_start, "TOKENS_COUNTED", 100)
     assert (head_start.token_counts(dataset) == np.bincount(tokens[:100], minlength=600)).all()
+
+
+def test_tokens_of_every_part_are_counted(tokenizer, tmp_path, monkeypatch):
+    parts = [[[7] * 40, [7] * 40], [[9] * 40, [9] * 40]]
+    dataset = PairDataset(write_corpus(tmp_path, tokenizer, *parts), "train", 64, seed=0)
+    monkeypatch.setattr(head_start, "TOKENS_COUNTED", 60)
+    counts = head_start.token_counts(dataset)
+    assert counts[7] == counts[9] == 30 and counts.sum() == 60
+
+
+def test_heads_of_size_1_have_no_neighbours(dataset):
+    model = model_of(dataset, H=4, N=4)
+    with pytest.raises(ValueError, match="heads of size 2 or more"):
+        head_start.give_head_start(model, head_start.words_of(ALL), dataset)

@@ -35,7 +35,7 @@ NEIGHBOUR_LAYERS = 2
 # With words and token type added it is 7.6 on average in the first layer of the tiny model, the
 # others' 1.4 with a spread of 2.8. So the neighbour has a third of the weight of 64 tokens.
 NEIGHBOUR_LOGIT = 10.0
-TOKENS_COUNTED = 50_000_000  # of the training split; more would not change a frequency much
+TOKENS_COUNTED = 50_000_000  # at most, from all parts of the training split alike
 
 
 def words_of(text):
@@ -73,13 +73,12 @@ def give_head_start(model, words, dataset):
 
 
 def token_counts(dataset):
-    """How often each token occurs in the first TOKENS_COUNTED tokens of a split: (V,) int64."""
+    """How often each token occurs at the beginning of each part of a split: (V,) int64."""
     counts = np.zeros(len(dataset.special), np.int64)
-    left = TOKENS_COUNTED
+    of_each = math.ceil(TOKENS_COUNTED / len(dataset.parts))
     for part in dataset.parts:
-        tokens = part.tokens[:left]
-        counts += np.bincount(tokens, minlength=len(counts))[: len(counts)]
-        left -= len(tokens)
+        found = np.bincount(part.tokens[:of_each], minlength=len(counts))
+        counts += found[: len(counts)]  # a token beyond the vocabulary is refused when it is read
     return counts
 
 
@@ -109,6 +108,8 @@ def look_at_neighbours(layer, config):
     H = config.hidden_size
     N = config.num_attention_heads
     D = H // N
+    if D < 2:
+        raise ValueError("head_start: neighbours needs heads of size 2 or more")
     # Each head sees D // 2 of the H // 2 frequencies, from the lowest to the highest.
     chosen = torch.linspace(0, H // 2 - 1, D // 2).round().long()
     w = frequencies(H // 2)[chosen]  # (D // 2,)

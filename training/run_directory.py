@@ -18,6 +18,7 @@ import json
 import os
 import re
 import zipfile
+from dataclasses import asdict
 
 import torch
 
@@ -48,7 +49,8 @@ class RunDirectory:
         self.lock = contextlib.ExitStack()
         with ranks.together():
             if ranks.lead:
-                self.lock = open_directory(config.out, resolved, machine_fields)
+                defaults = asdict(type(config)())
+                self.lock = open_directory(config.out, resolved, machine_fields, defaults)
 
     def __enter__(self):
         return self
@@ -109,8 +111,11 @@ class RunDirectory:
                 os.remove(old)
 
 
-def open_directory(out, resolved, machine_fields):
-    """Makes the directory, or checks that it holds the same run; returns its lock."""
+def open_directory(out, resolved, machine_fields, defaults):
+    """Makes the directory, or checks that it holds the same run; returns its lock.
+
+    defaults: of the arguments, for those that the run's train.json is too old to know.
+    """
     path = os.path.join(out, "train.json")
     if os.path.isdir(out) and not os.path.exists(path):
         # A start that was killed at once may have left a lock, or half of train.json.
@@ -121,10 +126,10 @@ def open_directory(out, resolved, machine_fields):
     with lock_directory(out) as lock:
         before = arguments_of(out)
         for name, value in resolved.items():
-            if name not in machine_fields and before.get(name, value) != value:
+            known = before.get(name, defaults.get(name, value) if before else value)
+            if name not in machine_fields and known != value:
                 raise ValueError(
-                    f"{out} holds a run with {name} {before.get(name)}, not {value}; "
-                    "choose another --out"
+                    f"{out} holds a run with {name} {known}, not {value}; choose another --out"
                 )
         for half in leftovers(out):
             remove_quietly(half)

@@ -20,19 +20,17 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from training.muon import Muon
 from training.run_directory import arguments_of
 
-# Muon's, to find the nearest orthogonal matrix: its default is 5. The fifth gained nothing that
-# could be measured, and on a CPU each takes 4 % of a step of the tiny model.
-NEWTON_SCHULZ_STEPS = 4
 
-
-def make_optimizer(model, config, muon_learning_rate=0.0):
+def make_optimizer(model, config, muon_learning_rate=0.0, dtype="float32"):
     """AdamW with weight decay on matrices only; Muon for the layers' matrices if it has a rate.
 
     Biases and LayerNorms have one axis. Decay would pull the LayerNorms' weights away from 1.
 
-    muon_learning_rate: the peak rate of Muon, whose steps have another size; 0: AdamW alone.
+    muon_learning_rate: the peak rate of Muon, whose steps have another size; 0: AdamW alone. dtype:
+    in which Muon multiplies.
     """
     by_muon = hidden_matrices(model) if muon_learning_rate else []
     taken = set(map(id, by_muon))
@@ -51,9 +49,7 @@ def make_optimizer(model, config, muon_learning_rate=0.0):
     )
     if not by_muon:
         return adamw
-    muon = torch.optim.Muon(
-        by_muon, lr=0.0, weight_decay=config.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS
-    )
+    muon = Muon(by_muon, config.weight_decay, getattr(torch, dtype))
     return MuonAndAdamW(muon, adamw, muon_learning_rate / config.learning_rate)
 
 
@@ -69,12 +65,7 @@ def hidden_matrices(model):
 
 
 class MuonAndAdamW:
-    """Two optimizers that take their steps together.
-
-    Muon (Jordan et al., 2024) replaces the momentum of a matrix by the nearest orthogonal matrix.
-    All directions in which the matrix can change then change equally fast, where AdamW mostly
-    follows the few that have the largest gradients. That makes sense for a matrix that maps
-    vectors to vectors. Embeddings are a table, and biases vectors: they keep AdamW.
+    """Two optimizers that take their steps together, see muon.py.
 
     muon_scale: Muon's learning rate as a multiple of AdamW's.
     """
