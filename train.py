@@ -248,6 +248,7 @@ def plan_of(config, gpus, mfu):
         config.micro_batch_size,
         config.max_length,
         mfu,
+        config.masked,
     )
 
 

@@ -1,6 +1,7 @@
 """What a run costs: the formulas beside what PyTorch counts."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -179,3 +180,15 @@ def test_plans_that_make_no_sense_are_refused():
         (["--plan", "1xA100", "--data", "nowhere"], "nowhere"),
     ):
         assert_refused(program("train", *flags), words)
+
+
+def test_a_plan_counts_the_tokens_that_are_masked():
+    flops = []
+    for masked in ("0.15", "0.3"):
+        flags = ["--preset", "small", "--plan", "1xA100", "--masked", masked]
+        text = program("train", *flags).stdout
+        flops.append(float(re.search(r"FLOPs +([\d.]+) M a token", text)[1]))
+    # The head on 15 % more of the tokens: 6 (H V + H^2) FLOPs each, H = 512 and V = 49,156. And the
+    # second half of the last layer: 6 (H^2 + 2 H I).
+    more = 0.15 * 6 * (512 * 49_156 + 512**2 + 512**2 + 2 * 512 * 2048) / 1e6
+    assert abs(flops[1] - flops[0] - more) < 0.2

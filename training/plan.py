@@ -54,7 +54,7 @@ GPUS = {
 # Bytes/s from each GPU to other machines: 200 Gbit/s InfiniBand, as in the published run's cluster.
 NETWORK = 25e9
 GPUS_PER_MACHINE = 8
-MASKED = 0.15  # share of the tokens that are predicted
+MASKED = 0.15  # share of the tokens that are predicted, in the published run
 
 
 def gpu_facts(name):
@@ -143,12 +143,15 @@ def checkpoint_bytes(config):
     return 12 * count_parameters(config)
 
 
-def describe(config, gpus, name, steps, batch_size, micro_batch_size, max_length, mfu):
+def describe(
+    config, gpus, name, steps, batch_size, micro_batch_size, max_length, mfu, masked=MASKED
+):
     """The plan of a run as text.
 
     config: a `StarEncoderConfig`. gpus: their number. name: one of `GPUS`. steps, batch_size (pairs
     over all GPUs), micro_batch_size (pairs of a GPU at once) and max_length: as in train.py; every
-    pair counts as full. mfu: the share of the peak that is reached.
+    pair counts as full. mfu: the share of the peak that is reached. masked: the share of the tokens
+    that are predicted.
     Raises ValueError for a GPU that is not known, or for more GPUs than pairs.
     """
     gpu = gpu_facts(name)
@@ -161,12 +164,12 @@ def describe(config, gpus, name, steps, batch_size, micro_batch_size, max_length
     pairs = math.ceil(batch_size / gpus)
     micro_batch = min(micro_batch_size, pairs)
     micro_tokens = micro_batch * max_length
-    memory = step_memory(config, micro_tokens, micro_batch, round(MASKED * micro_tokens))
+    memory = step_memory(config, micro_tokens, micro_batch, round(masked * micro_tokens))
 
     # Time of a step: FLOPs alone, as the all-reduce of the gradients overlaps with them.
     parameters = count_parameters(config)
     tokens = batch_size * max_length
-    flops = model_flops(config, np.full(batch_size, max_length), MASKED * tokens)
+    flops = model_flops(config, np.full(batch_size, max_length), masked * tokens)
     seconds = flops / gpus / gpu.peak / mfu
     days = steps * seconds / 86400
 
