@@ -31,7 +31,7 @@ def test_a_step_is_that_of_pytorch(dtype, shape):
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
-    optimizer = muon.Muon([ours], weight_decay=0.1, dtype=dtype)
+    optimizer = muon.Muon([ours], weight_decay=0.1, scale=1.0, dtype=dtype)
     peer = torch.optim.Muon([theirs], weight_decay=0.1, ns_steps=muon.ITERATIONS)
     for step in range(5):
         for group in (*optimizer.param_groups, *peer.param_groups):
@@ -40,5 +40,7 @@ def test_a_step_is_that_of_pytorch(dtype, shape):
         theirs.grad = ours.grad.clone()
         optimizer.step()
         peer.step()
-    tolerance = 1e-6 if dtype == torch.bfloat16 else 5e-3  # five steps of at most 0.02 in all
+    # In bfloat16 the operations are the same. In float32 ours keeps the 2^-8 of an entry (at most
+    # 1.2) that PyTorch's loses in several products; rates add up to 0.046, times 1.8 if it is tall.
+    tolerance = 1e-6 if dtype == torch.bfloat16 else 5e-3
     assert (ours - theirs).abs().max() < tolerance

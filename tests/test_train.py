@@ -497,7 +497,9 @@ def test_muon_takes_the_matrices_that_turn_states_into_states():
         others = {names[p] for g in optimizer.adamw.param_groups for p in g["params"]}
         assert not taken & others and taken | others == set(names.values())
 
-        step.set_learning_rate(optimizer, 6e-4 / 2)  # half the peak of both
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.01)
+        step.optimizer_step(model, optimizer, 1.0, 6e-4 / 2)  # half the peak of both
         assert [g["lr"] for g in optimizer.muon.param_groups] == [pytest.approx(0.015)]
         assert {g["lr"] for g in optimizer.adamw.param_groups} == {6e-4 / 2}
 

@@ -26,10 +26,15 @@ ITERATIONS = 4
 
 
 class Muon(torch.optim.Optimizer):
-    """params: matrices. weight_decay: as AdamW's. dtype: in which matrices are multiplied."""
+    """Muon on matrices of any sizes.
 
-    def __init__(self, params, weight_decay, dtype):
-        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay})  # lr: set in each step
+    weight_decay: as AdamW's. scale: its learning rate as a multiple of that of the AdamW beside it;
+    `training.step` sets both. dtype: in which matrices are multiplied.
+    """
+
+    def __init__(self, params, weight_decay, scale, dtype):
+        # lr is set in each step.
+        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "scale": scale})
         self.dtype = dtype
 
     @torch.no_grad()

@@ -49,8 +49,8 @@ def make_optimizer(model, config, muon_learning_rate=0.0, dtype="float32"):
     )
     if not by_muon:
         return adamw
-    muon = Muon(by_muon, config.weight_decay, getattr(torch, dtype))
-    return MuonAndAdamW(muon, adamw, muon_learning_rate / config.learning_rate)
+    scale = muon_learning_rate / config.learning_rate
+    return MuonAndAdamW(Muon(by_muon, config.weight_decay, scale, getattr(torch, dtype)), adamw)
 
 
 def hidden_matrices(model):
@@ -65,25 +65,23 @@ def hidden_matrices(model):
 
 
 class MuonAndAdamW:
-    """Two optimizers that take their steps together, see muon.py.
+    """Two optimizers that take their steps together, see muon.py; to be used as one."""
 
-    muon_scale: Muon's learning rate as a multiple of AdamW's.
-    """
-
-    def __init__(self, muon, adamw, muon_scale):
+    def __init__(self, muon, adamw):
         self.muon = muon
         self.adamw = adamw
-        self.muon_scale = muon_scale
+        self.found_inf = False  # as fused AdamW has it: a step with it changes nothing
 
-    def set_learning_rate(self, rate):
-        """Sets AdamW's rate, and Muon's in proportion to it."""
-        set_learning_rate(self.muon, rate * self.muon_scale)
-        set_learning_rate(self.adamw, rate)
+    @property
+    def param_groups(self):
+        """Of both."""
+        return self.muon.param_groups + self.adamw.param_groups
 
     def step(self):
-        """One step of each."""
-        self.muon.step()
-        self.adamw.step()
+        """One step of each. Muon cannot skip one by itself, so here the GPU is waited for."""
+        if not self.found_inf:
+            self.muon.step()
+            self.adamw.step()
 
     def state_dict(self):
         """Of both, for a checkpoint."""
@@ -93,15 +91,6 @@ class MuonAndAdamW:
         """The reverse. Raises KeyError or ValueError for another optimizer's state."""
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
-
-
-def set_learning_rate(optimizer, rate):
-    """Sets the learning rate of all parameters."""
-    if isinstance(optimizer, MuonAndAdamW):
-        optimizer.set_learning_rate(rate)
-        return
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def wrap_ddp(model, ranks, example_loss):
@@ -142,14 +131,11 @@ def optimizer_step(model, optimizer, max_grad_norm, learning_rate):
     A gradient that is not finite changes nothing.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    set_learning_rate(optimizer, learning_rate)
-    if isinstance(optimizer, MuonAndAdamW):
-        if norm.isfinite():  # Muon cannot skip a step by itself, so here the GPU is waited for
-            optimizer.step()
-    else:
-        # Fused AdamW skips the step where found_inf is 1; no sync.
-        optimizer.found_inf = (~norm.isfinite()).float()
-        optimizer.step()
+    # Fused AdamW skips the step where found_inf is 1; no sync.
+    optimizer.found_inf = (~norm.isfinite()).float()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("scale", 1.0)  # Muon's has one
+    optimizer.step()
     model.zero_grad(set_to_none=True)
     return norm
 
