@@ -95,8 +95,7 @@ def backend(tensor):
 
     `STARENCODER_KERNELS` overrides. Raises ValueError if it asks for what is not available.
     """
-    # A dry launcher (see `Launcher`) only pretends to launch: any tensor counts as one on a GPU.
-    on_gpu = tensor.is_cuda or Launcher.current.dry
+    on_gpu = tensor.is_cuda or Launcher.current.compiles_on_cpu
     asked = os.environ.get("STARENCODER_KERNELS")
     if not asked:
         return "triton" if HAS_TRITON and on_gpu else "torch"
@@ -1268,14 +1267,16 @@ TILES = {
 class Launcher:
     """Launches kernels on the device of their tensors.
 
-    A subclass can do something else instead: record the launches, or only compile them (bench/).
-    dry: launch nothing. Then tensors need no GPU, and no values (FakeTensorMode).
+    A subclass can do something else instead: only compile them (bench/), or run the compiled code
+    without a GPU (ptx/). compiles_on_cpu: True for these, which take a tensor on a CPU as one on a
+    GPU. dry: launch nothing. Then tensors need no values (FakeTensorMode).
     """
 
     current = None  # the launcher in use
 
-    def __init__(self, dry=False):
+    def __init__(self, dry=False, compiles_on_cpu=False):
         self.dry = dry
+        self.compiles_on_cpu = compiles_on_cpu or dry
 
     def capability(self, x):
         """Compute capability, such as (9, 0), of the device of x; None for a CPU."""
@@ -1366,7 +1367,7 @@ def check_device(name, tensor, other_name, other):
 def check_triton_dtype(name, x):
     """A dtype that the kernels compute in."""
     allowed = [torch.float16, torch.bfloat16, torch.float32]
-    if INTERPRETED and not Launcher.current.dry:
+    if INTERPRETED and not Launcher.current.compiles_on_cpu:
         allowed.remove(torch.bfloat16)  # the interpreter's tl.dot of bf16 gives garbage
     if x.dtype not in allowed:
         names = " or ".join(map(str, allowed))

@@ -1,0 +1,173 @@
+"""`python -m ptx KERNEL`: the compiled code of a kernel beside its source, and a run of it."""
+
+import linecache
+import os
+import re
+
+from common.command_line import CommandLine, run_command
+
+KERNELS = (
+    "attention_forward",
+    "attention_backward_dq",
+    "attention_backward_dk_dv",
+    "layer_norm_forward",
+    "layer_norm_backward",
+    "dropout",
+    "cross_entropy_forward",
+    "cross_entropy_backward",
+)
+
+
+def main():
+    """Reads the command line and prints what it asks for."""
+    parser = CommandLine(prog="python -m ptx", description=__doc__)
+    parser.add_argument("kernel", metavar="KERNEL", choices=KERNELS, help=", ".join(KERNELS))
+    parser.add_argument("--chip", choices=("sm_80", "sm_89", "sm_90"), default="sm_90")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    help = "head size D, hidden size H or vocabulary V (default: 64)"
+    parser.add_argument("--width", type=int, default=64, help=help)
+    parser.add_argument("--tokens", type=int, default=100, help="rows of the input (default: 100)")
+    help = "print what this thread of the first program runs, with the registers it writes"
+    parser.add_argument("--trace", type=int, nargs="?", const=0, metavar="THREAD", help=help)
+    arguments = parser.parse_args()
+    if arguments.tokens < 1 or arguments.width < 1:
+        raise ValueError("--tokens and --width must be at least 1")
+
+    name = "_dropout_kernel" if arguments.kernel == "dropout" else f"_{arguments.kernel}"
+    gpu, text = run_kernel(arguments, name)
+    if arguments.trace is None:
+        print_beside_source(text)
+    print_summary(gpu, name)
+
+
+def run_kernel(arguments, name):
+    """Runs the operation that has this kernel. Returns the `Emulator` and the kernel's PTX."""
+    import kernels
+    from ptx.launch import emulated
+
+    texts = {}
+
+    def remember(text):
+        texts[re.search(r"\.entry (\w+)", text)[1]] = text
+        return text
+
+    def trace(machine, step):
+        if machine.program.name == name and machine.place == (0, 0, 0):
+            if not 0 <= arguments.trace < machine.program.threads:
+                last = machine.program.threads - 1
+                raise ValueError(f"--trace {arguments.trace}: the threads are 0 to {last}")
+            print_step(machine, step, arguments.trace)
+
+    if not kernels.HAS_TRITON:
+        raise ValueError("there is no Triton here to compile the kernels")
+    with emulated(arguments.chip) as gpu:
+        gpu.edit = remember
+        gpu.trace = None if arguments.trace is None else trace
+        call_operation(arguments)
+    if name not in texts:  # dropout, with --dropout 0
+        raise ValueError(f"{arguments.kernel} does not run with --dropout {arguments.dropout}")
+    return gpu, texts[name]
+
+
+def call_operation(arguments):
+    """The operation of a kernel, forward and backward, on random input."""
+    import torch
+
+    import kernels
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, arguments.dtype)
+    tokens = arguments.tokens
+    width = arguments.width
+    rest = dict(dropout_p=arguments.dropout, seed=0)
+    if arguments.kernel.startswith("attention"):
+        qkv = torch.randn(tokens, 3, 1, width).to(dtype).requires_grad_()
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+        out = kernels.attention(qkv, cu_seqlens, tokens, **rest)
+    elif arguments.kernel.startswith("cross_entropy"):
+        logits = torch.randn(tokens, width).to(dtype).requires_grad_()
+        out = kernels.cross_entropy(logits.clone(), torch.zeros(tokens, dtype=torch.int64))
+    else:
+        x = torch.randn(tokens, width).to(dtype).requires_grad_()
+        weight = torch.ones(width, requires_grad=True)
+        if arguments.kernel == "dropout":
+            out = kernels.dropout(x, **rest)
+        else:
+            out = kernels.layer_norm(x, weight, weight, 1e-12, residual=x, **rest)
+    if not arguments.kernel.endswith("forward"):
+        out.sum().backward()
+
+
+# ---- printing ------------------------------------------------------------------------------------
+
+
+def print_beside_source(text):
+    """Each line of the kernel's source, above the instructions that it became."""
+    from ptx.parser import file_table, parse
+
+    paths = {os.path.basename(path): path for path in file_table(text).values()}
+    kernel = parse(text)
+    labels = {}
+    targets = {one.operands[0].name for one in kernel.instructions if one.opcode == "bra"}
+    for label, index in kernel.labels.items():
+        if label in targets:
+            labels[index] = label
+    source = None
+    for index, instruction in enumerate(kernel.instructions):
+        if index in labels:
+            print(f"{labels[index]}:")
+        if instruction.source != source:
+            source = instruction.source
+            file, _, line = source.partition(":")
+            code = linecache.getline(paths.get(file, ""), int(line or 0)).rstrip()
+            print(f"{source:18} {code}")
+        print(f"    {instruction.line:5}    {' '.join(instruction.text.split())}")
+
+
+def print_step(machine, step, thread):
+    """An instruction and what it wrote, if the thread took part in it."""
+    if not machine.active()[thread]:
+        return
+    text = " ".join(step.instruction.text.split())
+    predicate = step.instruction.predicate
+    if predicate and machine.registers[predicate][thread] == step.instruction.negated:
+        text += "    (not taken)"
+    values = [
+        f"{name} = {shown(machine.registers[name][thread], step.instruction)}"
+        for name in sorted(step.results)
+        if name in machine.program.widths
+    ]
+    print(f"{step.instruction.line:5}  {text[:70]:70}  {'; '.join(values)[:120]}".rstrip())
+
+
+def shown(bits, instruction):
+    """A register's content as the instruction's type has it."""
+    import numpy as np
+
+    type = instruction.modifiers[-1] if instruction.modifiers else ""
+    if instruction.opcode == "setp" or bits.dtype == bool:
+        return str(bool(bits))
+    if instruction.opcode in ("mma", "wgmma") or (type == "f32" and "f32" in instruction.modifiers):
+        if bits.dtype == np.uint32:
+            return f"{bits.view(np.float32):.6g}"
+    if type.startswith("s"):
+        return str(int(bits.view(f"i{bits.dtype.itemsize}")))
+    return f"{int(bits):#x}"
+
+
+def print_summary(gpu, name):
+    """What was executed, and what was wrong."""
+    counts = gpu.counts[name]
+    per_warp = ", ".join(f"{number:,.0f} {kind}" for kind, number in counts.per_warp().items())
+    print(f"\n{name}: {counts.warps} warps. Instructions a warp: {per_warp}")
+    for loop in counts.loops[:1]:
+        numbers = ", ".join(f"{n:,.0f} {kind}" for kind, n in loop.instructions.items())
+        print(f"The hottest loop ({loop.source}), an iteration: {numbers}")
+    print(f"{len(gpu.findings)} findings" if gpu.findings else "No findings.")
+    for finding in gpu.findings:
+        print(f"  {finding}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,196 @@
+"""Compiles a Triton kernel to PTX, for a chip that need not be here.
+
+Triton decides when it is imported whether functions are compiled or interpreted
+(TRITON_INTERPRET=1). Where they are interpreted, other processes compile: each of them reads
+requests from its standard input and answers on its standard output (`serve`).
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+import kernels
+from ptx.parser import PtxError
+
+if kernels.HAS_TRITON:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+
+class Chip:
+    """Takes the place of Triton's driver: names the chip to compile for."""
+
+    def __init__(self, capability):
+        """capability: such as 90."""
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)  # Triton would take a NamedTuple for a tuple of arguments
+class Pointer:
+    """All that a kernel is compiled for of a tensor."""
+
+    dtype: object
+    remainder: int  # of its address, by 16
+
+    def data_ptr(self):
+        return self.remainder
+
+
+class Request(NamedTuple):
+    """What to compile."""
+
+    module: str
+    path: str  # of the file that defines the kernel
+    name: str
+    capability: int
+    arguments: tuple
+    constants: tuple  # (name, value), ...
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel."""
+
+    ptx: str
+    shared: int  # bytes of shared memory of a block
+    parameters: tuple  # the names of the arguments that the PTX has as parameters, in order
+
+
+def start_compiling(kernel, capability, arguments, constants):
+    """A future of the `Compiled` kernel. arguments, constants: as `Launcher.launch` has them.
+
+    Raises PtxError, from its result(), if the kernel does not compile.
+    """
+    function = kernel.fn
+    request = Request(
+        module=function.__module__,
+        path=os.path.abspath(function.__code__.co_filename),
+        name=function.__name__,
+        capability=capability,
+        arguments=tuple(described(argument) for argument in arguments),
+        constants=tuple(constants.items()),
+    )
+    if kernels.INTERPRETED:
+        return ask(request)
+    future = concurrent.futures.Future()
+    future.set_result(compile_here(kernel, request))
+    return future
+
+
+def described(argument):
+    """A tensor as a `Pointer`; a number as it is."""
+    if hasattr(argument, "data_ptr"):
+        return Pointer(argument.dtype, argument.data_ptr() % 16)
+    return argument
+
+
+def compile_here(kernel, request):
+    """Compiles in this process, in which Triton does not interpret."""
+    driver = triton.runtime.driver
+    before = getattr(driver, "_active", None)  # None: Triton looks for a GPU when it needs one
+    driver.set_active(Chip(request.capability))
+    try:
+        compiled = kernel.warmup(*request.arguments, grid=(1,), **dict(request.constants))
+    finally:
+        driver.set_active(before)
+    # Arguments that a variant is specialized on, such as a stride of 1, are no parameters.
+    signature = compiled.src.signature.items()
+    parameters = tuple(name for name, type in signature if type != "constexpr")
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, parameters)
+
+
+# ---- other processes -----------------------------------------------------------------------------
+
+waiting = queue.Queue()  # (Request, Future): what the processes take next
+
+
+@functools.lru_cache(maxsize=512)
+def ask(request):
+    """A future of what another process compiles."""
+    start_workers()
+    future = concurrent.futures.Future()
+    waiting.put((request, future))
+    return future
+
+
+@functools.cache
+def start_workers():
+    """Starts a process for each core, with a thread here that talks to it."""
+    for _ in range(os.cpu_count()):
+        threading.Thread(target=talk, daemon=True).start()
+
+
+def talk():
+    """Starts a process, hands it one request after the other, and passes on its answers."""
+    root = os.path.dirname(os.path.abspath(kernels.__file__))
+    interpreting = ("TRITON_INTERPRET", "STARENCODER_KERNELS")
+    environment = {k: v for k, v in os.environ.items() if k not in interpreting}
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, sys.path)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from ptx.compiler import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    while True:
+        request, future = waiting.get()
+        try:
+            pickle.dump(request, process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+        except (OSError, EOFError) as error:
+            answer = PtxError(f"the process that compiles {request.name} has ended: {error!r}")
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+
+def load_kernel(request):
+    """The kernel that a request names, from its module or else from its file."""
+    try:
+        module = importlib.import_module(request.module)
+    except ImportError:
+        module = None
+    if module is None or os.path.abspath(module.__file__) != request.path:
+        specification = importlib.util.spec_from_file_location(request.module, request.path)
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[request.module] = module
+        specification.loader.exec_module(module)
+    return getattr(module, request.name)
+
+
+def serve():
+    """Answers requests until the standard input ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints does not disturb the answers
+    while True:
+        try:
+            request = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = compile_here(load_kernel(request), request)
+        except Exception as error:
+            last_line = str(error).strip().split("\n")[-1]
+            answer = PtxError(f"{request.name} does not compile: {last_line}")
+        pickle.dump(answer, answers)
+        answers.flush()

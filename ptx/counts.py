@@ -1,0 +1,146 @@
+"""How many instructions a kernel executed, by what they keep busy.
+
+A class is a part of a multiprocessor, which can take so many instructions a clock:
+
+    tensor            mma, wgmma
+    transcendental    ex2, lg2, rcp, sqrt, div
+    float             fp32 add, mul, fma
+    integer           integers, addresses, logic, comparisons, selections, conversions, max
+    shared            loads and stores of shared memory, ldmatrix, shuffles
+    global            loads and stores of global memory, cp.async
+    synchronization   barriers, fences, waits
+    other             moves and branches, most of which ptxas removes
+
+PTX is not what the chip runs: ptxas merges some instructions and drops others. The counts are close
+for tensor, transcendental, float and shared, and up to twice too high for integer.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+from ptx.memory import WARP
+
+CLASSES = (
+    "tensor", "transcendental", "float", "integer", "shared", "global", "synchronization", "other",
+)  # fmt: skip
+TRANSCENDENTAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "div")
+SYNCHRONIZATION = ("fence", "commit_group", "wait_group", "wait_all")
+FLOAT = ("add", "sub", "mul", "fma", "neg", "abs")
+BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
+
+
+class Cost(NamedTuple):
+    """What one warp spends on an instruction."""
+
+    kind: str  # one of CLASSES
+    flops: int = 0  # of the tensor cores
+    shared_bytes: int = 0  # moved between shared memory and registers or tensor cores
+
+
+class Loop(NamedTuple):
+    """A loop of a kernel, and what one warp executes in one iteration, on average."""
+
+    source: str  # the line of the kernel that it ends at
+    iterations: int  # of all warps together
+    instructions: dict  # {class: number}
+    flops: float
+    shared_bytes: float
+
+
+class Counts(Counter):
+    """{class: instructions that all warps executed}, of one kernel."""
+
+    def __init__(self, name):
+        super().__init__({kind: 0 for kind in CLASSES})
+        self.name = name
+        self.warps = 0
+        self.flops = 0  # of the tensor cores
+        self.shared_bytes = 0
+        self.programs = {}  # {Program: executions of each of its blocks, by warps}
+
+    def add(self, program, executed):
+        """Adds a block of threads. executed: how many warps ran each block of the program."""
+        self.warps += -(-program.threads // WARP)
+        if program in self.programs:
+            self.programs[program] = self.programs[program] + executed
+        else:
+            self.programs[program] = executed
+        for times, block in zip(executed.tolist(), program.blocks):
+            for cost in (step.cost for step in block if times):
+                self[cost.kind] += times
+                self.flops += times * cost.flops
+                self.shared_bytes += times * cost.shared_bytes
+
+    def per_warp(self):
+        """{class: instructions that a warp executed, on average}."""
+        return {kind: self[kind] / max(1, self.warps) for kind in CLASSES}
+
+    @property
+    def loops(self):
+        """The loops that ran, the one with the most executed instructions first."""
+        found = []
+        for program, executed in self.programs.items():
+            for first, last in program.loops():
+                if executed[first]:
+                    found.append(loop_of(program, executed, first, last))
+        return sorted(found, key=lambda loop: -loop.iterations * sum(loop.instructions.values()))
+
+
+def loop_of(program, executed, first, last):
+    """The `Loop` of the blocks from `first` to `last`."""
+    iterations = int(executed[first])
+    instructions = dict.fromkeys(CLASSES, 0)
+    flops = 0
+    shared_bytes = 0
+    for number in range(first, last + 1):
+        share = executed[number] / iterations
+        for step in program.blocks[number]:
+            instructions[step.cost.kind] += share
+            flops += share * step.cost.flops
+            shared_bytes += share * step.cost.shared_bytes
+    source = program.blocks[last][-1].instruction.source
+    return Loop(source, iterations, instructions, flops, shared_bytes)
+
+
+def cost_of(instruction):
+    """The `Cost` of an instruction."""
+    opcode = instruction.opcode
+    modifiers = instruction.modifiers
+    if opcode == "mma":
+        return Cost("tensor", 2 * 16 * 8 * 16)
+    if opcode == "wgmma" and modifiers[0] == "mma_async":
+        return product_cost(instruction)
+    if opcode in ("bar", "fence") or (
+        opcode in ("wgmma", "cp") and {*modifiers} & {*SYNCHRONIZATION}
+    ):
+        return Cost("synchronization")
+    if opcode in ("ldmatrix", "stmatrix"):
+        matrices = int(next(one for one in modifiers if one in ("x1", "x2", "x4"))[1:])
+        return Cost("shared", 0, 128 * matrices)
+    if opcode == "shfl":
+        return Cost("shared", 0, 128)
+    if opcode == "cp":
+        return Cost("global", 0, WARP * instruction.operands[2].value)
+    if opcode in ("ld", "st"):
+        return access_cost(instruction)
+    if opcode in TRANSCENDENTAL:
+        return Cost("transcendental")
+    if opcode in FLOAT and instruction.type.startswith("f"):
+        return Cost("float")
+    return Cost("other" if opcode in ("mov", "bra", "ret") else "integer")
+
+
+def access_cost(instruction):
+    """The `Cost` of a load or store."""
+    if "shared" in instruction.modifiers:
+        count = next((int(m[1:]) for m in instruction.modifiers if m in ("v2", "v4")), 1)
+        return Cost("shared", 0, WARP * count * BYTES[instruction.type[1:]])
+    return Cost("global" if "global" in instruction.modifiers else "other")
+
+
+def product_cost(instruction):
+    """The `Cost` of a wgmma, a quarter for each of the four warps."""
+    columns = int(instruction.modifiers[-4][4:-3])
+    a_in_shared = type(instruction.operands[1]).__name__ == "Register"
+    rows_read = columns + 64 * a_in_shared  # of 16 halves
+    return Cost("tensor", 2 * 64 * columns * 16 // 4, rows_read * 16 * 2 // 4)

@@ -1,0 +1,110 @@
+"""Takes the place of a GPU: compiles each kernel for a chip and runs its PTX on CPU tensors.
+
+`emulated` replaces the launcher of kernels.py. Triton compiles the kernel as for that chip, up to
+PTX; the machine then runs one program of the grid after the other.
+"""
+
+import functools
+
+import kernels
+from ptx.compiler import start_compiling
+from ptx.counts import Counts
+from ptx.machine import Machine, Program
+from ptx.memory import SHARED_BASE, GlobalMemory, shared_memory
+from ptx.opcodes import build
+from ptx.parser import PtxError, parse
+from ptx.watch import Watch
+
+CHIPS = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}  # compute capability
+
+
+@functools.lru_cache(maxsize=128)
+def program_of(ptx):
+    """The `Program` of a PTX text."""
+    return Program(parse(ptx), build)
+
+
+class Emulator(kernels.Launcher):
+    """Runs kernels on the machine in NumPy.
+
+    findings: what was wrong, a list of `Finding`. The same at the same place counts once.
+    counts: {kernel: `Counts`} of the instructions that were executed.
+    """
+
+    def __init__(self, chip, watch=True):
+        super().__init__(compiles_on_cpu=True)
+        if chip not in CHIPS:
+            known = ", ".join(CHIPS)
+            raise PtxError(f"the chip {chip} is not supported: the machine knows {known}")
+        self.chip = chip
+        self.watch = watch
+        self.findings = []
+        self.counts = {}
+        self.edit = None  # a function of the PTX text that gives the text to run: to plant bugs
+        self.trace = None  # a function (machine, step), called behind each instruction
+        self.seen = set()
+
+    def capability(self, x):
+        return CHIPS[self.chip]
+
+    def launch(self, kernel, grid, arguments, constants):
+        major, minor = CHIPS[self.chip]
+        future = start_compiling(kernel, 10 * major + minor, arguments, constants)
+        compiled = future.result()
+        by_name = dict(zip(kernel.arg_names, arguments))
+        values = [by_name[name] for name in compiled.parameters]
+        ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
+        self.run(ptx, grid, values, compiled.shared, compiled.parameters)
+
+    def run(self, ptx, grid, values, shared=0, names=None):
+        """Runs a PTX text on a grid of up to three axes. values: its arguments, in order.
+
+        Tensors must be on the CPU, and are read and written in place. shared: bytes of shared
+        memory that the launch decides. names: of the arguments, for messages.
+        """
+        program = program_of(ptx)
+        names = names or tuple(program.kernel.parameters)
+        tensors = {n: v for n, v in zip(names, values) if hasattr(v, "data_ptr")}
+        memory = GlobalMemory(tensors)
+        parameters = [memory.pointer(v) if hasattr(v, "data_ptr") else v for v in values]
+        # Behind the arguments Triton adds pointers to scratch memory, which is not used here.
+        parameters += [0] * (len(program.kernel.parameters) - len(parameters))
+        symbols = dict(zip(program.kernel.parameters, parameters))
+        size = 0
+        for name, bytes_ in program.kernel.shared.items():
+            symbols[name] = SHARED_BASE + size
+            size += -(-(bytes_ or shared) // 16) * 16
+        counts = self.counts.setdefault(program.name, Counts(program.name))
+        watch = Watch(memory) if self.watch else None
+        grid = (*grid, 1, 1)[:3]
+        for z in range(grid[2]):
+            for y in range(grid[1]):
+                for x in range(grid[0]):
+                    piece = shared_memory(size)
+                    machine = Machine(
+                        program, (x, y, z), grid, symbols, piece, memory, self.report, watch
+                    )
+                    if watch:
+                        watch.begin(machine)
+                    machine.run(self.trace)
+                    counts.add(program, machine.executed)
+
+    def report(self, finding):
+        """Keeps a finding, once for each place and kind."""
+        key = (finding.kind, finding.kernel, finding.line)
+        if key not in self.seen:
+            self.seen.add(key)
+            self.findings.append(finding)
+
+
+def emulated(chip, watch=True):
+    """Within `with emulated("sm_80") as gpu:`, the operations of kernels.py run as on that chip.
+
+    chip: "sm_80" (A100), "sm_89" (RTX 4090, L40) or "sm_90" (H100, H200). watch: look for races,
+    unwritten memory and missing waits; addresses are checked in any case. Tensors lie on the CPU,
+    of fp16, bf16 or fp32. Yields an `Emulator`, with `findings` and `counts`. Raises PtxError for
+    another chip, and for an instruction that the machine does not know.
+    """
+    if not kernels.HAS_TRITON:
+        raise PtxError("there is no Triton here to compile the kernels")
+    return kernels.Launcher.replaced(Emulator(chip, watch))

@@ -1,0 +1,128 @@
+"""What an operand of an instruction is: functions that read it and write it, and types.
+
+They are made once for each instruction of a program, so that running it decides nothing again.
+Numbers are NumPy arrays with one element for each thread (lanes,), or single numbers.
+
+Reference: PTX ISA 8.7, sections 5.2 (types) and 9.4 (operands wider than the type).
+"""
+
+import numpy as np
+
+from ptx.parser import Address, Immediate, PtxError, Register, Symbol, Vector
+
+UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+DTYPES = {
+    "pred": np.bool_,
+    **{f"{kind}8": dtype for kind, dtype in (("b", np.uint8), ("u", np.uint8), ("s", np.int8))},
+    **{f"{kind}16": dtype for kind, dtype in (("b", np.uint16), ("u", np.uint16), ("s", np.int16))},
+    **{f"{kind}32": dtype for kind, dtype in (("b", np.uint32), ("u", np.uint32), ("s", np.int32))},
+    **{f"{kind}64": dtype for kind, dtype in (("b", np.uint64), ("u", np.uint64), ("s", np.int64))},
+    "f16": np.float16,
+    "f32": np.float32,
+    "f64": np.float64,
+    "bf16": np.uint16,  # raw bits: only conversions read them
+}
+
+
+def dtype_of(instruction, type):
+    """NumPy's type for a type of PTX."""
+    if type not in DTYPES:
+        raise unknown(instruction, f"the type {type}")
+    return np.dtype(DTYPES[type])
+
+
+def unknown(instruction, what):
+    """The error for something that the machine does not run."""
+    return PtxError(f"line {instruction.line}: {what} is not supported: {instruction.text[:80]}")
+
+
+def unsigned(dtype):
+    """The unsigned integer of the same width."""
+    return np.dtype(UNSIGNED[8 * dtype.itemsize])
+
+
+def reader(instruction, program, operand, dtype):
+    """A function of the machine that gives an operand's numbers: (lanes,), or () for a constant.
+
+    A register may be wider than the type; its lower bits count.
+    """
+    if isinstance(operand, Immediate):
+        bits = np.array(operand.value & (2 ** (8 * dtype.itemsize) - 1), unsigned(dtype))
+        constant = bits.view(dtype)[()] if dtype.kind != "b" else np.bool_(operand.value != 0)
+        return lambda machine: constant
+    if isinstance(operand, Symbol):
+        return lambda machine: dtype.type(machine.symbols[operand.name])
+    if not isinstance(operand, Register):
+        raise unknown(instruction, "an operand")
+    name = operand.name
+    if dtype.kind == "b":
+        return lambda machine: machine.registers[name]
+    width = program.width(name)
+    if width == 8 * dtype.itemsize:
+        return lambda machine: machine.registers[name].view(dtype)
+    if width < 8 * dtype.itemsize:
+        raise unknown(instruction, f"{name}, too narrow for its type,")
+    narrow = unsigned(dtype)
+    return lambda machine: machine.registers[name].astype(narrow).view(dtype)
+
+
+def writer(instruction, program, operand, dtype):
+    """A function (machine, numbers) that writes a register where threads are active.
+
+    A register may be wider than the type: signed numbers are extended by their sign.
+    """
+    if operand is None:  # `_`
+        return lambda machine, numbers: None
+    if not isinstance(operand, Register):
+        raise unknown(instruction, "a result that is no register")
+    name = operand.name
+    width = program.width(name)
+    bits = np.dtype(bool if width == 1 else UNSIGNED[width])
+    if width < 8 * dtype.itemsize and dtype.kind != "b":
+        raise unknown(instruction, f"{name}, too narrow for its type,")
+
+    def write(machine, numbers):
+        if numbers.dtype != bits:
+            same_width = numbers.dtype.itemsize == bits.itemsize
+            if not same_width and numbers.dtype.kind == "f":
+                numbers = numbers.view(unsigned(numbers.dtype))
+            numbers = numbers.view(bits) if same_width else numbers.astype(bits)
+        if machine.mask is not None:
+            numbers = np.where(machine.mask, numbers, machine.registers[name])
+        elif numbers.ndim == 0:
+            numbers = np.full(machine.lanes, numbers)
+        machine.registers[name] = numbers
+
+    return write
+
+
+def check_modifiers(instruction, allowed):
+    """Raises PtxError for a modifier, the last one (the type) excepted, that is not allowed."""
+    for modifier in instruction.modifiers[:-1]:
+        if modifier not in allowed:
+            raise unknown(instruction, f".{modifier}")
+
+
+def from_bf16(bits):
+    """bf16 to fp32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def address_reader(instruction, program, operand):
+    """A function of the machine that gives addresses: int64 (lanes,)."""
+    if not isinstance(operand, Address):
+        raise unknown(instruction, "an operand that is no address")
+    base = operand.base
+    width = program.width(base.name) if isinstance(base, Register) else 64
+    read = reader(instruction, program, base, np.dtype(UNSIGNED[width]))
+    offset = np.int64(operand.offset)
+
+    def addresses(machine):
+        return machine.spread(np.int64(read(machine))) + offset
+
+    return addresses
+
+
+def elements_of(operand):
+    """The registers of an operand, be it one or several."""
+    return operand.elements if isinstance(operand, Vector) else (operand,)

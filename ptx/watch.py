@@ -1,0 +1,238 @@
+"""Looks for what a lockstep run hides: races, missing waits, memory that nobody wrote.
+
+Beside each byte of memory lie stamps: who wrote it last, who read it last, and when. Time is
+counted in barriers: between two barriers the warps of a block run in any order, so a byte that one
+warp writes and another touches in the same interval is a race. (The threads of one warp are taken
+to run together, as Triton does.) Storing the value that is there already is no race.
+
+    shared memory   a stamp is 64 times the number of the interval, plus the warp; 0: never
+    global memory   a stamp is the number of the program, from 1; 0: never. Programs run in any
+                    order, with no barrier between them.
+
+Two things happen later than their instruction. `cp.async` writes its bytes at any time up to the
+wait for it, and `wgmma` reads shared memory and holds its registers up to its own. Until then
+nobody else may touch these.
+
+References: PTX ISA 8.7, chapter 8 (memory consistency), sections 9.7.9.25 (cp.async) and 9.7.15
+(wgmma, and the proxy fence that it needs).
+"""
+
+import numpy as np
+
+from ptx.memory import WARP, rows_of
+
+INTERVAL = 64  # stamps of one interval: one for each of up to 32 warps
+SEVERAL = 63  # "warp" of a byte that several warps read
+
+
+class Watch:
+    """The stamps of one launch."""
+
+    def __init__(self, memory):
+        """memory: the `GlobalMemory` of the launch."""
+        self.writers = {id(region): stamps_for(region) for region in memory.regions}
+        self.readers = {id(region): stamps_for(region) for region in memory.regions}
+        self.program = 0
+
+    def begin(self, machine):
+        """A block of threads begins, with shared memory of its own."""
+        self.program += 1
+        self.interval = 1
+        self.written = stamps_for(machine.shared)
+        self.read = stamps_for(machine.shared)
+        self.copied_to = np.zeros(len(self.written), bool)  # by a cp.async that has not landed
+        self.products_reading = np.zeros(len(self.written), np.int16)  # wgmma in flight
+        self.fences = 1  # fence.proxy.async so far
+        self.written_before_fence = np.zeros(len(self.written), np.int32)
+        self.fenced = False  # by a wgmma.fence, ever
+        self.touched = set()  # registers that were used since the last wgmma.fence
+        self.warp = machine.thread // WARP
+
+    def stamps(self, lanes):
+        """The stamps of these threads: (lanes, 1)."""
+        return (self.interval * INTERVAL + self.warp[lanes])[:, None].astype(np.int32)
+
+    def from_others(self, stamps, own):
+        """True where a stamp is of this interval, and of another warp."""
+        return (stamps // INTERVAL == self.interval) & (stamps != own)
+
+    # ---- loads and stores ------------------------------------------------------------------------
+
+    def on_read(self, machine, piece, rows, size, lanes):
+        """Threads `lanes` read rows of `size` bytes each."""
+        if piece is machine.shared:
+            self.read_shared(machine, rows, size, lanes)
+            return
+        writers = rows_of(self.writers[id(piece)], size)[rows]
+        foreign = (writers != 0) & (writers != self.program)
+        if foreign.any():
+            message = f"reads {piece.name} where another program writes"
+            machine.wrong("race between programs", message, lanes[foreign.any(1)])
+        readers = rows_of(self.readers[id(piece)], size)
+        before = readers[rows]
+        readers[rows] = np.where((before == 0) | (before == self.program), self.program, -1)
+
+    def on_write(self, machine, piece, rows, size, lanes, data, before):
+        """Threads stored `data` (threads, size), where `before` was."""
+        if (rows_of(piece.memory, size)[rows] != data).any():
+            which = (rows_of(piece.memory, size)[rows] != data).any(1)
+            message = f"two threads store different values at one place in {piece.name}"
+            machine.wrong("race", message, lanes[which])
+        if piece is machine.shared:
+            self.write_shared(machine, rows, size, lanes, data != before)
+            return
+        writers = rows_of(self.writers[id(piece)], size)
+        readers = rows_of(self.readers[id(piece)], size)
+        foreign = (writers[rows] != 0) & (writers[rows] != self.program)
+        foreign |= (readers[rows] != 0) & (readers[rows] != self.program)
+        if foreign.any():
+            message = f"writes {piece.name} where another program reads or writes"
+            machine.wrong("race between programs", message, lanes[foreign.any(1)])
+        writers[rows] = self.program
+
+    def read_shared(self, machine, rows, size, lanes):
+        """A read of shared memory by threads."""
+        own = self.stamps(lanes)
+        written = rows_of(self.written, size)[rows]  # (threads, size)
+        self.check_written(machine, written, lanes)
+        foreign = self.from_others(written, own)
+        if foreign.any():
+            message = "reads shared memory that another warp wrote since the last barrier"
+            machine.wrong("race", message, lanes[foreign.any(1)])
+        self.check_copies(machine, rows, size, lanes, "reads")
+
+        read = rows_of(self.read, size)
+        several = np.int32(self.interval * INTERVAL + SEVERAL)
+        stamps = np.where(self.from_others(read[rows], own), several, own)
+        read[rows] = stamps
+        lost = (read[rows] != stamps).any(1)  # another warp reads the same in this instruction
+        read[rows[lost]] = several
+
+    def write_shared(self, machine, rows, size, lanes, changed):
+        """A write to shared memory. changed: (threads, size), False where the value was there."""
+        own = self.stamps(lanes)
+        written = rows_of(self.written, size)
+        read = rows_of(self.read, size)
+        for stamps, done in ((written[rows], "wrote"), (read[rows], "read")):
+            foreign = self.from_others(stamps, own) & changed
+            if foreign.any():
+                message = f"writes shared memory that another warp {done} since the last barrier"
+                machine.wrong("race", message, lanes[foreign.any(1)])
+        self.check_copies(machine, rows, size, lanes, "writes")
+        self.check_products(machine, rows, size, lanes)
+        written[rows] = own
+        rows_of(self.written_before_fence, size)[rows] = self.fences
+
+    def check_written(self, machine, written, lanes):
+        """Shared memory that is read was written before."""
+        never = written == 0
+        if never.any():
+            message = "reads shared memory that nobody wrote"
+            machine.wrong("uninitialized", message, lanes[never.any(1)])
+
+    def check_copies(self, machine, rows, size, lanes, does):
+        """Nothing touches what a cp.async still writes."""
+        if not machine.copies:
+            return
+        pending = rows_of(self.copied_to, size)[rows].any(1)
+        if pending.any():
+            message = f"{does} shared memory before the wait for the cp.async that writes it"
+            machine.wrong("race", message, lanes[pending])
+
+    def check_products(self, machine, rows, size, lanes):
+        """Nothing overwrites what a wgmma still reads."""
+        if not machine.products:
+            return
+        reading = (rows_of(self.products_reading, size)[rows] > 0).any(1)
+        if reading.any():
+            message = "writes shared memory before the wait for the wgmma that reads it"
+            machine.wrong("race", message, lanes[reading])
+
+    # ---- barriers and copies ---------------------------------------------------------------------
+
+    def on_barrier(self, machine):
+        """All threads of the block were waited for."""
+        self.interval += 1
+
+    def on_copy_begin(self, machine, lanes, rows, size):
+        """A cp.async may write from here on."""
+        own = self.stamps(lanes)
+        for stamps, done in ((self.written, "wrote"), (self.read, "read")):
+            foreign = self.from_others(rows_of(stamps, size)[rows], own)
+            if foreign.any():
+                message = f"copies to shared memory that another warp {done} since the last barrier"
+                machine.wrong("race", message, lanes[foreign.any(1)])
+        self.check_copies(machine, rows, size, lanes, "copies to")
+        self.check_products(machine, rows, size, lanes)
+        rows_of(self.copied_to, size)[rows] = True
+
+    def on_copy_end(self, machine, lanes, rows, size):
+        """The threads waited: their bytes are there, for their own warp."""
+        rows_of(self.copied_to, size)[rows] = False
+        rows_of(self.written, size)[rows] = self.stamps(lanes)
+        rows_of(self.written_before_fence, size)[rows] = self.fences
+
+    # ---- products of warp groups -----------------------------------------------------------------
+
+    def on_proxy_fence(self, machine):
+        """What was written before is visible to wgmma, which reads by a path of its own."""
+        self.fences += 1
+
+    def on_product_fence(self, machine):
+        """wgmma.fence: wgmma may use registers that were used before."""
+        self.touched.clear()
+        self.fenced = True
+
+    def before_instruction(self, machine, step):
+        """Registers of a wgmma in flight are left alone; others are remembered up to the fence."""
+        if step.instruction.opcode == "wgmma":
+            return
+        for product in machine.products:
+            if not step.registers.isdisjoint(product.targets):
+                message = "uses the accumulator of a wgmma before the wait for it"
+                machine.wrong("wgmma", message, machine.active())
+            if not step.results.isdisjoint(product.inputs):
+                message = "overwrites an operand of a wgmma before the wait for it"
+                machine.wrong("wgmma", message, machine.active())
+        self.touched |= step.registers
+
+    def on_product_begin(self, machine, product):
+        """A wgmma reads from here on."""
+        if not self.fenced:
+            machine.wrong("wgmma", "no wgmma.fence before the first wgmma", machine.thread)
+            self.fenced = True
+        chained = any(other.targets == product.targets for other in machine.products)
+        needs_fence = set(product.inputs) | (set() if chained else set(product.targets))
+        if needs_fence & self.touched:
+            message = "no wgmma.fence behind the instruction that used a register of this wgmma"
+            machine.wrong("wgmma", message, machine.active())
+        everyone = machine.thread
+        for offsets in product.places:
+            threads = everyone[:1].repeat(len(offsets))
+            written = rows_of(self.written, 2)[offsets]
+            self.check_written(machine, written, threads)
+            if (written // INTERVAL == self.interval).any():
+                message = "a wgmma reads shared memory that was written since the last barrier"
+                machine.wrong("race", message, everyone)
+            self.check_copies(machine, offsets, 2, threads, "a wgmma reads")
+            late = rows_of(self.written_before_fence, 2)[offsets] == self.fences
+            if (late & (written > 0)).any():
+                message = "no fence.proxy.async between a write and the wgmma that reads it"
+                machine.wrong("wgmma", message, everyone)
+            rows_of(self.products_reading, 2)[offsets] += 1
+
+    def on_product_end(self, machine, product):
+        """It has read everything; but each warp knows this of its own part only."""
+        for offsets in product.places:
+            rows_of(self.products_reading, 2)[offsets] -= 1
+            rows_of(self.read, 2)[offsets] = self.interval * INTERVAL + SEVERAL
+
+    def at_the_end(self, machine):
+        """The block has ended."""
+        if machine.products:
+            machine.wrong("wgmma", "the kernel ends before its wgmma", machine.thread)
+
+
+def stamps_for(piece):
+    """A stamp for each byte of a piece of memory."""
+    return np.zeros(len(piece.memory), np.int32)
