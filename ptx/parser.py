@@ -130,11 +130,11 @@ def statements(text):
             continue
         if code.startswith((".file", ".pragma")) or not code:
             continue
-        if code == "{" and not pending:
-            if inside:
-                raise PtxError(f"line {line}: a scope in braces is not supported")
+        if code == "{" and not inside:
             inside = True
             continue
+        if code.startswith("{") and not pending:
+            raise PtxError(f"line {line}: a scope in braces is not supported")
         if code == "}" and not pending:
             return  # debugging information follows
 

@@ -3,11 +3,13 @@
 Beside each byte of memory lie stamps: who wrote it last, who read it last, and when. Time is
 counted in barriers: between two barriers the warps of a block run in any order, so a byte that one
 warp writes and another touches in the same interval is a race. (The threads of one warp are taken
-to run together, as Triton does.) Storing the value that is there already is no race.
+to run together, as Triton does.) Storing the value that is there already is no race, nor is reading
+what every other writer wrote alike.
 
-    shared memory   a stamp is 64 times the number of the interval, plus the warp; 0: never
-    global memory   a stamp is the number of the program, from 1; 0: never. Programs run in any
-                    order, with no barrier between them.
+    shared memory   a stamp is the number of the interval in the upper 32 bits, from 1, and in the
+                    lower ones a bit for each warp; 0: never
+    global memory   a stamp is the number of the program, from 1; 0: never; -1: several. Programs
+                    run in any order, with no barrier between them.
 
 Two things happen later than their instruction. `cp.async` writes its bytes at any time up to the
 wait for it, and `wgmma` reads shared memory and holds its registers up to its own. Until then
@@ -21,8 +23,8 @@ import numpy as np
 
 from ptx.memory import WARP, rows_of
 
-INTERVAL = 64  # stamps of one interval: one for each of up to 32 warps
-SEVERAL = 63  # "warp" of a byte that several warps read
+INTERVAL_BITS = 32
+EVERY_WARP = 2**32 - 1
 
 
 class Watch:
@@ -48,13 +50,23 @@ class Watch:
         self.touched = set()  # registers that were used since the last wgmma.fence
         self.warp = machine.thread // WARP
 
-    def stamps(self, lanes):
-        """The stamps of these threads: (lanes, 1)."""
-        return (self.interval * INTERVAL + self.warp[lanes])[:, None].astype(np.int32)
+    def bits(self, lanes):
+        """The bit of the warp of each of these threads: (threads, 1)."""
+        return np.int64(1) << self.warp[lanes][:, None]
 
-    def from_others(self, stamps, own):
-        """True where a stamp is of this interval, and of another warp."""
-        return (stamps // INTERVAL == self.interval) & (stamps != own)
+    def warps(self, stamps):
+        """The warps that a stamp of this interval has, as bits; 0 for an older one."""
+        return np.where(stamps >> INTERVAL_BITS == self.interval, stamps & EVERY_WARP, 0)
+
+    def stamp(self, stamps, rows, own):
+        """Adds the bits `own` (threads, 1) to rows of stamps, in this interval."""
+        now = np.int64(self.interval) << INTERVAL_BITS
+        stamps[rows] = now | self.warps(stamps[rows]) | own
+        while True:  # where several threads stamp one row, the last wins: the others come again
+            lost = (stamps[rows] & own == 0).any(1)
+            if not lost.any():
+                return
+            stamps[rows[lost]] |= own[lost]
 
     # ---- loads and stores ------------------------------------------------------------------------
 
@@ -92,35 +104,29 @@ class Watch:
 
     def read_shared(self, machine, rows, size, lanes):
         """A read of shared memory by threads."""
-        own = self.stamps(lanes)
+        own = self.bits(lanes)
         written = rows_of(self.written, size)[rows]  # (threads, size)
         self.check_written(machine, written, lanes)
-        foreign = self.from_others(written, own)
+        writers = self.warps(written)
+        foreign = (writers != 0) & (writers & own == 0)
         if foreign.any():
             message = "reads shared memory that another warp wrote since the last barrier"
             machine.wrong("race", message, lanes[foreign.any(1)])
         self.check_copies(machine, rows, size, lanes, "reads")
-
-        read = rows_of(self.read, size)
-        several = np.int32(self.interval * INTERVAL + SEVERAL)
-        stamps = np.where(self.from_others(read[rows], own), several, own)
-        read[rows] = stamps
-        lost = (read[rows] != stamps).any(1)  # another warp reads the same in this instruction
-        read[rows[lost]] = several
+        self.stamp(rows_of(self.read, size), rows, own)
 
     def write_shared(self, machine, rows, size, lanes, changed):
         """A write to shared memory. changed: (threads, size), False where the value was there."""
-        own = self.stamps(lanes)
-        written = rows_of(self.written, size)
-        read = rows_of(self.read, size)
-        for stamps, done in ((written[rows], "wrote"), (read[rows], "read")):
-            foreign = self.from_others(stamps, own) & changed
+        own = self.bits(lanes)
+        for stamps, done in ((self.written, "wrote"), (self.read, "read")):
+            others = self.warps(rows_of(stamps, size)[rows]) & ~own
+            foreign = (others != 0) & changed
             if foreign.any():
                 message = f"writes shared memory that another warp {done} since the last barrier"
                 machine.wrong("race", message, lanes[foreign.any(1)])
         self.check_copies(machine, rows, size, lanes, "writes")
         self.check_products(machine, rows, size, lanes)
-        written[rows] = own
+        self.stamp(rows_of(self.written, size), rows, own)
         rows_of(self.written_before_fence, size)[rows] = self.fences
 
     def check_written(self, machine, written, lanes):
@@ -156,9 +162,9 @@ class Watch:
 
     def on_copy_begin(self, machine, lanes, rows, size):
         """A cp.async may write from here on."""
-        own = self.stamps(lanes)
+        own = self.bits(lanes)
         for stamps, done in ((self.written, "wrote"), (self.read, "read")):
-            foreign = self.from_others(rows_of(stamps, size)[rows], own)
+            foreign = self.warps(rows_of(stamps, size)[rows]) & ~own != 0
             if foreign.any():
                 message = f"copies to shared memory that another warp {done} since the last barrier"
                 machine.wrong("race", message, lanes[foreign.any(1)])
@@ -169,7 +175,7 @@ class Watch:
     def on_copy_end(self, machine, lanes, rows, size):
         """The threads waited: their bytes are there, for their own warp."""
         rows_of(self.copied_to, size)[rows] = False
-        rows_of(self.written, size)[rows] = self.stamps(lanes)
+        self.stamp(rows_of(self.written, size), rows, self.bits(lanes))
         rows_of(self.written_before_fence, size)[rows] = self.fences
 
     # ---- products of warp groups -----------------------------------------------------------------
@@ -211,7 +217,7 @@ class Watch:
             threads = everyone[:1].repeat(len(offsets))
             written = rows_of(self.written, 2)[offsets]
             self.check_written(machine, written, threads)
-            if (written // INTERVAL == self.interval).any():
+            if self.warps(written).any():
                 message = "a wgmma reads shared memory that was written since the last barrier"
                 machine.wrong("race", message, everyone)
             self.check_copies(machine, offsets, 2, threads, "a wgmma reads")
@@ -225,7 +231,8 @@ class Watch:
         """It has read everything; but each warp knows this of its own part only."""
         for offsets in product.places:
             rows_of(self.products_reading, 2)[offsets] -= 1
-            rows_of(self.read, 2)[offsets] = self.interval * INTERVAL + SEVERAL
+            now = np.int64(self.interval) << INTERVAL_BITS
+            rows_of(self.read, 2)[offsets] = now | EVERY_WARP
 
     def at_the_end(self, machine):
         """The block has ended."""
@@ -235,4 +242,4 @@ class Watch:
 
 def stamps_for(piece):
     """A stamp for each byte of a piece of memory."""
-    return np.zeros(len(piece.memory), np.int32)
+    return np.zeros(len(piece.memory), np.int64)

@@ -34,6 +34,11 @@ if DEVICE == "cuda":  # the interpreter's bf16 products are garbage
 def triton_with_poisoned_outputs(monkeypatch):
     """Whatever a kernel fails to write is NaN."""
     monkeypatch.setenv("STARENCODER_KERNELS", "triton")
+    poison_outputs(monkeypatch)
+
+
+def poison_outputs(monkeypatch):
+    """Fills with NaN what the launchers allocate."""
     new_empty = torch.Tensor.new_empty
     empty_like = torch.empty_like
 
