@@ -3,6 +3,7 @@
 No speed is ever asserted.
 """
 
+import doctest
 import json
 import os
 
@@ -11,7 +12,7 @@ import torch
 from conftest import assert_refused, program
 
 import train
-from bench import data_speed, measure, model_speed, pictures, speedrun, step_profile
+from bench import bound, data_speed, measure, model_speed, pictures, speedrun, step_profile
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -192,3 +193,26 @@ def test_the_interval_of_a_ratio():
     assert ratio == pytest.approx(4.0)
     # Logarithms ln 4 -+ ln 2: a standard error of ln 2, times Student's 12.71 for two seeds.
     assert high / ratio == pytest.approx(2**12.71) and ratio / low == pytest.approx(2**12.71)
+
+
+def test_the_bound_by_hand():
+    """Each pipe in turn decides."""
+    assert doctest.testmod(bound).failed == 0
+
+    def clocks(chip, tensor_flops=0, shared_bytes=0, **instructions):
+        return bound.predicted(bound.Counts(instructions, tensor_flops, shared_bytes), chip)
+
+    # Products: 2,048 FLOP a clock on an A100 and 4,096 on an H100, 128 bytes a clock on both.
+    assert clocks(80, tensor_flops=8192) == 4.0
+    assert clocks(90, tensor_flops=8192) == 2.0
+    assert clocks(90, tensor_flops=8192, shared_bytes=640) == 5.0
+    # The others: 32 threads on 64 or 128, 64 and 16 lanes; 4 instructions issued a clock.
+    assert clocks(80, float=8) == 4.0
+    assert clocks(90, float=8) == 2.0
+    assert clocks(80, integer=8, float=2) == 4.0
+    assert clocks(80, transcendental=8, integer=15, float=2) == 16.0
+    assert clocks(90, synchronization=8, other=32) == 10.0
+    # The two halves one after the other.
+    assert clocks(90, tensor_flops=8192, shared_bytes=128, transcendental=3) == 8.0
+    with pytest.raises(ValueError, match="no such class of instructions: flaot"):
+        clocks(90, flaot=1)
