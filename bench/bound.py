@@ -9,7 +9,7 @@ which feed each other and overlap, then everything else, where only the busiest 
 Good code overlaps the two halves and comes close to the greater of them. Waits for memory and for
 barriers, and too few warps, are not in the model. So the figure is for comparing kernels, and no
 promise: for the forward attention of Triton's tutorial, the example of `predicted`, it says
-460 TFLOP/s on an H100 at 1.755 GHz, and 382 have been measured.
+460 TFLOP/s on an H100 at 1.755 GHz, where others measured 382.
 
 Where the rates are from: NVIDIA's CUDA C++ Programming Guide has the lanes of each pipe (throughput
 of native arithmetic instructions, compute capability 8.0 and 9.0) and the 32 banks of 4 bytes of
