@@ -7,6 +7,9 @@
     pii_speed      finding personal data and secrets, beside other detectors
     kernel_speed   each Triton kernel beside its peers, on a GPU; the search for launch settings
     resources      what the compiled kernels take of a chip, without that chip
+    machine_code   registers, ptxas's warnings and the hottest loop, read with Triton's tools
+    peers          kernels of others, compiled as ours are
+    bound          a bound on a kernel's speed from the instructions that it executes
     speedrun       a race to a held-out loss: your recipe beside the record's
     pictures       the two pictures of the front page
 

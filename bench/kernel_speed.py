@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from bench.machine_code import machine_code_usage
 from bench.measure import REPETITIONS, medians, report
-from bench.resources import Compiler, compile_launches, machine_code_usage
+from bench.resources import Compiler, compile_launches
 
 if kernels.HAS_TRITON:
     import triton

@@ -1,16 +1,12 @@
-"""What each kernel takes of a chip: registers, spilled bytes, shared memory.
+"""What each kernel takes of a chip: registers, shared memory, and the instructions of its loop.
 
 Triton compiles for a GPU that need not be here. `python -m bench kernels --resources` compiles
-every kernel just as it would be launched on four chips, and reads the machine code with cuobjdump,
-which comes with Triton. Speeds need a GPU: see kernel_speed.py.
+every kernel just as it would be launched on four chips, and kernels of others for two of them, and
+reads the machine code: see machine_code.py. Speeds need a GPU: see kernel_speed.py.
 """
 
-import glob
 import itertools
 import os
-import re
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,6 +14,14 @@ import torch
 from tqdm import tqdm
 
 import kernels
+from bench import peers
+from bench.machine_code import (
+    CODE_COLUMNS,
+    code_figures,
+    disassembled,
+    machine_code_usage,
+    ptxas_warnings,
+)
 from bench.measure import report
 
 if kernels.HAS_TRITON:
@@ -26,6 +30,7 @@ if kernels.HAS_TRITON:
 
 CHIPS = (80, 89, 90, 100)  # A100; RTX 4090 and L40; H100 and H200; B200
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PEERS_CHIPS = (80, 90)  # for which the peers are compiled as well, in bf16
 TOKENS = 1000  # no multiple of a block: the masked rest is compiled as well
 
 
@@ -89,20 +94,6 @@ def finished(launch):
     return launch
 
 
-def machine_code_usage(kernel):
-    """Registers of a thread and bytes that it spills, of a compiled kernel."""
-    package = os.path.dirname(triton.__file__)
-    (cuobjdump,) = glob.glob(os.path.join(package, "**", "cuobjdump"), recursive=True)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        command = [cuobjdump, "--dump-resource-usage", f.name]
-        usage = subprocess.run(command, capture_output=True, text=True).stdout
-    # A thread that runs out of registers spills to its stack.
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack)
-
-
 class Chip:
     """Takes the place of Triton's driver: names the chip to compile for."""
 
@@ -140,39 +131,109 @@ def every_operation(dtype, dropout_p):
         kernels.cross_entropy(logits, labels).backward()
 
 
-def resource_row(chip, dtype, dropout_p, launch):
+# ---- the table -----------------------------------------------------------------------------------
+
+# The constants of a kernel that make its tile: ours, Liger's and fla's.
+BLOCKS = ("BLOCK_Q", "BLOCK_K", "BLOCK_R", "BLOCK_H", "BLOCK_V", "BLOCK_SIZE", "BT", "BS")
+
+
+class Variant(NamedTuple):
+    """A kernel, compiled for a chip: what a row of the table is about."""
+
+    by: str  # "kernels", or a peer
+    chip: int
+    dtype: torch.dtype
+    width: int  # D, H or V
+    dropout_p: float
+    launch: Launch
+
+
+def resource_row(variant):
     """A row of the table."""
-    registers, spilled = machine_code_usage(launch.kernel)
-    constants = launch.constants
-    # A kernel has BLOCK_Q and BLOCK_K, BLOCK_R and BLOCK_H, or BLOCK_V.
-    blocks = [constants[key] for key in constants if key in ("BLOCK_Q", "BLOCK_K")]
-    blocks += [constants[key] for key in constants if key in ("BLOCK_R", "BLOCK_H", "BLOCK_V")]
+    kernel = variant.launch.kernel
+    constants = variant.launch.constants
+    registers, spilled = machine_code_usage(kernel)
     return {
-        "chip": f"sm_{chip}",
-        "kernel": launch.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "width": constants.get("D") or constants.get("H") or constants["V"],
-        "dropout": dropout_p,
-        "tile": "x".join(map(str, blocks)),
-        "warps": launch.kernel.metadata.num_warps,
+        "chip": f"sm_{variant.chip}",
+        "by": variant.by,
+        "kernel": variant.launch.name,
+        "dtype": str(variant.dtype).removeprefix("torch."),
+        "width": variant.width,
+        "dropout": variant.dropout_p,
+        "tile": "x".join(str(constants[key]) for key in BLOCKS if key in constants),
+        "warps": kernel.metadata.num_warps,
         "registers": registers,
         "spills (bytes)": spilled,
-        "shared (KB)": launch.kernel.metadata.shared // 1024,
+        "shared (KB)": kernel.metadata.shared // 1024,
         # On sm_90 a product by wgmma feeds the tensor cores from shared memory.
-        "wgmma": "wgmma" in launch.kernel.asm["ptx"],
+        "wgmma": "wgmma" in kernel.asm["ptx"],
+        **machine_code_columns(variant),
     }
+
+
+def machine_code_columns(variant):
+    """The columns that take a third of a second, empty (None) where they would say little new.
+
+    ptxas warns of wgmma, which only half precision on sm_90 uses. Instructions are counted in bf16
+    on the peers' chips: attention in fp16 has the same ones, and fp32 uses no tensor cores.
+    """
+    columns = dict.fromkeys(("warnings", *CODE_COLUMNS))
+    kernel = variant.launch.kernel
+    if variant.chip == 90 and variant.dtype != torch.float32:
+        columns["warnings"] = " ".join(ptxas_warnings(kernel))
+    if variant.chip in PEERS_CHIPS and variant.dtype == torch.bfloat16:
+        columns |= code_figures(disassembled(kernel))
+    return columns
+
+
+def our_variants(chip):
+    """Every kernel of kernels.py, compiled for a chip."""
+    settings = list(itertools.product(DTYPES, (0.0, 0.1)))
+    jobs = []
+    for dtype, dropout_p in settings:
+        compiler = Compiler(chip=divmod(chip, 10))
+        jobs.append((compiler, lambda d=dtype, p=dropout_p: every_operation(d, p)))
+
+    variants = []
+    for (dtype, dropout_p), launches in zip(settings, compile_launches(jobs)):
+        for launch in launches:
+            constants = launch.constants
+            width = constants.get("D") or constants.get("H") or constants["V"]
+            variants.append(Variant("kernels", chip, dtype, width, dropout_p, launch))
+    return variants
+
+
+def peers_variants(chip, installed, dtype=torch.bfloat16):
+    """The kernels of the installed peers, compiled for a chip. Prints which do not compile."""
+    jobs = []
+    for peer, module in installed:
+        compiler = Compiler()
+        arguments = (peer, module, chip, dtype, compiler)
+        jobs.append((compiler, lambda arguments=arguments: peers.compile_peer(*arguments)))
+
+    variants = []
+    for (peer, _), launches in zip(installed, compile_launches(jobs)):
+        for launch in launches:
+            if launch.kernel is None:
+                print(f"{peer.name}: {launch.name} does not compile for sm_{chip}")
+            else:
+                variants.append(Variant(peer.name, chip, dtype, peer.width, 0.0, launch))
+    return variants
 
 
 def bench_resources(path=None):
     """Compiles every kernel for each chip, and writes what the machine code takes."""
-    rows = []
+    installed = peers.installed_peers()
+    variants = []
     for chip in CHIPS:
         triton.runtime.driver.set_active(Chip(chip))  # there may be no driver at all
-        settings = list(itertools.product(DTYPES, (0.0, 0.1)))
-        jobs = []
-        for dtype, dropout_p in settings:
-            compiler = Compiler(chip=divmod(chip, 10))
-            jobs.append((compiler, lambda d=dtype, p=dropout_p: every_operation(d, p)))
-        for (dtype, dropout_p), launches in zip(settings, compile_launches(jobs)):
-            rows += [resource_row(chip, dtype, dropout_p, launch) for launch in launches]
-    report(path or "results/resources.json", "resources", rows, triton=triton.__version__)
+        variants += our_variants(chip)
+        if chip in PEERS_CHIPS:
+            variants += peers_variants(chip, installed)
+
+    # Every row waits for the tools that read the machine code.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = pool.map(resource_row, variants)
+        rows = list(tqdm(rows, total=len(variants), desc="reading", unit="kernel"))
+    facts = dict(triton=triton.__version__, peers=peers.versions(installed))
+    report(path or "results/resources.json", "resources", rows, **facts)

@@ -3,6 +3,7 @@
 No speed is ever asserted.
 """
 
+import doctest
 import json
 import os
 
@@ -11,7 +12,17 @@ import torch
 from conftest import assert_refused, program
 
 import train
-from bench import data_speed, measure, model_speed, pictures, speedrun, step_profile
+from bench import (
+    bound,
+    data_speed,
+    machine_code,
+    measure,
+    model_speed,
+    peers,
+    pictures,
+    speedrun,
+    step_profile,
+)
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -192,3 +203,110 @@ def test_the_interval_of_a_ratio():
     assert ratio == pytest.approx(4.0)
     # Logarithms ln 4 -+ ln 2: a standard error of ln 2, times Student's 12.71 for two seeds.
     assert high / ratio == pytest.approx(2**12.71) and ratio / low == pytest.approx(2**12.71)
+
+
+# Machine code as nvdisasm prints it: two loops within another, for whole blocks and for the masked
+# partial one, and a rare case behind the end that jumps back.
+SASS = """
+//--------------------- .text._kernel --------------------------
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   MOV R1, RZ ;
+.L_x_1:
+        /*0020*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0030*/                   WARPGROUP.ARRIVE ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/                   HFMA2.MMA R3, -RZ, RZ, 0, 0 ;
+        /*0080*/                   STS.128 [R5], R8 ;
+        /*0090*/              @!P1 LDS R6, [R5+0x4] ;
+        /*00a0*/               @P2 BRA `(.L_x_3) ;
+        /*00b0*/                   NOP;
+.L_x_2:
+        /*00c0*/              @!P0 BRA `(.L_x_1) ;
+.L_x_4:
+        /*00d0*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*00e0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00f0*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+        /*0100*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0110*/                   ISETP.GE.AND P1, PT, R1, R2, PT ;
+        /*0120*/                   FSEL R24, R24, -INF , !P1 ;
+        /*0130*/                   FSEL R25, R25, -INF , !P1 ;
+        /*0140*/                   FSEL R26, R26, -INF , !P1 ;
+        /*0150*/                   FSEL R27, R27, -INF , !P1 ;
+        /*0160*/                   FSEL R28, R28, -INF , !P1 ;
+        /*0170*/                   FSEL R29, R29, -INF , !P1 ;
+        /*0180*/               @P0 BRA `(.L_x_4) ;
+        /*0190*/               @P3 BRA `(.L_x_0) ;
+        /*01a0*/                   EXIT ;
+.L_x_3:
+        /*01b0*/                   MOV R3, R4 ;
+        /*01c0*/                   BRA `(.L_x_2) ;
+.L_x_5:
+        /*01d0*/                   BRA `(.L_x_5);
+"""
+
+
+def test_the_hottest_loop_of_machine_code():
+    """Of two innermost loops with as many products, the one without masks counts."""
+    instructions, labels = machine_code.parse(SASS)
+    loops = machine_code.innermost_loops(instructions, labels)
+    assert [len(loop) for loop in loops] == [11, 12]
+    assert machine_code.code_figures(SASS) == {
+        "counted in": "loop", "instructions": 10, "waits": 1,
+        "HGMMA": 2, "HMMA": 0, "STS": 1, "LDS": 1, "BAR": 1,
+    }  # fmt: skip
+    predicate = next(i.predicate for i in instructions if i.opcode == "LDS")
+    assert predicate == "@!P1"
+
+
+def test_machine_code_without_a_loop_counts_as_a_whole():
+    lines = SASS.splitlines()
+    straight = "\n".join(line for line in lines if "BRA" not in line)
+    figures = machine_code.code_figures(straight)
+    assert figures["counted in"] == "kernel" and figures["instructions"] == 23
+    assert figures["HGMMA"] == 4 and figures["waits"] == 3
+
+
+def test_warnings_of_ptxas():
+    assert doctest.testmod(machine_code).failed == 0
+    assert machine_code.warning_codes("ptxas info    : Used 168 registers, used 1 barriers") == []
+
+
+def test_a_peer_that_is_not_installed_costs_one_line(monkeypatch, capsys):
+    def broken(module, chip, dtype):
+        raise RuntimeError("another signature\nand more")
+
+    missing = peers.Peer("Missing", "missing", "no_such_module", 64, broken)
+    present = peers.Peer("Broken", None, None, 64, broken)
+    monkeypatch.setattr(peers, "PEERS", (missing, present))
+    installed = peers.installed_peers()
+    assert installed == [(present, None)] and peers.versions(installed) == {}
+    peers.compile_peer(present, None, 90, torch.bfloat16, compiler=None)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "Missing: not available here (No module named 'no_such_module')"
+    assert second.startswith("Broken, sm_90: not available here (")
+
+
+def test_the_bound_by_hand():
+    """Each pipe in turn decides."""
+    assert doctest.testmod(bound).failed == 0
+
+    def clocks(chip, tensor_flops=0, shared_bytes=0, **instructions):
+        return bound.predicted(bound.Counts(instructions, tensor_flops, shared_bytes), chip)
+
+    # Products: 2,048 FLOP a clock on an A100 and 4,096 on an H100, 128 bytes a clock on both.
+    assert clocks(80, tensor_flops=8192) == 4.0
+    assert clocks(90, tensor_flops=8192) == 2.0
+    assert clocks(90, tensor_flops=8192, shared_bytes=640) == 5.0
+    # The others: 32 threads on 64 or 128, 64 and 16 lanes; 4 instructions issued a clock.
+    assert clocks(80, float=8) == 4.0
+    assert clocks(90, float=8) == 2.0
+    assert clocks(80, integer=8, float=2) == 4.0
+    assert clocks(80, transcendental=8, integer=15, float=2) == 16.0
+    assert clocks(90, synchronization=8, other=32) == 10.0
+    # The two halves one after the other.
+    assert clocks(90, tensor_flops=8192, shared_bytes=128, transcendental=3) == 8.0
+    with pytest.raises(ValueError, match="no such class of instructions: flaot"):
+        clocks(90, flaot=1)
