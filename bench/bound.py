@@ -46,8 +46,9 @@ class Counts(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What one SM does in a clock."""
+    """What one SM does in a clock, and how many clocks there are."""
 
+    clocks: float  # of all SMs, in a second
     tensor: int  # dense bf16 FLOPs
     shared: int  # bytes
     float: int  # lanes: results of single threads
@@ -55,9 +56,9 @@ class Rates(NamedTuple):
     transcendental: int  # lanes
 
 
-RATES = {
-    80: Rates(tensor=2048, shared=128, float=64, integer=64, transcendental=16),  # A100
-    90: Rates(tensor=4096, shared=128, float=128, integer=64, transcendental=16),  # H100, H200
+RATES = {  # A100; H100 and H200
+    80: Rates(108 * 1.41e9, tensor=2048, shared=128, float=64, integer=64, transcendental=16),
+    90: Rates(132 * 1.83e9, tensor=4096, shared=128, float=128, integer=64, transcendental=16),
 }
 
 

@@ -27,6 +27,17 @@ LABEL = re.compile(r"^(\.L_x_\d+):")
 TARGET = re.compile(r"`\((\.L_x_\d+)\)")  # of a branch
 TENSOR = ("HGMMA", "HMMA")  # products, on Hopper and before it
 COUNTED = (*TENSOR, "STS", "LDS", "BAR")
+# What an instruction keeps busy, as bench/bound.py has it. All others are "integer", among them
+# comparisons, selections, conversions and fp32 maxima: they run at the same rate.
+CLASSES = {
+    "tensor": TENSOR,
+    "transcendental": ("MUFU",),
+    "float": ("FFMA", "FADD", "FMUL"),
+    "shared": ("LDS", "STS", "LDSM", "STSM", "SHFL"),
+    "global": ("LDG", "STG", "LDGSTS"),
+    "synchronization": ("BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "WARPSYNC", "FENCE", "MEMBAR"),
+    "other": ("MOV", "BRA", "EXIT", "S2R", "CS2R", "R2UR", "BSYNC", "BSSY"),
+}
 CODE_COLUMNS = ("counted in", "instructions", "waits", *COUNTED)  # see code_figures
 
 
@@ -149,13 +160,29 @@ def hottest_loop(loops):
     return max(loops, key=work)
 
 
-def code_figures(sass):
-    """Counts in the hottest loop of a kernel, or in all of its code if it has no loop."""
+def hottest_code(sass):
+    """The hottest loop of a kernel, or all of its code if it has none; and which of the two."""
     instructions, labels = parse(sass)
     loops = innermost_loops(instructions, labels)
-    code = hottest_loop(loops) if loops else instructions
+    return (hottest_loop(loops), "loop") if loops else (instructions, "kernel")
+
+
+def class_counts(code):
+    """{class: how many instructions}."""
+    class_of = {family: name for name, families in CLASSES.items() for family in families}
+    counts = dict.fromkeys((*CLASSES, "integer"), 0)
+    for instruction in code:
+        if instruction.family.startswith("U"):  # a pipe of its own, once for the whole warp
+            counts["other"] += 1
+        elif instruction.family != "NOP":
+            counts[class_of.get(instruction.family, "integer")] += 1
+    return counts
+
+
+def code_figures(code, counted_in):
+    """The columns of `hottest_code`."""
     figures = {
-        "counted in": "loop" if loops else "kernel",
+        "counted in": counted_in,
         "instructions": len(code) - count(code, "NOP"),  # of one warp
         "waits": sum(instruction.opcode.startswith("WARPGROUP.DEPBAR") for instruction in code),
     }

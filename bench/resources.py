@@ -17,16 +17,19 @@ import kernels
 from bench import peers
 from bench.machine_code import (
     CODE_COLUMNS,
+    class_counts,
     code_figures,
     disassembled,
+    hottest_code,
     machine_code_usage,
     ptxas_warnings,
 )
 from bench.measure import report
+from bench.prediction import emulated_counts, predictions
+from ptx.compiler import Chip
 
 if kernels.HAS_TRITON:
     import triton
-    from triton.backends.compiler import GPUTarget
 
 CHIPS = (80, 89, 90, 100)  # A100; RTX 4090 and L40; H100 and H200; B200
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -94,22 +97,6 @@ def finished(launch):
     return launch
 
 
-class Chip:
-    """Takes the place of Triton's driver: names the chip to compile for."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return self.capability  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device):
-        return 0
-
-
 def every_operation(dtype, dropout_p):
     """Calls every operation forward and backward. Numbers do not matter, since nothing runs."""
     cu_seqlens = torch.tensor([0, TOKENS], dtype=torch.int32)
@@ -146,6 +133,7 @@ class Variant(NamedTuple):
     width: int  # D, H or V
     dropout_p: float
     launch: Launch
+    executed: Any = None  # ptx's counts of a run of it, if there was one
 
 
 def resource_row(variant):
@@ -177,12 +165,15 @@ def machine_code_columns(variant):
     ptxas warns of wgmma, which only half precision on sm_90 uses. Instructions are counted in bf16
     on the peers' chips: attention in fp16 has the same ones, and fp32 uses no tensor cores.
     """
-    columns = dict.fromkeys(("warnings", *CODE_COLUMNS))
+    columns = dict.fromkeys(("warnings", *CODE_COLUMNS, "work", "predicted", "unit"))
     kernel = variant.launch.kernel
     if variant.chip == 90 and variant.dtype != torch.float32:
         columns["warnings"] = " ".join(ptxas_warnings(kernel))
     if variant.chip in PEERS_CHIPS and variant.dtype == torch.bfloat16:
-        columns |= code_figures(disassembled(kernel))
+        code, counted_in = hottest_code(disassembled(kernel))
+        columns |= code_figures(code, counted_in)
+        if variant.executed:
+            columns |= predictions(variant.executed, class_counts(code), counted_in, variant.chip)
     return columns
 
 
@@ -200,7 +191,17 @@ def our_variants(chip):
             constants = launch.constants
             width = constants.get("D") or constants.get("H") or constants["V"]
             variants.append(Variant("kernels", chip, dtype, width, dropout_p, launch))
+    if chip in PEERS_CHIPS:
+        variants = [with_executed(variant) for variant in tqdm(variants, "running", unit="kernel")]
     return variants
+
+
+def with_executed(variant):
+    """The variant, with what it executes in the machine of ptx/, if its figures are shown."""
+    if variant.dtype != torch.bfloat16:
+        return variant
+    counts = emulated_counts(variant.chip, variant.width, variant.dropout_p)
+    return variant._replace(executed=counts.get(variant.launch.name))
 
 
 def peers_variants(chip, installed, dtype=torch.bfloat16):

@@ -35,6 +35,7 @@ class Cost(NamedTuple):
     kind: str  # one of CLASSES
     flops: int = 0  # of the tensor cores
     shared_bytes: int = 0  # moved between shared memory and registers or tensor cores
+    global_bytes: int = 0  # asked of global memory, if every thread takes part
 
 
 class Loop(NamedTuple):
@@ -45,6 +46,7 @@ class Loop(NamedTuple):
     instructions: dict  # {class: number}
     flops: float
     shared_bytes: float
+    global_bytes: float
 
 
 class Counts(Counter):
@@ -56,6 +58,7 @@ class Counts(Counter):
         self.warps = 0
         self.flops = 0  # of the tensor cores
         self.shared_bytes = 0
+        self.global_bytes = 0
         self.programs = {}  # {Program: executions of each of its blocks, by warps}
 
     def add(self, program, executed):
@@ -70,6 +73,7 @@ class Counts(Counter):
                 self[cost.kind] += times
                 self.flops += times * cost.flops
                 self.shared_bytes += times * cost.shared_bytes
+                self.global_bytes += times * cost.global_bytes
 
     def per_warp(self):
         """{class: instructions that a warp executed, on average}."""
@@ -92,14 +96,16 @@ def loop_of(program, executed, first, last):
     instructions = dict.fromkeys(CLASSES, 0)
     flops = 0
     shared_bytes = 0
+    global_bytes = 0
     for number in range(first, last + 1):
         share = executed[number] / iterations
         for step in program.blocks[number]:
             instructions[step.cost.kind] += share
             flops += share * step.cost.flops
             shared_bytes += share * step.cost.shared_bytes
+            global_bytes += share * step.cost.global_bytes
     source = program.blocks[last][-1].instruction.source
-    return Loop(source, iterations, instructions, flops, shared_bytes)
+    return Loop(source, iterations, instructions, flops, shared_bytes, global_bytes)
 
 
 def cost_of(instruction):
@@ -120,7 +126,8 @@ def cost_of(instruction):
     if opcode == "shfl":
         return Cost("shared", 0, 128)
     if opcode == "cp":
-        return Cost("global", 0, WARP * instruction.operands[2].value)
+        size = WARP * instruction.operands[2].value
+        return Cost("global", 0, size, size)
     if opcode in ("ld", "st"):
         return access_cost(instruction)
     if opcode in TRANSCENDENTAL:
@@ -132,10 +139,13 @@ def cost_of(instruction):
 
 def access_cost(instruction):
     """The `Cost` of a load or store."""
+    count = next((int(m[1:]) for m in instruction.modifiers if m in ("v2", "v4")), 1)
+    size = WARP * count * BYTES[instruction.type[1:]]
     if "shared" in instruction.modifiers:
-        count = next((int(m[1:]) for m in instruction.modifiers if m in ("v2", "v4")), 1)
-        return Cost("shared", 0, WARP * count * BYTES[instruction.type[1:]])
-    return Cost("global" if "global" in instruction.modifiers else "other")
+        return Cost("shared", 0, size)
+    if "global" in instruction.modifiers:
+        return Cost("global", 0, 0, size)
+    return Cost("other")  # a parameter
 
 
 def product_cost(instruction):

@@ -253,9 +253,14 @@ def test_the_hottest_loop_of_machine_code():
     instructions, labels = machine_code.parse(SASS)
     loops = machine_code.innermost_loops(instructions, labels)
     assert [len(loop) for loop in loops] == [11, 12]
-    assert machine_code.code_figures(SASS) == {
+    code, counted_in = machine_code.hottest_code(SASS)
+    assert machine_code.code_figures(code, counted_in) == {
         "counted in": "loop", "instructions": 10, "waits": 1,
         "HGMMA": 2, "HMMA": 0, "STS": 1, "LDS": 1, "BAR": 1,
+    }  # fmt: skip
+    assert machine_code.class_counts(code) == {
+        "tensor": 2, "shared": 2, "synchronization": 3, "other": 2, "integer": 1,
+        "transcendental": 0, "float": 0, "global": 0,
     }  # fmt: skip
     predicate = next(i.predicate for i in instructions if i.opcode == "LDS")
     assert predicate == "@!P1"
@@ -264,7 +269,7 @@ def test_the_hottest_loop_of_machine_code():
 def test_machine_code_without_a_loop_counts_as_a_whole():
     lines = SASS.splitlines()
     straight = "\n".join(line for line in lines if "BRA" not in line)
-    figures = machine_code.code_figures(straight)
+    figures = machine_code.code_figures(*machine_code.hottest_code(straight))
     assert figures["counted in"] == "kernel" and figures["instructions"] == 23
     assert figures["HGMMA"] == 4 and figures["waits"] == 3
 
