@@ -26,6 +26,7 @@ from ptx.operands import (
     dtype_of,
     elements_of,
     from_bf16,
+    one_nan,
     reader,
     unknown,
     unsigned,
@@ -80,6 +81,7 @@ def elementwise(function, allowed=(), signed=False):
         reads = [reader(instruction, program, source, dtype) for source in sources]
         write = writer(instruction, program, target, dtype)
         flush = "ftz" in instruction.modifiers
+        floating = dtype.kind == "f"
         number = dtype.type
 
         def run(machine):
@@ -87,6 +89,8 @@ def elementwise(function, allowed=(), signed=False):
             if flush:
                 numbers = [flushed(x) for x in numbers]
             result = np.asarray(function(*numbers), number)
+            if floating:
+                result = one_nan(result)
             write(machine, flushed(result) if flush else result)
 
         return run

@@ -103,6 +103,20 @@ def check_modifiers(instruction, allowed):
             raise unknown(instruction, f".{modifier}")
 
 
+def one_nan(numbers):
+    """The same, with all bits set but the sign in every NaN, as arithmetic leaves it on the device.
+
+    NumPy's keep a payload, which depends on the order of the operands (section 9.7.3).
+    """
+    nan = numbers != numbers
+    if not nan.any():
+        return numbers
+    bits = unsigned(numbers.dtype)
+    return (
+        np.where(nan, np.iinfo(bits).max >> 1, numbers.view(bits)).astype(bits).view(numbers.dtype)
+    )
+
+
 def from_bf16(bits):
     """bf16 to fp32."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

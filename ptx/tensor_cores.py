@@ -14,7 +14,7 @@ much is not documented.
 import numpy as np
 
 from ptx.memory import WARP
-from ptx.operands import address_reader, elements_of, from_bf16, reader, unknown, writer
+from ptx.operands import address_reader, elements_of, from_bf16, one_nan, reader, unknown, writer
 from ptx.parser import Register, Vector
 
 WORD = np.dtype(np.uint32)
@@ -90,7 +90,7 @@ def warp_product(instruction, program):
         left = matrix_a(read_all(machine, reads_a), a_type)
         right = matrix_b(read_all(machine, reads_b), a_type)
         before = matrix_c(read_all(machine, reads_c))
-        result = (left @ right + before).astype(np.float32)
+        result = one_nan((left @ right + before).astype(np.float32))
         for write, numbers in zip(writes, registers_c(result)):
             write(machine, numbers)
 
@@ -257,7 +257,8 @@ def group_product(instruction, program):
         keeps = machine.spread(read_scale(machine))[::GROUP]
         before = matrix_c(accumulators(machine, targets, reads_c)).reshape(result.shape)
         result += np.where(keeps[:, None, None], before, 0)
-        numbers = registers_c(result.astype(np.float32).reshape(-1, 16, columns))
+        result = one_nan(result.astype(np.float32))
+        numbers = registers_c(result.reshape(-1, 16, columns))
         product = Product(machine.product_groups, targets, numbers, inputs, places)
         machine.products.append(product)
         if machine.watch:

@@ -1,0 +1,179 @@
+"""Removes barriers, waits and fences from the kernels' PTX, one at a time, and runs what is left.
+
+A missing barrier changes no result of a run in lockstep, and on a GPU only some. The watch of ptx/
+must find it. What it does not find must be redundant: `why_redundant` says why.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch  # noqa: E402
+
+import kernels  # noqa: E402
+import ptx  # noqa: E402
+
+CHIPS = ("sm_80", "sm_90")
+# 150 tokens end in a partial block; 128 are whole blocks. Both keep several copies in flight.
+LENGTHS = (150, 128)
+KERNELS = {
+    "attention": ("_attention_forward", "_attention_backward_dq", "_attention_backward_dk_dv"),
+    "layer_norm": ("_layer_norm_forward", "_layer_norm_backward"),
+    "cross_entropy": ("_cross_entropy_forward",),  # the backward pass has no barrier
+}
+SYNCHRONIZES = re.compile(
+    r"\s*(bar\.sync|cp\.async\.(wait|commit)|wgmma\.(fence|commit|wait)|fence\.proxy)"
+)
+TOUCHES_SHARED = re.compile(r"\.shared|ldmatrix|stmatrix|wgmma\.mma|wgmma\.wait|cp\.async\.wait")
+
+
+class Removal(NamedTuple):
+    """A line of PTX to remove."""
+
+    chip: str
+    operation: str
+    kernel: str
+    line: int  # counted from 0
+
+    def name(self, text):
+        """The bug's name, which says what is missing."""
+        instruction = " ".join(text.split("\n")[self.line].split()).rstrip(";")
+        kernel = self.kernel.lstrip("_")
+        return f"{self.operation}: {self.chip} {kernel} without {instruction}, {self.line + 1}"
+
+
+class OneKernel(ptx.Emulator):
+    """Runs one kernel only, and edits its PTX. The others only have to be there for autograd."""
+
+    def __init__(self, chip, kernel, edit):
+        super().__init__(chip)
+        self.kernel = kernel
+        self.edit = edit
+
+    def launch(self, kernel, grid, arguments, constants):
+        if kernel.fn.__name__ == self.kernel:
+            super().launch(kernel, grid, arguments, constants)
+
+
+def run_operation(operation, length):
+    """An operation forward and backward, in bf16 with dropout.
+
+    All inputs are random: to write the number that is there already is no race.
+    """
+    torch.manual_seed(0)
+    if operation == "attention":
+        qkv = torch.randn(length, 3, 1, 64).bfloat16().requires_grad_()
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+        out = kernels.attention(qkv, cu_seqlens, length, dropout_p=0.1)
+    elif operation == "layer_norm":
+        x = torch.randn(9, 768).bfloat16().requires_grad_()
+        weight = torch.randn(768, requires_grad=True)
+        out = kernels.layer_norm(x, weight, weight, 1e-12, residual=x, dropout_p=0.1)
+    else:
+        logits = torch.randn(2, 9000).bfloat16().requires_grad_()
+        out = kernels.cross_entropy(logits * 1, torch.zeros(2, dtype=torch.int64))
+    out.backward(torch.randn_like(out))
+
+
+def findings_of(chip, operation, kernel, edit, length):
+    """What the watch finds in a run of one kernel, its PTX edited."""
+    with kernels.Launcher.replaced(OneKernel(chip, kernel, edit)) as gpu:
+        run_operation(operation, length)
+    return gpu.findings
+
+
+@functools.cache
+def text_of(chip, operation, kernel):
+    """The PTX of a kernel."""
+    texts = []
+
+    def remember(text):
+        texts.append(text)
+        return text
+
+    found = [
+        f for length in LENGTHS for f in findings_of(chip, operation, kernel, remember, length)
+    ]
+    if found or len(set(texts)) != 1:
+        raise SystemExit(f"{kernel} for {chip}, unchanged: {found[:1]}")
+    return texts[0]
+
+
+def removals():
+    """{name: Removal} of every line that synchronizes."""
+    found = {}
+    for chip, operation in itertools.product(CHIPS, KERNELS):
+        for kernel in KERNELS[operation]:
+            text = text_of(chip, operation, kernel)
+            for line, code in enumerate(text.split("\n")):
+                if SYNCHRONIZES.match(code):
+                    removal = Removal(chip, operation, kernel, line)
+                    found[removal.name(text)] = removal
+    return found
+
+
+def finding_without(removal):
+    """The first finding in a run without this line, or None. Run in a process of its own."""
+
+    def edit(text):
+        lines = text.split("\n")
+        lines[removal.line] = ""
+        return "\n".join(lines)
+
+    for length in LENGTHS:
+        found = findings_of(removal.chip, removal.operation, removal.kernel, edit, length)
+        if found:
+            return f"{found[0].kind}: {found[0].message}"
+    return None
+
+
+@functools.cache
+def processes():
+    """The processes that run the removals: Python's threads would wait for each other."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=torch.set_num_threads,
+                               initargs=(1,))  # fmt: skip
+
+
+def caught_by(removal):
+    """What the watch says without this line, or None."""
+    return processes().submit(finding_without, removal).result()
+
+
+def why_redundant(removal):
+    """Why nothing goes wrong without a line that the watch does not miss."""
+    lines = text_of(removal.chip, removal.operation, removal.kernel).split("\n")
+    code = lines[removal.line].strip()
+    if code.startswith("bar.sync"):
+        if not touched(lines[removal.line + 1 :]):
+            return "nothing touches shared memory up to the next barrier"
+        if not touched(lines[removal.line - 1 :: -1]):
+            return "nothing touched shared memory since the barrier before"
+        return "what warps touch on its two sides lies in different bytes"
+    if code.startswith("cp.async.commit"):
+        return "its copies join the next group, which is waited for before their first use"
+    if code.startswith("wgmma.commit"):
+        return "its products join the next group, which is waited for before their first use"
+    if code.startswith(("wgmma.wait", "cp.async.wait")):
+        return "another wait lies between and the first use"
+    if code.startswith("wgmma.fence"):
+        return "no register of the next product was used since the fence before"
+    return "nothing that the next product reads was written since the fence before"
+
+
+def touched(lines):
+    """True if shared memory is touched before the next barrier or branch."""
+    for line in lines:
+        if re.match(r"\s*(bar\.sync|(@\S+\s+)?bra|ret|\$L__BB)", line):
+            return "bar.sync" not in line  # beyond a branch, anything may come
+        if TOUCHES_SHARED.search(line):
+            return True
+    return True
