@@ -146,9 +146,11 @@ def shown(bits, instruction):
     import numpy as np
 
     type = instruction.modifiers[-1] if instruction.modifiers else ""
+    if instruction.opcode == "cvt":
+        type = instruction.modifiers[-2]  # to this one, from the last
     if instruction.opcode == "setp" or bits.dtype == bool:
         return str(bool(bits))
-    if instruction.opcode in ("mma", "wgmma") or (type == "f32" and "f32" in instruction.modifiers):
+    if instruction.opcode in ("mma", "wgmma") or type == "f32":
         if bits.dtype == np.uint32:
             return f"{bits.view(np.float32):.6g}"
     if type.startswith("s"):
