@@ -44,6 +44,7 @@ class Loop(NamedTuple):
     source: str  # the line of the kernel that it ends at
     iterations: int  # of all warps together
     instructions: dict  # {class: number}
+    opcodes: dict  # {opcode with its modifiers: number}
     flops: float
     shared_bytes: float
     global_bytes: float
@@ -94,6 +95,7 @@ def loop_of(program, executed, first, last):
     """The `Loop` of the blocks from `first` to `last`."""
     iterations = int(executed[first])
     instructions = dict.fromkeys(CLASSES, 0)
+    opcodes = Counter()
     flops = 0
     shared_bytes = 0
     global_bytes = 0
@@ -101,11 +103,12 @@ def loop_of(program, executed, first, last):
         share = executed[number] / iterations
         for step in program.blocks[number]:
             instructions[step.cost.kind] += share
+            opcodes[".".join((step.instruction.opcode, *step.instruction.modifiers))] += share
             flops += share * step.cost.flops
             shared_bytes += share * step.cost.shared_bytes
             global_bytes += share * step.cost.global_bytes
     source = program.blocks[last][-1].instruction.source
-    return Loop(source, iterations, instructions, flops, shared_bytes, global_bytes)
+    return Loop(source, iterations, instructions, opcodes, flops, shared_bytes, global_bytes)
 
 
 def cost_of(instruction):

@@ -17,7 +17,7 @@ import numpy as np
 
 from ptx.counts import cost_of
 from ptx.memory import POISON, REGION_BITS, WARP, rows_of
-from ptx.operands import UNSIGNED
+from ptx.operands import UNSIGNED, declared
 from ptx.parser import PtxError
 
 # Their first operand is no result.
@@ -238,9 +238,12 @@ class Program:
         self.name = kernel.name
         self.kernel = kernel
         self.threads = kernel.threads
+        if not self.threads:
+            raise PtxError("this PTX does not say how many threads a block has: no .reqntid")
+        self.symbols = {*kernel.parameters, *kernel.shared}
         self.widths = self.register_widths(kernel)
         targets = {
-            kernel.labels[operand.name]
+            kernel.labels[declared(instruction, operand.name, kernel.labels)]
             for instruction in kernel.instructions
             if instruction.opcode == "bra"
             for operand in instruction.operands

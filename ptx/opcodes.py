@@ -23,6 +23,7 @@ from ptx.operands import (
     UNSIGNED,
     address_reader,
     check_modifiers,
+    declared,
     dtype_of,
     elements_of,
     from_bf16,
@@ -32,7 +33,7 @@ from ptx.operands import (
     unsigned,
     writer,
 )
-from ptx.parser import Immediate, Vector
+from ptx.parser import Immediate, PtxError, Vector
 
 SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
 
@@ -59,7 +60,12 @@ def build(instruction, program):
     """The function of the machine that carries out an instruction."""
     if instruction.opcode not in OPCODES:
         raise unknown(instruction, f"the instruction {instruction.opcode}")
-    run = OPCODES[instruction.opcode](instruction, program)
+    try:
+        run = OPCODES[instruction.opcode](instruction, program)
+    except PtxError:
+        raise
+    except (AttributeError, IndexError, StopIteration, ValueError) as error:
+        raise unknown(instruction, "this form of the instruction") from error
     return predicated(instruction, run) if instruction.predicate else run
 
 
@@ -71,6 +77,8 @@ def elementwise(function, allowed=(), signed=False):
 
     allowed: modifiers that may stand in front of the type.
     """
+    # NumPy would take a source too many for the place of the result.
+    count = getattr(function, "nin", None) or function.__code__.co_argcount
 
     def entry(instruction, program):
         check_modifiers(instruction, (*allowed, "ftz"))
@@ -78,6 +86,8 @@ def elementwise(function, allowed=(), signed=False):
         if instruction.type == "bf16":
             raise unknown(instruction, "arithmetic in bf16")
         target, *sources = instruction.operands
+        if len(sources) != count:
+            raise unknown(instruction, f"another number of operands than {1 + count}")
         reads = [reader(instruction, program, source, dtype) for source in sources]
         write = writer(instruction, program, target, dtype)
         flush = "ftz" in instruction.modifiers
@@ -397,7 +407,7 @@ def load(instruction, program):
     if len(writes) != count:
         raise unknown(instruction, "a vector of another length")
     if space == "param":
-        name = address.base.name
+        name = declared(instruction, address.base.name, program.symbols)
         return lambda machine: writes[0](machine, parameter_bits(machine.symbols[name], dtype))
     addresses = address_reader(instruction, program, address)
 

@@ -36,6 +36,13 @@ def unknown(instruction, what):
     return PtxError(f"line {instruction.line}: {what} is not supported: {instruction.text[:80]}")
 
 
+def declared(instruction, name, names):
+    """A name, of a label, a parameter or a variable. Raises PtxError if it is not among `names`."""
+    if name not in names:
+        raise PtxError(f"line {instruction.line}: {name} is not declared: {instruction.text[:80]}")
+    return name
+
+
 def unsigned(dtype):
     """The unsigned integer of the same width."""
     return np.dtype(UNSIGNED[8 * dtype.itemsize])
@@ -51,6 +58,7 @@ def reader(instruction, program, operand, dtype):
         constant = bits.view(dtype)[()] if dtype.kind != "b" else np.bool_(operand.value != 0)
         return lambda machine: constant
     if isinstance(operand, Symbol):
+        declared(instruction, operand.name, program.symbols)
         return lambda machine: dtype.type(machine.symbols[operand.name])
     if not isinstance(operand, Register):
         raise unknown(instruction, "an operand")
