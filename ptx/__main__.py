@@ -2,7 +2,6 @@
 
 import linecache
 import os
-import re
 
 from common.command_line import CommandLine, run_command
 
@@ -46,12 +45,6 @@ def run_kernel(arguments, name):
     import kernels
     from ptx.launch import emulated
 
-    texts = {}
-
-    def remember(text):
-        texts[re.search(r"\.entry (\w+)", text)[1]] = text
-        return text
-
     def trace(machine, step):
         if machine.program.name == name and machine.place == (0, 0, 0):
             if not 0 <= arguments.trace < machine.program.threads:
@@ -62,12 +55,11 @@ def run_kernel(arguments, name):
     if not kernels.HAS_TRITON:
         raise ValueError("there is no Triton here to compile the kernels")
     with emulated(arguments.chip) as gpu:
-        gpu.edit = remember
         gpu.trace = None if arguments.trace is None else trace
         call_operation(arguments)
-    if name not in texts:  # dropout, with --dropout 0
+    if name not in gpu.texts:  # dropout, with --dropout 0
         raise ValueError(f"{arguments.kernel} does not run with --dropout {arguments.dropout}")
-    return gpu, texts[name]
+    return gpu, gpu.texts[name]
 
 
 def call_operation(arguments):

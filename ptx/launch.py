@@ -40,6 +40,7 @@ class Emulator(kernels.Launcher):
         self.watch = watch
         self.findings = []
         self.counts = {}
+        self.texts = {}  # {kernel: its PTX}, of the last launch
         self.edit = None  # a function of the PTX text that gives the text to run: to plant bugs
         self.trace = None  # a function (machine, step), called behind each instruction
         self.seen = set()
@@ -63,6 +64,7 @@ class Emulator(kernels.Launcher):
         memory that the launch decides. names: of the arguments, for messages.
         """
         program = program_of(ptx)
+        self.texts[program.name] = ptx
         names = names or tuple(program.kernel.parameters)
         tensors = {n: v for n, v in zip(names, values) if hasattr(v, "data_ptr")}
         memory = GlobalMemory(tensors)

@@ -2,8 +2,9 @@
 
 All threads of the block go through the program in lockstep: a register is a NumPy array with one
 number for each thread, and an instruction is one NumPy operation on it. Where threads part at a
-branch, those with the lowest place in the program go first, and the others wait until they meet.
-So a block computes what a GPU computes if the program has no races; `watch.py` looks for those.
+branch, those with the lowest place in the program go first, and the others wait until they meet. At
+a barrier, threads wait until all others are at one. So a block computes what a GPU computes if the
+program has no races; `watch.py` looks for those.
 
 Registers hold raw bits, as unsigned integers of the register's width; an instruction gives them a
 type. Registers and shared memory begin as poison.
@@ -11,6 +12,7 @@ type. Registers and shared memory begin as poison.
 Reference: PTX ISA 8.7, sections 3.1 (threads, warps, blocks) and 9.7.13 (barriers).
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from ptx.memory import POISON, REGION_BITS, WARP, rows_of
 from ptx.operands import UNSIGNED, declared
 from ptx.parser import PtxError
 
+SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
 # Their first operand is no result.
 NO_RESULT = ("st", "stmatrix", "cp", "bra", "bar", "fence")
 SHOWN_THREADS = 4
@@ -75,6 +78,8 @@ class Machine:
         self.thread = np.arange(self.lanes)
         self.block = np.zeros(self.lanes, np.int64)  # where each thread is, in program.blocks
         self.block[threads:] = program.end  # they do not exist
+        self.waiting = np.zeros(self.lanes, bool)  # at a barrier
+        self.barrier = None  # the instruction at which threads wait
         self.mask = None  # the threads that run the instruction, or None for all
         self.instruction = None
         self.registers = {
@@ -105,16 +110,19 @@ class Machine:
         """Runs the block to its end. trace(machine, step): called behind each instruction."""
         with np.errstate(all="ignore"):
             while True:
-                number = int(self.block.min())
-                if number == self.program.end:
+                number = int(np.where(self.waiting, self.program.end, self.block).min())
+                if number < self.program.end:
+                    self.run_block(number, trace)
+                elif self.waiting.any():
+                    self.pass_barrier()
+                else:
                     break
-                self.run_block(number, trace)
         if self.watch:
             self.watch.at_the_end(self)
 
     def run_block(self, number, trace):
         """Runs the threads that are at this block of the program through it."""
-        here = self.block == number
+        here = (self.block == number) & ~self.waiting
         warps = WARP * np.add.reduceat(here, np.arange(0, self.lanes, WARP)) > 0
         self.executed[number] += np.count_nonzero(warps)
         self.mask = None if here.all() else here
@@ -127,6 +135,17 @@ class Machine:
             step.run(self)
             if trace:
                 trace(self, step)
+
+    def pass_barrier(self):
+        """All threads that are left wait: they go on together."""
+        ended = ~self.waiting & (self.thread < self.program.threads)
+        if ended.any():
+            self.instruction = self.barrier
+            count = np.count_nonzero(ended)
+            self.wrong("barrier", f"{count} threads end without reaching this barrier", ended)
+        self.waiting[:] = False
+        if self.watch:
+            self.watch.on_barrier(self)
 
     # ---- for the instructions --------------------------------------------------------------------
 
@@ -248,8 +267,9 @@ class Program:
             if instruction.opcode == "bra"
             for operand in instruction.operands
         }
-        # A block begins at a target of a branch and behind each branch.
-        behind = {i for i, one in enumerate(kernel.instructions, 1) if one.opcode in ("bra", "ret")}
+        # A block begins at a target of a branch, and behind each branch and barrier.
+        ends = ("bra", "ret", "bar")
+        behind = {i for i, one in enumerate(kernel.instructions, 1) if one.opcode in ends}
         starts = sorted({0, *targets, *behind} - {len(kernel.instructions)})
         self.number_of = {start: number for number, start in enumerate(starts)}
         self.end = len(starts)
@@ -287,7 +307,7 @@ class Program:
             prefix = name.rstrip("0123456789")
             if prefix in kernel.registers:
                 widths[name] = kernel.registers[prefix]
-            elif not name.startswith(("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid")):
+            elif not SPECIAL.fullmatch(name):
                 raise PtxError(f"the register {name} is not declared, or not known")
         return widths
 

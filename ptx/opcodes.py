@@ -409,6 +409,8 @@ def load(instruction, program):
     if space == "param":
         name = declared(instruction, address.base.name, program.symbols)
         return lambda machine: writes[0](machine, parameter_bits(machine.symbols[name], dtype))
+    if getattr(address.base, "name", None) in program.kernel.parameters:
+        raise unknown(instruction, "a parameter as an address")
     addresses = address_reader(instruction, program, address)
 
     def run(machine):
@@ -529,6 +531,13 @@ def copy_group(instruction):
 # ---- control -------------------------------------------------------------------------------------
 
 
+def generic_address(instruction, program):
+    """cvta.to.global (section 9.7.9.20): addresses of global memory are generic ones here."""
+    if instruction.modifiers != ("to", "global", "u64"):
+        raise unknown(instruction, "cvta." + ".".join(instruction.modifiers))
+    return move(instruction._replace(modifiers=("u64",)), program)
+
+
 def branch(instruction, program):
     """bra (section 9.7.12.2). Threads that do not branch go on with the next block."""
     (label,) = instruction.operands
@@ -553,7 +562,7 @@ def leave(instruction, program):
 
 
 def barrier(instruction, program):
-    """bar.sync and bar.warp.sync (section 9.7.13.1): all threads wait for each other."""
+    """bar.sync (section 9.7.13.1): a thread waits until all others are at a barrier."""
     if instruction.modifiers == ("warp", "sync"):
         return lambda machine: machine.whole_warps()
     whole = [operand for operand in instruction.operands if isinstance(operand, Immediate)]
@@ -561,12 +570,9 @@ def barrier(instruction, program):
         raise unknown(instruction, "a barrier for a part of the threads")
 
     def run(machine):
-        missing = ~machine.active() & (machine.thread < program.threads)
-        if missing.any():
-            count = np.count_nonzero(missing)
-            machine.wrong("barrier", f"{count} threads do not reach this barrier", missing)
-        if machine.watch:
-            machine.watch.on_barrier(machine)
+        machine.whole_warps()
+        machine.waiting |= machine.active()
+        machine.barrier = instruction
 
     return run
 
@@ -617,6 +623,7 @@ OPCODES = {
     # Data movement and conversion: section 9.7.9.
     "mov": move,
     "cvt": convert,
+    "cvta": generic_address,
     "ld": load,
     "st": store,
     "cp": asynchronous_copy,

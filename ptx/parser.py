@@ -85,7 +85,7 @@ LABEL = re.compile(r"([\w$]+):")
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 # Directives in front of the body end with their line, declarations with a semicolon.
 LINE_DIRECTIVES = (".version", ".target", ".address_size", ".reqntid", ".maxntid", ".maxnreg")
-REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<\d+>")
+REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")  # %r<100>, or %r1, %r2, ...
 SHARED = re.compile(r"(?:\.extern )?\.shared\s+\.align\s+\d+\s+\.(\w+)\s+([\w$]+)\[(\d*)\]")
 PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,)]*?([\w$]+)\s*[,)]")
 PREDICATE = re.compile(r"@(!?)(%\w+)\s+")
@@ -93,7 +93,6 @@ OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}\[\]]+")
 ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 NUMBER = re.compile(r"(-?)(0[xX][0-9a-fA-F]+|\d+)U?")
 FLOAT = re.compile(r"0([fd])([0-9a-fA-F]+)")
-BYTES = {"b8": 1, "b16": 2, "b32": 4, "b64": 8}
 
 
 @functools.lru_cache(maxsize=256)
@@ -175,13 +174,18 @@ def read_directive(line, statement, found):
     elif statement.startswith(".target"):
         found["target"] = re.search(r"sm_\w+", statement)[0]
     elif statement.startswith((".reqntid", ".maxntid")):
-        found["threads"] = int(re.search(r"\d+", statement)[0])
+        x, *others = (int(number) for number in re.findall(r"\d+", statement))
+        if others.count(1) < len(others):
+            raise PtxError(f"line {line}: a block of more than one axis is not supported")
+        found["threads"] = x
     elif REGISTERS.match(statement):
-        type, prefix = REGISTERS.match(statement).groups()
-        found["registers"][prefix] = 1 if type == "pred" else int(type[1:])
+        type, names = REGISTERS.match(statement).groups()
+        for name in names.split(","):
+            prefix = re.sub(r"<\d+>$|\d+$", "", name.strip())
+            found["registers"][prefix] = 1 if type == "pred" else int(type[1:])
     elif SHARED.match(statement):
         type, name, count = SHARED.match(statement).groups()
-        found["shared"][name] = BYTES[type] * int(count or 0)
+        found["shared"][name] = int(type[1:]) // 8 * int(count or 0)
     elif statement.startswith((".version", ".address_size", ".maxnreg", ".minnctapersm")):
         pass  # says nothing about what is computed
     elif statement.startswith(".global") and "_$_str" in statement:

@@ -83,28 +83,24 @@ def run_operation(operation, length):
     out.backward(torch.randn_like(out))
 
 
-def findings_of(chip, operation, kernel, edit, length):
-    """What the watch finds in a run of one kernel, its PTX edited."""
+def run(chip, operation, kernel, edit, length):
+    """Runs one kernel, its PTX edited. Returns the emulator."""
     with kernels.Launcher.replaced(OneKernel(chip, kernel, edit)) as gpu:
         run_operation(operation, length)
-    return gpu.findings
+    return gpu
 
 
 @functools.cache
 def text_of(chip, operation, kernel):
-    """The PTX of a kernel."""
-    texts = []
-
-    def remember(text):
-        texts.append(text)
-        return text
-
-    found = [
-        f for length in LENGTHS for f in findings_of(chip, operation, kernel, remember, length)
-    ]
-    if found or len(set(texts)) != 1:
-        raise SystemExit(f"{kernel} for {chip}, unchanged: {found[:1]}")
-    return texts[0]
+    """The PTX of a kernel, in which nothing is found."""
+    texts = set()
+    for length in LENGTHS:
+        gpu = run(chip, operation, kernel, None, length)
+        texts.add(gpu.texts[kernel])
+        if gpu.findings:
+            raise SystemExit(f"{kernel} for {chip}, unchanged: {gpu.findings[0]}")
+    (text,) = texts
+    return text
 
 
 def removals():
@@ -129,9 +125,9 @@ def finding_without(removal):
         return "\n".join(lines)
 
     for length in LENGTHS:
-        found = findings_of(removal.chip, removal.operation, removal.kernel, edit, length)
-        if found:
-            return f"{found[0].kind}: {found[0].message}"
+        gpu = run(removal.chip, removal.operation, removal.kernel, edit, length)
+        if gpu.findings:
+            return f"{gpu.findings[0].kind}: {gpu.findings[0].message}"
     return None
 
 

@@ -437,7 +437,7 @@ ONE_FINDING = {
     "half of the threads at a barrier": (
         "setp.lt.s32 %p0, %r0, 32; @%p0 bra SKIP; bar.sync 0; SKIP:",
         "barrier",
-        "32 threads do not reach",
+        "32 threads end without reaching this barrier",
     ),
     "half of a warp at a shuffle": (
         "setp.lt.s32 %p0, %r0, 16; @%p0 shfl.sync.bfly.b32 %r4, %r0, 1, 31, -1;",
@@ -538,6 +538,52 @@ DONE:
     assert loop.iterations == 32  # the header runs once more than the last thread's 31 rounds
 
 
+def test_a_warp_on_a_detour_is_waited_for():
+    """The detour stands behind the barrier in the text."""
+    body = (
+        STORE
+        + """
+    setp.ge.u32 %p0, %r0, 32;
+    @%p0 bra DETOUR;
+BACK:
+    st.shared.u32 [%r3], %r0;
+    bar.sync 0;
+    xor.b32 %r4, %r3, 128;
+    ld.shared.u32 %r5, [%r4];
+    mul.wide.u32 %d2, %r0, 4;
+    add.s64 %d0, %d0, %d2;
+    st.global.u32 [%d0], %r5;
+    ret;
+DETOUR:
+    mov.u32 %r6, 0;
+    bra BACK;
+    """
+    )
+    out = torch.zeros(64, dtype=torch.int32)
+    gpu = run_text(text_of(body, 1, threads=64), out)
+    assert out.tolist() == [*range(32, 64), *range(32)] and not gpu.findings
+
+
+def test_ptx_as_nvcc_writes_it():
+    """Named registers, generic addresses, shared memory of floats."""
+    body = """
+    .shared .align 4 .f32 numbers[32];
+    .reg .f32 %f1, %f2;
+    .reg .u64 %ptr;
+    cvta.to.global.u64 %ptr, %d0;
+    mov.u32 %r0, %tid.x;
+    mul.wide.u32 %d1, %r0, 4;
+    add.s64 %ptr, %ptr, %d1;
+    ld.global.nc.f32 %f1, [%ptr];
+    mul.f32 %f2, %f1, 0f40000000;  // 2.0
+    st.global.f32 [%ptr], %f2;
+    """
+    x = torch.randn(32)
+    doubled = 2 * x
+    gpu = run_text(text_of(body, 1), x)
+    assert torch.equal(x, doubled) and not gpu.findings
+
+
 @pytest.mark.parametrize(
     "body, words",
     [
@@ -552,6 +598,13 @@ DONE:
         ("ld.global.acquire.gpu.u32 %r0, [%d0];", "acquire"),
         ("add.s32 %q0, %r1, %r2;", "%q0"),
         ("{ .reg .b32 %x; }", "scope in braces"),
+        ("ld.global.u32 %r0, [p0];", "a parameter as an address"),
+        ("mov.u32 %r0, %tid;", "%tid is not declared"),
+        ("add.f32 %r0, %r1, %r2, %r3;", "another number of operands"),
+        ("bra NOWHERE;", "NOWHERE is not declared"),
+        ("ld.param.u64 %d1, [q];", "q is not declared"),
+        ("add.s32 %r0;", "add.s32 %r0"),
+        ("cvta.shared.u64 %d1, %d0;", "cvta.shared"),
         (".local .align 4 .b8 stack[8];", "the directive"),
     ],
 )
