@@ -1,9 +1,10 @@
 """Takes the place of a GPU: compiles each kernel for a chip and runs its PTX on CPU tensors.
 
-`emulated` replaces the launcher of kernels.py. Triton compiles the kernel as for that chip, up to
-PTX; the machine then runs one program of the grid after the other.
+Triton compiles the kernel as for that chip, up to PTX. The machine then runs one program of the
+grid after the other.
 """
 
+import contextlib
 import functools
 
 import kernels
@@ -14,6 +15,10 @@ from ptx.memory import SHARED_BASE, GlobalMemory, shared_memory
 from ptx.opcodes import build
 from ptx.parser import PtxError, parse
 from ptx.watch import Watch
+
+if kernels.HAS_TRITON:
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
 
 CHIPS = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}  # compute capability
 
@@ -52,7 +57,7 @@ class Emulator(kernels.Launcher):
         major, minor = CHIPS[self.chip]
         future = start_compiling(kernel, 10 * major + minor, arguments, constants)
         compiled = future.result()
-        by_name = dict(zip(kernel.arg_names, arguments))
+        by_name = constants | dict(zip(kernel.arg_names, arguments))
         values = [by_name[name] for name in compiled.parameters]
         ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
         self.run(ptx, grid, values, compiled.shared, compiled.parameters)
@@ -99,9 +104,36 @@ class Emulator(kernels.Launcher):
             self.findings.append(finding)
 
 
-def emulated(chip, watch=True):
-    """Within `with emulated("sm_80") as gpu:`, the operations of kernels.py run as on that chip.
+@contextlib.contextmanager
+def every_launch(launcher):
+    """Within this block, `launcher` also launches kernels that do not ask kernels.py for one."""
+    classes = (JITFunction, InterpretedFunction)
+    before = [one.run for one in classes]
 
+    def replacement(run):
+        def launch(kernel, *arguments, grid, warmup, **options):
+            if warmup:  # it is only compiled
+                return run(kernel, *arguments, grid=grid, warmup=True, **options)
+            if callable(grid):
+                grid = grid(options | dict(zip(kernel.arg_names, arguments)))
+            launcher.launch(kernel, grid, arguments, options)
+
+        return launch
+
+    try:
+        for one in classes:
+            one.run = replacement(one.run)
+        yield
+    finally:
+        for one, run in zip(classes, before):
+            one.run = run
+
+
+@contextlib.contextmanager
+def emulated(chip, watch=True):
+    """Within `with emulated("sm_80") as gpu:`, Triton kernels run as on that chip.
+
+    Those of kernels.py do, which then serve tensors on the CPU, and any other that is launched.
     chip: "sm_80" (A100), "sm_89" (RTX 4090, L40) or "sm_90" (H100, H200). watch: look for races,
     unwritten memory and missing waits; addresses are checked in any case. Tensors lie on the CPU,
     of fp16, bf16 or fp32. Yields an `Emulator`, with `findings` and `counts`. Raises PtxError for
@@ -109,4 +141,6 @@ def emulated(chip, watch=True):
     """
     if not kernels.HAS_TRITON:
         raise PtxError("there is no Triton here to compile the kernels")
-    return kernels.Launcher.replaced(Emulator(chip, watch))
+    emulator = Emulator(chip, watch)
+    with kernels.Launcher.replaced(emulator), every_launch(emulator):
+        yield emulator

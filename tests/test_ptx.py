@@ -236,7 +236,7 @@ def test_products_of_matrices(chip, dtype, M, N, K, turned_a, turned_b, twice):
     arguments = (a.T.contiguous() if turned_a else a, b.T.contiguous() if turned_b else b, c)
     constants = dict(M=M, N=N, K=K, A_TURNED=turned_a, B_TURNED=turned_b, TWICE=twice)
     with ptx.emulated(chip) as gpu:
-        gpu.launch(ptx_kernels.product, (1,), arguments, constants | dict(num_warps=4))
+        ptx_kernels.product[(1,)](*arguments, **constants, num_warps=4)
     assert not gpu.findings, gpu.findings[0]
     assert gpu.counts["product"].flops == 2 * M * N * K * (1 + twice)
     tolerance = K**0.5 * torch.finfo(torch.float32).eps * 50
@@ -616,7 +616,9 @@ def test_what_is_not_known_is_refused_by_name(body, words):
 
 def test_other_chips_are_refused():
     with pytest.raises(ptx.PtxError, match="sm_100 is not supported: the machine knows sm_80"):
-        ptx.emulated("sm_100")
+        ptx.Emulator("sm_100")
+    with pytest.raises(ptx.PtxError, match="sm_100 is not supported"), ptx.emulated("sm_100"):
+        pass
 
 
 # ---- each instruction against NumPy --------------------------------------------------------------
