@@ -211,6 +211,22 @@ def bit_field(instruction, program):
     return lambda machine: write(machine, np.asarray(read(machine) << up >> down, dtype))
 
 
+def permute_bytes(a, b, selector):
+    """prmt (section 9.7.9.7): each nibble of the selector chooses one of the 8 bytes of a and b.
+
+    Its highest bit asks for copies of the byte's sign instead.
+    """
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.uint64(0)
+    for place in range(4):
+        nibble = np.uint64(selector) >> np.uint64(4 * place)
+        byte = both >> (nibble & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
+        sign = np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
+        byte = np.where(nibble & np.uint64(8), sign, byte)
+        result = result | byte << np.uint64(8 * place)
+    return result.astype(np.uint32)
+
+
 def select(instruction, program):
     """selp (section 9.7.6.3): d = p ? a : b."""
     check_modifiers(instruction, ())
@@ -605,6 +621,7 @@ OPCODES = {
     "min": elementwise(np.fmin),  # the other one, if one is NaN
     "max": elementwise(np.fmax),
     "bfe": bit_field,
+    "prmt": elementwise(permute_bytes),
     "div": elementwise(divide, ("full", "rn", "approx")),
     "sqrt": elementwise(np.sqrt, ("approx", "rn")),
     "rsqrt": elementwise(lambda x: 1 / np.sqrt(np.float64(x)), ("approx",)),

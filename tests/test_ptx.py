@@ -642,6 +642,19 @@ def wide_product(a, b):
     return a.astype(object) * b.astype(object)  # Python's integers
 
 
+def permuted(a, b, selectors):
+    """Byte by byte: bits 0 to 2 of a nibble choose a byte, bit 3 asks for its sign."""
+    results = []
+    for x, y, selector in zip(a.tolist(), b.tolist(), selectors.tolist()):
+        choices = [*x.to_bytes(4, "little"), *y.to_bytes(4, "little")]
+        chosen = []
+        for nibble in (selector >> shift & 15 for shift in (0, 4, 8, 12)):
+            byte = choices[nibble & 7]
+            chosen.append((255 if byte > 127 else 0) if nibble & 8 else byte)
+        results.append(int.from_bytes(bytes(chosen), "little"))
+    return results
+
+
 # {instruction: (type of the result, types of the operands, what NumPy makes of them)}
 INSTRUCTIONS = {
     "add.s32": ("s32", ["s32", "s32"], lambda a, b: a + b),
@@ -662,6 +675,7 @@ INSTRUCTIONS = {
     "or.b64": ("b64", ["b64", "b64"], np.bitwise_or),
     "xor.b32": ("b32", ["b32", "b32"], np.bitwise_xor),
     "not.b32": ("b32", ["b32"], np.bitwise_not),
+    "prmt.b32": ("b32", ["b32", "b32", "b32"], permuted),
     "cvt.u64.u32": ("u64", ["u32"], lambda a: a.astype(np.uint64)),
     "cvt.s64.s32": ("s64", ["s32"], lambda a: a.astype(np.int64)),
     "cvt.u32.u64": ("u32", ["u64"], lambda a: a.astype(np.uint32)),
