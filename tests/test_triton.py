@@ -193,7 +193,9 @@ def check_attention(lengths, N, D, seed, p, dtype):
     assert_as_good_as_pytorch(*runs, rounding_of_attention(qkv, cu_seqlens, p, upstream))
 
 
+# Whole blocks and partial ones, of heads that are narrower than a tile.
 @pytest.mark.judges("attention")
+@example(lengths=[129, 64], N=2, D=24, seed=0, p=0.1, dtype=torch.float32)
 @settings(max_examples=settings().max_examples // 2)
 @given(lengths=lengths_strategy, N=heads, D=sizes, seed=seeds, p=dropouts, dtype=dtypes)
 def test_attention_is_as_good_as_pytorch(lengths, N, D, seed, p, dtype):
@@ -392,6 +394,49 @@ def test_forward_and_backward_drop_the_same_weights(length, seed, p):
     expected = keep / (1 - p) / length
     torch.testing.assert_close(out[7:, 0, :length], expected.float())
     torch.testing.assert_close(gradient[7:, 2, 0, :length], expected.T.float())
+
+
+@functools.cache
+def at_the_threshold(number):
+    """A seed and a probability by which a half equals the threshold, so that it is just kept.
+
+    It is half `number` of the first counter, (0, 0). What a kernel may compare with it, the other
+    half of its word, is 0.
+    """
+    seeds = torch.arange(2**19)
+    rng_key, rng_offset = kernels.philox(0, seeds, 0)
+    word = kernels.philox(rng_key, 0, rng_offset)[number // 2]
+    upper = word >> 16
+    lower = word & 0xFFFF
+    half, other = (upper, lower) if number % 2 else (lower, upper)
+    half = (half + 2**15) % 2**16  # 0 for the least number that a half can be
+    found = (other == 0) & (half > 2**12) & (half < 2**15)
+    seed = found.nonzero()[0].item()
+    return seed, half[seed].item() / 2**16
+
+
+@pytest.mark.judges("attention")
+@pytest.mark.parametrize("number", range(4))
+def test_a_weight_at_the_threshold_is_kept(number):
+    """With V = 1 the output is the weights. The counter (0, 0) serves {0, 8} x {0, 8}."""
+    seed, p = at_the_threshold(number)
+    qkv, cu_seqlens, longest = packed([16], 1, 16, 0)
+    qkv[:, :2] = 0
+    qkv[:, 2, 0] = torch.eye(16, device=DEVICE)
+    out = judged.attention(qkv, cu_seqlens, longest, dropout_p=p, seed=seed)
+    assert out[number // 2 * 8, 0, number % 2 * 8] > 0
+
+
+@pytest.mark.judges("layer_norm")
+@pytest.mark.parametrize("number", range(4))
+def test_an_element_of_layer_norm_at_the_threshold_is_kept(number):
+    """Of a row of zeros and one other number, LayerNorm makes zeros if that number is dropped."""
+    seed, p = at_the_threshold(number)
+    x = torch.zeros(1, 8, device=DEVICE)
+    x[0, number] = 1
+    one = torch.ones(8, device=DEVICE)
+    y = judged.layer_norm(x, one, torch.zeros_like(one), 1e-6, dropout_p=p, seed=seed)
+    assert y[0, number] > 1
 
 
 def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upstream):
