@@ -1,7 +1,9 @@
-"""Shared by all tests: hypothesis profiles, a small tokenizer, and corpora made once."""
+"""Shared by all tests: hypothesis profiles, the kernels under test, and corpora made once."""
 
 import contextlib
 import importlib
+import importlib.machinery
+import importlib.util
 import io
 import os
 import shutil
@@ -40,6 +42,72 @@ MODULES = """
     abc argparse ast base64 bisect calendar cmd code codecs copy csv dataclasses difflib dis enum
     fractions functools glob
 """.split()
+
+
+# ---- the judge: `pytest tests/test_triton.py --kernels FILE` -------------------------------------
+
+OPERATIONS = ("attention", "layer_norm", "dropout", "cross_entropy")  # see kernels.py
+UNDER_TEST = "kernels_under_test"  # the name by which the module of FILE is imported
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kernels",
+        metavar="FILE",
+        help="judge the operations that this Python file defines, instead of those of kernels.py",
+    )
+
+
+def pytest_configure(config):
+    path = config.getoption("--kernels")
+    if path:
+        import_kernels(path)
+
+
+def import_kernels(path):
+    """Imports a file of operations. Raises UsageError if it is none."""
+    if not os.path.isfile(path):
+        raise pytest.UsageError(f"--kernels {path}: there is no such file")
+    loader = importlib.machinery.SourceFileLoader(UNDER_TEST, path)
+    spec = importlib.util.spec_from_loader(UNDER_TEST, loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[UNDER_TEST] = module  # before it runs, as Triton looks up a kernel's module there
+    try:
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+        raise pytest.UsageError(f"--kernels {path}: it cannot be imported: {reason}") from None
+    if not any(defines(module, name) for name in OPERATIONS):
+        raise pytest.UsageError(f"--kernels {path}: it defines none of {', '.join(OPERATIONS)}")
+
+
+def defines(module, operation):
+    return callable(getattr(module, operation, None))
+
+
+def kernels_under_test():
+    """The module whose operations a test file judges: that of --kernels, or else kernels.py.
+
+    A test that judges an operation has the mark `judges` with the operation's name.
+    """
+    return sys.modules.get(UNDER_TEST) or importlib.import_module("kernels")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --kernels, skips what judges no operation, or one that the file does not define."""
+    path = config.getoption("--kernels")
+    if not path:
+        return
+    for item in items:
+        mark = item.get_closest_marker("judges")
+        if mark is None:
+            item.add_marker(pytest.mark.skip(reason="judges this project's own code"))
+        elif not defines(kernels_under_test(), *mark.args):
+            reason = f"{os.path.basename(path)} does not define {mark.args[0]}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# ---- what tests share ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

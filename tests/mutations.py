@@ -2,16 +2,25 @@
 
 A property suite that lets a forgotten mask through would prove nothing. Each bug has one place in
 kernels.py. The properties of tests/test_triton.py that concern its operation must catch it, and
-must pass without a bug. Works on copies; exits with status 1 if a bug survives.
+must pass without a bug. The name of the first one that fails is printed. Works on copies; exits
+with status 1 if a bug survives.
+
+A family of bugs has a name, its mutants, and a way to try one. "written" are the bugs in this file,
+and "generated" those of generated_mutations.py.
 """
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import generated_mutations
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -20,7 +29,8 @@ NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "corpora", "runs", "not
 # {operation: (its tests, as pytest's -k takes them, {bug: (source, what replaces it)})}
 MUTATIONS = {
     "attention": (
-        "attention_is_as_good or sum_to_one or drop_the_same or huge or saturated",
+        "attention_is_as_good or sum_to_one or drop_the_same or weight_at_the_threshold or huge "
+        "or saturated",
         {
             "keys outside are not masked, forward": (
                 's = tl.where((key_pos < length)[None, :], s, float("-inf"))',
@@ -181,7 +191,7 @@ MUTATIONS = {
         },
     ),
     "layer_norm": (
-        "layer_norm and not model",
+        "layer_norm or dropout",
         {
             "no pivot": (
                 "chunks = ()  # (BLOCK_R, BLOCK_H) each",
@@ -282,50 +292,124 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-def survives(tests, source, replaced="", by=""):
-    """True if the tests pass with `replaced` by something else in the source of kernels.py."""
+class Family(NamedTuple):
+    """Bugs of one kind, and how to try one of them."""
+
+    name: str
+    mutants: dict  # {name: what `caught_by` takes}
+    sound: dict  # the same without a bug: nothing may catch it
+    caught_by: Callable  # returns the property that a mutant breaks, or None
+
+
+class Mutant(NamedTuple):
+    """kernels.py with a bug in it."""
+
+    source: str
+    tests: str  # those that must find it, as pytest's -k takes them
+
+
+def failing_property(mutant):
+    """The first of its tests that fails with this kernels.py, or None."""
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(ROOT, copy, ignore=NOT_COPIED, dirs_exist_ok=True)
         with open(os.path.join(copy, "kernels.py"), "w") as f:
-            f.write(source.replace(replaced, by, 1))
+            f.write(mutant.source)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        command += ["-m", "not slow", "-k", tests, "tests/test_triton.py"]
-        environment = os.environ | {"HYPOTHESIS_PROFILE": "first_failure", "OMP_NUM_THREADS": "1"}
+        command += ["-m", "not slow", "-k", mutant.tests, "tests/test_triton.py"]
+        environment = os.environ | {
+            "HYPOTHESIS_PROFILE": "first_failure",
+            "OMP_NUM_THREADS": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # to import plugins takes a second
+        }
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if done.returncode > 1:  # not a test that failed: no test at all, or a bug that is no Python
-        raise SystemExit(f"{replaced!r}: the tests do not run\n{done.stdout[-2000:]}")
-    return done.returncode == 0
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        return f"a crash, {signal.Signals(-done.returncode).name}"
+    # ERROR: the test had passed, and then something was found written outside of an output.
+    failure = re.search(r"^(?:FAILED|ERROR) tests/test_triton\.py::(\w+)", done.stdout, re.M)
+    if done.returncode > 1 or not failure:  # no test at all, or a bug that is no Python
+        raise SystemExit(f"the tests do not run\n{done.stdout[-2000:]}")
+    return failure[1]
+
+
+def without_a_bug(source):
+    """{name: mutant} for the tests of each operation."""
+    return {
+        f"{operation}: no bug": Mutant(source, tests) for operation, (tests, _) in MUTATIONS.items()
+    }
+
+
+def written_family(source):
+    """The bugs of MUTATIONS."""
+    mutants = {}
+    for operation, (tests, bugs) in MUTATIONS.items():
+        for name, (replaced, by) in bugs.items():
+            if source.count(replaced) != 1:
+                raise SystemExit(f"not once in kernels.py: {replaced!r}")
+            mutants[f"{operation}: {name}"] = Mutant(source.replace(replaced, by), tests)
+    return Family("written", mutants, without_a_bug(source), failing_property)
+
+
+def generated_family(source):
+    """The bugs that a program plants. Their tests are those of the written ones."""
+    mutants = {}
+    for name, (function, changed) in generated_mutations.planted(source).items():
+        operation = operation_of(function)
+        tests, _ = MUTATIONS[operation]
+        mutants[f"{operation}: {name}"] = Mutant(changed, tests)
+    return Family("generated", mutants, {}, failing_property)
+
+
+def operation_of(function):
+    """The operation whose tests must find a bug in a kernel, or in what several kernels call."""
+    if "cross_entropy" in function:
+        return "cross-entropy"
+    return "layer_norm" if "layer_norm" in function or "dropout" in function else "attention"
+
+
+def chosen(mutants, words):
+    """Those whose name contains the words."""
+    return {name: mutant for name, mutant in mutants.items() if words in name}
 
 
 def main(words):
     """Tries the bugs whose operation and name contain `words`. Returns the exit status."""
     with open(os.path.join(ROOT, "kernels.py")) as f:
         source = f.read()
-    trials = {}  # {name: arguments of `survives`}
-    for operation, (tests, bugs) in MUTATIONS.items():
-        trials[f"{operation}: no bug"] = (tests, source)
-        for name, (replaced, by) in bugs.items():
-            if source.count(replaced) != 1:
-                raise SystemExit(f"not once in kernels.py: {replaced!r}")
-            trials[f"{operation}: {name}"] = (tests, source, replaced, by)
-    trials = {name: trial for name, trial in trials.items() if words in name}
+    families = []
+    for family in (written_family(source), generated_family(source)):
+        mutants = chosen(family.mutants, words)
+        families.append(family._replace(mutants=mutants, sound=chosen(family.sound, words)))
+    trials = [
+        (family, name, mutant)
+        for family in families
+        for name, mutant in (family.sound | family.mutants).items()
+    ]
     if not trials:
         raise SystemExit(f"no planted bug is called {words!r}")
 
+    caught_by = {}  # {(family, name of a mutant): the property, or None}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = pool.map(lambda trial: survives(*trial), trials.values())
+        verdicts = pool.map(lambda trial: trial[0].caught_by(trial[2]), trials)
         verdicts = tqdm(verdicts, total=len(trials), unit="bug")
-        survived = dict(zip(trials, verdicts))
-    sound = [name for name in trials if name.endswith(": no bug")]
-    bugs = [name for name in trials if name not in sound]
-    survivors = [name for name in bugs if survived[name]]
-    failed = [name for name in sound if not survived[name]]
-    print(f"{len(bugs) - len(survivors)} of {len(bugs)} bugs caught")
-    for name in survivors:
-        print(f"survived: {name}")
-    for name in failed:
-        print(f"{name}, and yet the tests fail")
-    return int(bool(survivors or failed))
+        for (family, name, _), verdict in zip(trials, verdicts):
+            caught_by[family.name, name] = verdict
+            tqdm.write(f"{verdict or 'passed'}: {family.name}, {name}")
+
+    failures = []
+    for family in families:
+        survivors = [name for name in family.mutants if not caught_by[family.name, name]]
+        bugs = len(family.mutants)
+        if bugs:
+            print(f"{family.name}: {bugs - len(survivors)} of {bugs} bugs caught")
+        failures += [f"survived: {name}" for name in survivors]
+        for name in family.sound:
+            if caught_by[family.name, name]:
+                failures.append(f"{name}, and yet {caught_by[family.name, name]} fails")
+    for failure in failures:
+        print(failure)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

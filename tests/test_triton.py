@@ -1,6 +1,10 @@
 """The properties of the Triton kernels, under the interpreter on a CPU, and what they compile to.
 
 On a CUDA device the same tests run on the device itself, in bf16 as well.
+
+`pytest tests/test_triton.py --kernels FILE` judges another file's operations by the tests that have
+the mark `judges`. `judged` is the module of that file, by default the project's `kernels`. The
+formulas and the dropout masks are always the project's.
 """
 
 import functools
@@ -10,7 +14,7 @@ import os
 
 import pytest
 import torch
-from conftest import command
+from conftest import command, kernels_under_test
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +26,7 @@ from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 if not kernels.HAS_TRITON:
     pytest.skip("there is no Triton here", allow_module_level=True)
 
+judged = kernels_under_test()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 on_a_gpu_only = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
@@ -30,23 +35,48 @@ if DEVICE == "cuda":  # the interpreter's bf16 products are garbage
     DTYPES.append(torch.bfloat16)
 
 
+# More than a row of any tensor in these tests: a kernel that strays by a row writes into a guard.
+GUARD = 4096
+guards = []  # what lies in front of each output, and behind it
+
+
+def poisoned(tensor):
+    """An uninitialized tensor, filled with NaN, and with a guard of NaN on either side."""
+    if not tensor.is_floating_point():
+        return tensor
+    size = tensor.numel()
+    memory = torch.full(
+        (GUARD + size + GUARD,), float("nan"), dtype=tensor.dtype, device=tensor.device
+    )
+    guards.append(memory[:GUARD])
+    guards.append(memory[GUARD + size :])
+    return tensor.set_(memory.untyped_storage(), GUARD, tensor.shape, tensor.stride())
+
+
+def assert_nothing_is_written_outside():
+    while guards:
+        assert guards.pop().isnan().all(), "a kernel wrote outside of its output"
+
+
 @pytest.fixture(autouse=True)
 def triton_with_poisoned_outputs(monkeypatch):
-    """Whatever a kernel fails to write is NaN."""
+    """What a kernel fails to write is NaN, and what it writes outside of an output is seen."""
     monkeypatch.setenv("STARENCODER_KERNELS", "triton")
     poison_outputs(monkeypatch)
+    yield
+    assert_nothing_is_written_outside()
 
 
 def poison_outputs(monkeypatch):
-    """Fills with NaN what the launchers allocate."""
-    new_empty = torch.Tensor.new_empty
-    empty_like = torch.empty_like
+    """From here on, what is allocated for an output is poisoned."""
+    guards.clear()
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        allocate = getattr(owner, name)
 
-    def poison(tensor):
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        def allocate_poisoned(*arguments, allocate=allocate, **keywords):
+            return poisoned(allocate(*arguments, **keywords))
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+        monkeypatch.setattr(owner, name, allocate_poisoned)
 
 
 # The corners of tiles (blocks are of 32 and 64), of nothing and of much.
@@ -72,9 +102,9 @@ def packed(lengths, N, D, seed, dtype=torch.float32):
 
 
 def attention_of(cu_seqlens, longest, dropout_p=0.0, seed=0):
-    """`kernels.attention` as a function of qkv alone."""
+    """`judged.attention` as a function of qkv alone."""
     return functools.partial(
-        kernels.attention, cu_seqlens=cu_seqlens, max_seqlen=longest, dropout_p=dropout_p, seed=seed
+        judged.attention, cu_seqlens=cu_seqlens, max_seqlen=longest, dropout_p=dropout_p, seed=seed
     )
 
 
@@ -86,7 +116,9 @@ def with_gradients(function, inputs, upstream, dtype=None):
     ]
     out = function(*inputs)
     leaves = [x for x in inputs if x is not None]
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+    gradients = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+    assert_nothing_is_written_outside()
+    return [out.detach(), *gradients]
 
 
 def assert_as_good_as_pytorch(ours, same_dtype, exact, rounding):
@@ -98,7 +130,7 @@ def assert_as_good_as_pytorch(ours, same_dtype, exact, rounding):
     for k, (a, b, c) in enumerate(zip(ours, same_dtype, exact, strict=True)):
         if not c.numel():
             continue
-        assert a.isfinite().all() and a.shape == c.shape
+        assert a.isfinite().all() and a.shape == c.shape and a.dtype == b.dtype
         factor = 2 if k == 0 else 3
         allowed = factor * (b.double() - c).abs().max().item() + rounding[k].max().item()
         assert (a.double() - c).abs().max().item() <= allowed, k
@@ -148,7 +180,7 @@ def attention_runs(qkv, upstream, dtype, rest):
     by the formula in fp64."""
     runs = []
     for function, computed_in in (
-        (kernels.attention, dtype),
+        (judged.attention, dtype),
         (kernels.attention_reference, dtype),
         (kernels.attention_reference, torch.float64),
     ):
@@ -166,12 +198,16 @@ def check_attention(lengths, N, D, seed, p, dtype):
     assert_as_good_as_pytorch(*runs, rounding_of_attention(qkv, cu_seqlens, p, upstream))
 
 
+# Whole blocks and partial ones, of heads that are narrower than a tile.
+@pytest.mark.judges("attention")
+@example(lengths=[129, 64], N=2, D=24, seed=0, p=0.1, dtype=torch.float32)
 @settings(max_examples=settings().max_examples // 2)
 @given(lengths=lengths_strategy, N=heads, D=sizes, seed=seeds, p=dropouts, dtype=dtypes)
 def test_attention_is_as_good_as_pytorch(lengths, N, D, seed, p, dtype):
     check_attention(lengths, N, D, seed, p, dtype)
 
 
+@pytest.mark.judges("attention")
 @given(
     lengths=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3),
     D=sizes,
@@ -184,6 +220,7 @@ def test_attention_is_as_good_where_its_gradient_cancels(lengths, D, seed, p, dt
     check_attention(lengths, 1, D, seed, p, dtype)
 
 
+@pytest.mark.judges("attention")
 @few
 @given(
     lengths=st.lists(corner, min_size=1, max_size=3),
@@ -244,6 +281,7 @@ def test_a_saturated_softmax_is_as_good_in_fp32(lengths, D, seed, p):
     assert_as_good_as_pytorch(*runs, rounding)
 
 
+@pytest.mark.judges("attention")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [[1023], [5, 1024, 1]])
@@ -251,16 +289,18 @@ def test_attention_at_full_length(lengths, dtype):
     check_attention(lengths, 1, 64, 3, 0.1, dtype)
 
 
+@pytest.mark.judges("attention")
 @few
 @given(lengths=lengths_strategy, seed=seeds)
 def test_weights_sum_to_one(lengths, seed):
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
     qkv[:, 2] = 1
     torch.testing.assert_close(
-        kernels.attention(qkv, cu_seqlens, longest), torch.ones_like(qkv[:, 0])
+        judged.attention(qkv, cu_seqlens, longest), torch.ones_like(qkv[:, 0])
     )
 
 
+@pytest.mark.judges("attention")
 @few
 @given(length=st.integers(2, 130), seed=seeds)
 def test_the_order_of_the_keys_does_not_matter(length, seed):
@@ -268,13 +308,14 @@ def test_the_order_of_the_keys_does_not_matter(length, seed):
     other = qkv.clone()
     other[:, 1:] = qkv[torch.randperm(length, device=DEVICE), 1:]
     torch.testing.assert_close(
-        kernels.attention(qkv, cu_seqlens, longest),
-        kernels.attention(other, cu_seqlens, longest),
+        judged.attention(qkv, cu_seqlens, longest),
+        judged.attention(other, cu_seqlens, longest),
         rtol=1e-5,
         atol=1e-6,
     )
 
 
+@pytest.mark.judges("attention")
 @pytest.mark.slow
 @few
 @given(
@@ -299,17 +340,19 @@ def test_sequences_do_not_touch_each_other(lengths, seed, p, which):
         assert torch.equal(a[outside], b[outside]) and a.isfinite().all()
 
 
+@pytest.mark.judges("attention")
 @few
 @given(lengths=st.lists(corner, min_size=2, max_size=3), seed=seeds)
 def test_the_order_of_sequences_only_permutes(lengths, seed):
     qkv, cu_seqlens, longest = packed(lengths, 2, 16, seed)
     parts = list(qkv.split(lengths))[::-1]
     backwards = torch.tensor([0, *itertools.accumulate(lengths[::-1])], dtype=torch.int32)
-    out = kernels.attention(qkv, cu_seqlens, longest).split(lengths)
-    other = kernels.attention(torch.cat(parts), backwards.to(DEVICE), longest)
+    out = judged.attention(qkv, cu_seqlens, longest).split(lengths)
+    other = judged.attention(torch.cat(parts), backwards.to(DEVICE), longest)
     assert torch.equal(torch.cat(out[::-1]), other)
 
 
+@pytest.mark.judges("attention")
 @few
 @given(lengths=lengths_strategy, seed=seeds, dtype=dtypes)
 def test_huge_scores_stay_finite(lengths, seed, dtype):
@@ -320,6 +363,7 @@ def test_huge_scores_stay_finite(lengths, seed, dtype):
         assert not value.isnan().any()
 
 
+@pytest.mark.judges("attention")
 @few
 @given(lengths=st.lists(corner, min_size=1, max_size=3), seed=seeds, p=dropouts)
 def test_gradient_is_the_slope(lengths, seed, p):
@@ -337,6 +381,7 @@ def test_gradient_is_the_slope(lengths, seed, p):
     assert abs(slope - (gradient.double() * direction).sum()) <= 2e-3 * scale
 
 
+@pytest.mark.judges("attention")
 @given(length=st.sampled_from([1, 3, 16, 33, 64]), seed=seeds, p=st.sampled_from([0.1, 0.5]))
 def test_forward_and_backward_drop_the_same_weights(length, seed, p):
     """With V = 1 the output shows the forward mask, and with dO = 1 dV shows the backward mask.
@@ -354,6 +399,49 @@ def test_forward_and_backward_drop_the_same_weights(length, seed, p):
     expected = keep / (1 - p) / length
     torch.testing.assert_close(out[7:, 0, :length], expected.float())
     torch.testing.assert_close(gradient[7:, 2, 0, :length], expected.T.float())
+
+
+@functools.cache
+def at_the_threshold(number):
+    """A seed and a probability by which a half equals the threshold, so that it is just kept.
+
+    It is half `number` of the first counter, (0, 0). What a kernel may compare with it, the other
+    half of its word, is 0.
+    """
+    seeds = torch.arange(2**19)
+    rng_key, rng_offset = kernels.philox(0, seeds, 0)
+    word = kernels.philox(rng_key, 0, rng_offset)[number // 2]
+    upper = word >> 16
+    lower = word & 0xFFFF
+    half, other = (upper, lower) if number % 2 else (lower, upper)
+    half = (half + 2**15) % 2**16  # 0 for the least number that a half can be
+    found = (other == 0) & (half > 2**12) & (half < 2**15)
+    seed = found.nonzero()[0].item()
+    return seed, half[seed].item() / 2**16
+
+
+@pytest.mark.judges("attention")
+@pytest.mark.parametrize("number", range(4))
+def test_a_weight_at_the_threshold_is_kept(number):
+    """With V = 1 the output is the weights. The counter (0, 0) serves {0, 8} x {0, 8}."""
+    seed, p = at_the_threshold(number)
+    qkv, cu_seqlens, longest = packed([16], 1, 16, 0)
+    qkv[:, :2] = 0
+    qkv[:, 2, 0] = torch.eye(16, device=DEVICE)
+    out = judged.attention(qkv, cu_seqlens, longest, dropout_p=p, seed=seed)
+    assert out[number // 2 * 8, 0, number % 2 * 8] > 0
+
+
+@pytest.mark.judges("layer_norm")
+@pytest.mark.parametrize("number", range(4))
+def test_an_element_of_layer_norm_at_the_threshold_is_kept(number):
+    """Of a row of zeros and one other number, LayerNorm makes zeros if that number is dropped."""
+    seed, p = at_the_threshold(number)
+    x = torch.zeros(1, 8, device=DEVICE)
+    x[0, number] = 1
+    one = torch.ones(8, device=DEVICE)
+    y = judged.layer_norm(x, one, torch.zeros_like(one), 1e-6, dropout_p=p, seed=seed)
+    assert y[0, number] > 1
 
 
 def rounding_of_layer_norm(x, weight, bias, residual, dropout_p, seed, eps, upstream):
@@ -405,7 +493,7 @@ def check_layer_norm(rows, H, seed, p, dtype, plus, eps):
     upstream = torch.randn(rows, H, device=DEVICE).to(dtype)
     inputs = [x, weight, bias, residual]
     runs = []
-    for function in (kernels.layer_norm, kernels.layer_norm_reference):
+    for function in (judged.layer_norm, kernels.layer_norm_reference):
 
         def call(x, weight, bias, residual, function=function):
             return function(x, weight, bias, eps, residual=residual, dropout_p=p, seed=seed)
@@ -416,7 +504,7 @@ def check_layer_norm(rows, H, seed, p, dtype, plus, eps):
     assert_as_good_as_pytorch(*runs, exact, rounding)
 
 
-# Of one column, a row is constant, dropped or not.
+@pytest.mark.judges("layer_norm")  # of one column, a row is constant, dropped or not
 @example(rows=33, H=1, seed=30080, p=0.1, dtype=torch.float32, plus=True, eps=1e-12)
 @given(
     rows=st.sampled_from([0, 1, 2, 5, 33]),
@@ -431,6 +519,7 @@ def test_layer_norm_is_as_good_as_pytorch(rows, H, seed, p, dtype, plus, eps):
     check_layer_norm(rows, H, seed, p, dtype, plus, eps)
 
 
+@pytest.mark.judges("layer_norm")
 @few
 @given(H=st.sampled_from([64, 192, 768]), seed=seeds, offset=st.sampled_from([0.0, 1.0, 1e4]))
 def test_layer_norm_of_shifted_and_constant_rows(H, seed, offset):
@@ -441,9 +530,9 @@ def test_layer_norm_of_shifted_and_constant_rows(H, seed, offset):
     zero = torch.zeros(H, device=DEVICE)
     x[3] = 0
     x = (x + offset - offset).requires_grad_()  # so that adding the offset again is exact
-    shifted = kernels.layer_norm(x + offset, one, zero, 1e-6)
+    shifted = judged.layer_norm(x + offset, one, zero, 1e-6)
     tolerance = 5e-3 if offset > 10 else 1e-4
-    expected = kernels.layer_norm(x, one, zero, 1e-6)
+    expected = judged.layer_norm(x, one, zero, 1e-6)
     torch.testing.assert_close(shifted, expected, rtol=tolerance, atol=tolerance)
     assert shifted[3].abs().max() < 1e-2  # a constant row
     (gradient,) = torch.autograd.grad(shifted, x, torch.randn_like(x))
@@ -451,16 +540,64 @@ def test_layer_norm_of_shifted_and_constant_rows(H, seed, offset):
     assert (gradient.sum(1).abs() <= tolerance * gradient.abs().sum(1) + 1e-6).all()
 
 
-@given(seed=seeds, p=st.sampled_from([0.1, 0.5]), H=st.sampled_from([5, 64, 768]), dtype=dtypes)
-def test_layer_norm_and_dropout_drop_by_the_same_rule(seed, p, H, dtype):
+widths = st.sampled_from([5, 64, 768])
+
+
+@pytest.mark.judges("dropout")
+@given(seed=seeds, p=st.sampled_from([0.1, 0.5]), H=widths, dtype=dtypes)
+def test_dropout_keeps_what_dropout_keep_says(seed, p, H, dtype):
     torch.manual_seed(seed)
     x = torch.randn(9, H, device=DEVICE).to(dtype).requires_grad_()
-    y = kernels.dropout(x, p, seed)
+    y = judged.dropout(x, p, seed)
     assert torch.equal(y, kernels.dropout_reference(x.float(), p, seed).to(dtype))
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(x))
     assert torch.equal(gradient != 0, y != 0) or (x == 0).any()
 
 
+@pytest.mark.judges("layer_norm")
+@few
+@given(seed=seeds, p=st.sampled_from([0.1, 0.5]), H=widths, dtype=dtypes)
+def test_layer_norm_keeps_what_dropout_keep_says(seed, p, H, dtype):
+    """Of a row of ones, LayerNorm makes a positive number of what is kept, and a negative one of
+    the rest. In the backward pass, x has the gradient of the residual where it is kept, and 0
+    elsewhere."""
+    x = torch.ones(9, H, device=DEVICE, dtype=dtype)
+    weight = torch.ones(H, device=DEVICE)
+    bias = torch.zeros(H, device=DEVICE)
+    upstream = torch.randn(9, H, device=DEVICE).to(dtype)
+
+    def norm(x, residual):
+        return judged.layer_norm(x, weight, bias, 1e-6, residual=residual, dropout_p=p, seed=seed)
+
+    y, dx, dresidual = with_gradients(norm, [x, torch.zeros_like(x)], upstream)
+    keep = kernels.dropout_keep(seed, p, 9, H, DEVICE)
+    mixed = keep.any(1) & ~keep.all(1)  # any other row is constant, and becomes 0
+    assert torch.equal((y > 0)[mixed], keep[mixed])
+    assert torch.equal(dx != 0, keep & (dresidual != 0))
+
+
+@pytest.mark.judges("layer_norm")
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_rows_of_layer_norm_do_not_touch_each_other(p):
+    """NaN in one row changes no bit of the other rows' output and gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(9, 48, device=DEVICE)
+    vector = torch.randn(48, device=DEVICE)
+    upstream = torch.randn(9, 48, device=DEVICE)
+    changed = x.clone()
+    changed[3] = float("nan")
+    others = torch.arange(9, device=DEVICE) != 3
+
+    def norm(x):
+        return judged.layer_norm(x, vector, vector, 1e-6, residual=x, dropout_p=p, seed=1)
+
+    before = with_gradients(norm, [x], upstream)
+    after = with_gradients(norm, [changed], upstream)
+    for a, b in zip(before, after):
+        assert torch.equal(a[others], b[others]) and a.isfinite().all()
+
+
+@pytest.mark.judges("layer_norm")
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("H", [5, 100, 768])
 def test_layer_norm_of_a_constant_row_is_zero(H, plus):
@@ -471,7 +608,7 @@ def test_layer_norm_of_a_constant_row_is_zero(H, plus):
     weight = torch.randn(H, device=DEVICE)
     for dtype in DTYPES:
         inputs = (x.to(dtype), weight, torch.zeros_like(weight), 1e-12)
-        y = kernels.layer_norm(*inputs, residual=residual.to(dtype) if plus else None)
+        y = judged.layer_norm(*inputs, residual=residual.to(dtype) if plus else None)
         assert (y == 0).all()
 
 
@@ -490,6 +627,7 @@ def test_layer_norm_sums_over_all_blocks_of_rows(plus, p):
         check_layer_norm(33, 48, 3, p, torch.float32, plus, 1e-6)
 
 
+@pytest.mark.judges("cross_entropy")
 @example(M=2, V=5000, seed=0, dtype=torch.float32, size=1.0, form="begins with -inf")
 @example(M=2, V=5000, seed=0, dtype=torch.float32, size=1.0, form="ascending")
 @given(
@@ -525,7 +663,7 @@ def test_cross_entropy_is_that_of_pytorch(M, V, seed, dtype, size, form):
         total = function(logits.clone(), labels)  # the clone's memory becomes the gradient
         return total.detach(), torch.autograd.grad(3.7 * total, logits)[0]
 
-    loss, gradient = summed(logits, labels, kernels.cross_entropy)
+    loss, gradient = summed(logits, labels, judged.cross_entropy)
     exact, exact_gradient = summed(logits.double(), labels, kernels.cross_entropy_reference)
 
     numbers = torch.where(logits.isfinite(), logits, 0).double().abs()
@@ -555,6 +693,7 @@ def test_cross_entropy_reads_no_label_that_is_no_column(label):
     assert (gradient[2] == 0).all()
 
 
+@pytest.mark.judges("cross_entropy")
 def test_cross_entropy_refuses():
     logits = torch.zeros(3, 7, device=DEVICE)
     labels = torch.zeros(3, dtype=torch.int64, device=DEVICE)
@@ -565,9 +704,7 @@ def test_cross_entropy_refuses():
         ("labels must be (3,) int64", (logits, labels.int())),
         ("labels must lie on the device of logits", (logits, labels.to("meta"))),
     ):
-        with pytest.raises(ValueError) as error:
-            kernels.cross_entropy(*arguments)
-        assert words in str(error.value)
+        assert_refused(words, judged.cross_entropy, *arguments)
 
 
 def test_cross_entropy_has_one_backward_pass():
@@ -579,19 +716,43 @@ def test_cross_entropy_has_one_backward_pass():
         total.backward()
 
 
+@pytest.mark.judges("attention")
 @pytest.mark.slow
 @few
 @given(lengths=lengths_strategy, seed=seeds)
-def test_two_runs_have_the_same_bits(lengths, seed):
+def test_two_runs_of_attention_have_the_same_bits(lengths, seed):
+    """The seed is an int in the first run, and a tensor in the second."""
     qkv, cu_seqlens, longest = packed(lengths, 2, 32, seed)
     upstream = torch.randn(sum(lengths), 2, 32, device=DEVICE)
-    function = attention_of(cu_seqlens, longest, 0.1, seed)
-    first = with_gradients(function, [qkv], upstream)
-    second = with_gradients(function, [qkv], upstream)
+    first, second = (
+        with_gradients(attention_of(cu_seqlens, longest, 0.1, one_seed), [qkv], upstream)
+        for one_seed in (seed, torch.tensor(seed, device=DEVICE))
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_strided_inputs_are_read_where_they_lie():
+@pytest.mark.judges("layer_norm")
+@few
+@given(rows=st.integers(1, 40), H=widths, seed=seeds)
+def test_two_runs_of_layer_norm_have_the_same_bits(rows, H, seed):
+    """The seed is an int in the first run, and a tensor in the second."""
+    torch.manual_seed(seed)
+    inputs = [torch.randn(shape, device=DEVICE) for shape in ((rows, H), H, H, (rows, H))]
+    upstream = torch.randn(rows, H, device=DEVICE)
+    runs = []
+    for one_seed in (seed, torch.tensor(seed, device=DEVICE)):
+
+        def norm(x, weight, bias, residual, one_seed=one_seed):
+            return judged.layer_norm(
+                x, weight, bias, 1e-6, residual=residual, dropout_p=0.1, seed=one_seed
+            )
+
+        runs.append(with_gradients(norm, inputs, upstream))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.judges("attention")
+def test_attention_reads_strided_inputs_where_they_lie():
     qkv, cu_seqlens, longest = packed([5, 40], 4, 16, 0)
     wide = torch.randn(45, 3, 4, 32, device=DEVICE)
     wide[..., :16] = qkv
@@ -599,14 +760,17 @@ def test_strided_inputs_are_read_where_they_lie():
     upstream = torch.randn(4, 45, 16, device=DEVICE).transpose(0, 1)
 
     def first_16(x):
-        return kernels.attention(x[..., :16], cu_wide, longest)
+        return judged.attention(x[..., :16], cu_wide, longest)
 
     a = with_gradients(first_16, [wide], upstream)
     b = with_gradients(attention_of(cu_seqlens, longest), [qkv], upstream)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1][..., :16], b[1])
 
+
+@pytest.mark.judges("layer_norm")
+def test_layer_norm_reads_strided_inputs_where_they_lie():
     def norm(x, weight, bias):
-        return kernels.layer_norm(x, weight, bias, 1e-6, residual=x, dropout_p=0.1, seed=1)
+        return judged.layer_norm(x, weight, bias, 1e-6, residual=x, dropout_p=0.1, seed=1)
 
     x = torch.randn(16, 9, device=DEVICE).T
     vectors = torch.randn(16, 2, device=DEVICE)
@@ -614,6 +778,61 @@ def test_strided_inputs_are_read_where_they_lie():
     a = with_gradients(norm, inputs, x)
     b = with_gradients(norm, [tensor.contiguous() for tensor in inputs], x)
     assert all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
+
+
+def assert_refused(words, function, *arguments, **keywords):
+    """Asserts a ValueError, of the project's operations in these words."""
+    with pytest.raises(ValueError) as error:
+        function(*arguments, **keywords)
+    assert judged is not kernels or words in str(error.value)
+
+
+def assert_attention_refuses(change, words):
+    """Asserts a ValueError from `attention` if one of its arguments is changed."""
+    arguments = dict(
+        qkv=torch.zeros(5, 3, 2, 16),
+        cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+        max_seqlen=5,
+    )
+    arguments |= change
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            arguments[name] = value.to(DEVICE)
+    assert_refused(words, judged.attention, **arguments)
+
+
+@pytest.mark.judges("attention")
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(qkv=torch.zeros(5, 2, 2, 16)), "qkv must be (T, 3, N, D)"),
+        (dict(qkv=torch.zeros(5, 3, 2, 16, dtype=torch.int64)), "floating point"),
+        (dict(cu_seqlens=torch.tensor([0, 5])), "int32"),
+        (
+            dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")),
+            "cu_seqlens must lie on the device of qkv",
+        ),
+        (dict(dropout_p=1.0), "dropout_p"),
+        (dict(dropout_p=-0.1), "dropout_p"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(change, words):
+    assert_attention_refuses(change, words)
+
+
+@pytest.mark.judges("attention")
+@pytest.mark.skipif(DEVICE == "cuda", reason="reading cu_seqlens would make a step wait")
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)), "T = 5"),
+        (dict(cu_seqlens=torch.tensor([1, 5], dtype=torch.int32)), "T = 5"),
+        (dict(cu_seqlens=torch.tensor([0, 4, 3, 5], dtype=torch.int32)), "non-decreasing"),
+        (dict(max_seqlen=4), "max_seqlen = 4"),
+    ],
+)
+def test_attention_refuses_lengths_that_do_not_fit(change, words):
+    assert_attention_refuses(change, words)
 
 
 NONE = torch.zeros(0)
@@ -648,30 +867,13 @@ MANY = torch.zeros(65_537, dtype=torch.int32)  # of 65,536 such sequences
         (dict(max_seqlen=torch.tensor(5)), "max_seqlen must be an int"),
         (dict(max_seqlen=5.0), "max_seqlen must be an int"),
         (dict(seed=1.0), "seed must be an int"),
-        (
-            dict(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")),
-            "cu_seqlens must lie on the device of qkv",
-        ),
         (dict(seed=2**63), "seed must fit in 64 bits"),
         (dict(seed=torch.tensor([5])), "seed must be an int or a 0-d int64"),
         (dict(seed=torch.tensor(5, dtype=torch.int32)), "seed must be an int or a 0-d int64"),
     ],
 )
-def test_attention_refuses(change, words):
-    arguments = (
-        dict(
-            qkv=torch.zeros(5, 3, 2, 16),
-            cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
-            max_seqlen=5,
-        )
-        | change
-    )
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and not value.is_meta:
-            arguments[name] = value.to(DEVICE)
-    with pytest.raises(ValueError) as error:
-        kernels.attention(**arguments)
-    assert words in str(error.value)
+def test_attention_refuses_what_its_kernels_cannot_take(change, words):
+    assert_attention_refuses(change, words)
 
 
 def test_what_the_interpreter_gets_wrong_is_refused():
@@ -684,19 +886,39 @@ def test_what_the_interpreter_gets_wrong_is_refused():
         kernels.attention(qkv, cu_seqlens, longest)
 
 
-def test_layer_norm_refuses():
-    x, w = torch.zeros(2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
+@pytest.mark.judges("layer_norm")
+def test_layer_norm_refuses_what_does_not_fit():
+    x = torch.zeros(2, 8, device=DEVICE)
+    w = torch.ones(8, device=DEVICE)
+    norm = judged.layer_norm
+    assert_refused("floating point", norm, x.long(), w, w, 1e-6)
     for name, arguments in (
-        ("weight", (x, w.to("meta"), w, 1e-6)),
-        ("bias", (x, w, w.to("meta"), 1e-6)),
-        ("x must be torch.float16", (x.double(), w, w, 1e-6)),
+        ("x must be (T, H)", (x[0], w, w, 1e-6)),
+        ("weight must be (8,)", (x, w[:7], w, 1e-6)),
+        ("bias must be (8,)", (x, w, w[:7], 1e-6)),
+        ("weight must lie on the device of x", (x, w.to("meta"), w, 1e-6)),
+        ("bias must lie on the device of x", (x, w, w.to("meta"), 1e-6)),
     ):
-        with pytest.raises(ValueError, match=name):
-            kernels.layer_norm(*arguments)
-    with pytest.raises(ValueError, match="residual must lie on the device of x"):
-        kernels.layer_norm(x, w, w, 1e-6, residual=x.to("meta"))
-    with pytest.raises(ValueError, match="floating point"):
-        kernels.dropout(x.long(), 0.1, 0)
+        assert_refused(name, norm, *arguments)
+    assert_refused("residual must be (2, 8)", norm, x, w, w, 1e-6, residual=x[:1])
+    words = "residual must lie on the device of x"
+    assert_refused(words, norm, x, w, w, 1e-6, residual=x.to("meta"))
+    for p in (-0.1, 1.0):
+        assert_refused("dropout_p", norm, x, w, w, 1e-6, dropout_p=p)
+
+
+@pytest.mark.judges("dropout")
+def test_dropout_refuses_what_does_not_fit():
+    x = torch.zeros(2, 8, device=DEVICE)
+    assert_refused("floating point", judged.dropout, x.long(), 0.1, 0)
+    assert_refused("x must be (T, H)", judged.dropout, x[0], 0.1, 0)
+    assert_refused("dropout_p", judged.dropout, x, 1.0, 0)
+
+
+def test_layer_norm_refuses_what_its_kernels_cannot_take():
+    x = torch.zeros(2, 8, device=DEVICE, dtype=torch.float64)
+    w = torch.ones(8, device=DEVICE)
+    assert_refused("x must be torch.float16", kernels.layer_norm, x, w, w, 1e-6)
 
 
 def model_and_batch():
