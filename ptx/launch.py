@@ -42,7 +42,7 @@ class Emulator(kernels.Launcher):
             known = ", ".join(CHIPS)
             raise PtxError(f"the chip {chip} is not supported: the machine knows {known}")
         self.chip = chip
-        self.watch = watch
+        self.watch = Watch if watch else None
         self.findings = []
         self.counts = {}
         self.texts = {}  # {kernel: its PTX}, of the last launch
@@ -82,7 +82,7 @@ class Emulator(kernels.Launcher):
             symbols[name] = SHARED_BASE + size
             size += -(-(bytes_ or shared) // 16) * 16
         counts = self.counts.setdefault(program.name, Counts(program.name))
-        watch = Watch(memory) if self.watch else None
+        watch = self.watch(memory) if self.watch else None
         grid = (*grid, 1, 1)[:3]
         for z in range(grid[2]):
             for y in range(grid[1]):

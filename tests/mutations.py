@@ -1,4 +1,4 @@
-"""Plants bugs in kernels.py, one at a time: `python tests/mutations.py [WORDS OF A BUG'S NAME]`.
+"""Plants bugs in the kernels, one at a time: `python tests/mutations.py [WORDS OF A BUG'S NAME]`.
 
 A property suite that lets a forgotten mask through would prove nothing. Each bug has one place in
 kernels.py. The properties of tests/test_triton.py that concern its operation must catch it, and
@@ -6,7 +6,9 @@ must pass without a bug. The name of the first one that fails is printed. Works 
 with status 1 if a bug survives.
 
 A family of bugs has a name, its mutants, and a way to try one. "written" are the bugs in this file,
-and "generated" those of generated_mutations.py.
+and "generated" those of generated_mutations.py. "ptx" are those of ptx_mutations.py: a barrier,
+wait or fence is removed from the compiled code. The watch of ptx/ says what goes wrong without it,
+or the reason is printed why it is redundant.
 """
 
 import os
@@ -21,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import generated_mutations
+import ptx_mutations
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -299,6 +302,7 @@ class Family(NamedTuple):
     mutants: dict  # {name: what `caught_by` takes}
     sound: dict  # the same without a bug: nothing may catch it
     caught_by: Callable  # returns the property that a mutant breaks, or None
+    excuse: Callable | None = None  # returns why a mutant that nothing catches is no bug
 
 
 class Mutant(NamedTuple):
@@ -361,6 +365,17 @@ def generated_family(source):
     return Family("generated", mutants, {}, failing_property)
 
 
+def ptx_family():
+    """What is removed from the compiled code."""
+    return Family(
+        "ptx",
+        ptx_mutations.removals(),
+        {},
+        ptx_mutations.caught_by,
+        ptx_mutations.why_redundant,
+    )
+
+
 def operation_of(function):
     """The operation whose tests must find a bug in a kernel, or in what several kernels call."""
     if "cross_entropy" in function:
@@ -378,7 +393,7 @@ def main(words):
     with open(os.path.join(ROOT, "kernels.py")) as f:
         source = f.read()
     families = []
-    for family in (written_family(source), generated_family(source)):
+    for family in (written_family(source), generated_family(source), ptx_family()):
         mutants = chosen(family.mutants, words)
         families.append(family._replace(mutants=mutants, sound=chosen(family.sound, words)))
     trials = [
@@ -395,7 +410,7 @@ def main(words):
         verdicts = tqdm(verdicts, total=len(trials), unit="bug")
         for (family, name, _), verdict in zip(trials, verdicts):
             caught_by[family.name, name] = verdict
-            tqdm.write(f"{verdict or 'passed'}: {family.name}, {name}")
+            tqdm.write(f"{verdict or 'passed'}: {family.name}, {name}", file=sys.stdout)
 
     failures = []
     for family in families:
@@ -403,7 +418,11 @@ def main(words):
         bugs = len(family.mutants)
         if bugs:
             print(f"{family.name}: {bugs - len(survivors)} of {bugs} bugs caught")
-        failures += [f"survived: {name}" for name in survivors]
+        if family.excuse:
+            for name in survivors:
+                print(f"redundant: {name}: {family.excuse(family.mutants[name])}")
+        else:
+            failures += [f"survived: {name}" for name in survivors]
         for name in family.sound:
             if caught_by[family.name, name]:
                 failures.append(f"{name}, and yet {caught_by[family.name, name]} fails")

@@ -20,6 +20,8 @@ import torch  # noqa: E402
 
 import kernels  # noqa: E402
 import ptx  # noqa: E402
+from ptx.memory import WARP  # noqa: E402
+from ptx.watch import Watch  # noqa: E402
 
 CHIPS = ("sm_80", "sm_90")
 # 150 tokens end in a partial block; 128 are whole blocks. Both keep several copies in flight.
@@ -48,6 +50,14 @@ class Removal(NamedTuple):
         instruction = " ".join(text.split("\n")[self.line].split()).rstrip(";")
         kernel = self.kernel.lstrip("_")
         return f"{self.operation}: {self.chip} {kernel} without {instruction}, {self.line + 1}"
+
+
+class LaneWatch(Watch):
+    """Takes threads of one warp for threads that run in any order, and all warps for one."""
+
+    def begin(self, machine):
+        super().begin(machine)
+        self.warp = machine.thread % WARP
 
 
 class OneKernel(ptx.Emulator):
@@ -83,9 +93,10 @@ def run_operation(operation, length):
     out.backward(torch.randn_like(out))
 
 
-def run(chip, operation, kernel, edit, length):
+def run(chip, operation, kernel, edit, length, watch=Watch):
     """Runs one kernel, its PTX edited. Returns the emulator."""
     with kernels.Launcher.replaced(OneKernel(chip, kernel, edit)) as gpu:
+        gpu.watch = watch
         run_operation(operation, length)
     return gpu
 
@@ -116,7 +127,7 @@ def removals():
     return found
 
 
-def finding_without(removal):
+def finding_without(removal, watch=Watch):
     """The first finding in a run without this line, or None. Run in a process of its own."""
 
     def edit(text):
@@ -125,7 +136,7 @@ def finding_without(removal):
         return "\n".join(lines)
 
     for length in LENGTHS:
-        gpu = run(removal.chip, removal.operation, removal.kernel, edit, length)
+        gpu = run(removal.chip, removal.operation, removal.kernel, edit, length, watch)
         if gpu.findings:
             return f"{gpu.findings[0].kind}: {gpu.findings[0].message}"
     return None
@@ -153,7 +164,9 @@ def why_redundant(removal):
             return "nothing touches shared memory up to the next barrier"
         if not touched(lines[removal.line - 1 :: -1]):
             return "nothing touched shared memory since the barrier before"
-        return "what warps touch on its two sides lies in different bytes"
+        if processes().submit(finding_without, removal, LaneWatch).result():
+            return "only threads of one warp exchange data across it, and a warp runs together"
+        return "what is touched on its two sides lies in different bytes"
     if code.startswith("cp.async.commit"):
         return "its copies join the next group, which is waited for before their first use"
     if code.startswith("wgmma.commit"):
