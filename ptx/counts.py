@@ -19,6 +19,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from ptx.memory import WARP
+from ptx.parser import Register
 
 CLASSES = (
     "tensor", "transcendental", "float", "integer", "shared", "global", "synchronization", "other",
@@ -154,6 +155,6 @@ def access_cost(instruction):
 def product_cost(instruction):
     """The `Cost` of a wgmma, a quarter for each of the four warps."""
     columns = int(instruction.modifiers[-4][4:-3])
-    a_in_shared = type(instruction.operands[1]).__name__ == "Register"
+    a_in_shared = isinstance(instruction.operands[1], Register)  # its descriptor
     rows_read = columns + 64 * a_in_shared  # of 16 halves
     return Cost("tensor", 2 * 64 * columns * 16 // 4, rows_read * 16 * 2 // 4)

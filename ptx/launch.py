@@ -6,6 +6,9 @@ grid after the other.
 
 import contextlib
 import functools
+import itertools
+
+from tqdm import tqdm
 
 import kernels
 from ptx.compiler import start_compiling
@@ -72,6 +75,9 @@ class Emulator(kernels.Launcher):
         self.texts[program.name] = ptx
         names = names or tuple(program.kernel.parameters)
         tensors = {n: v for n, v in zip(names, values) if hasattr(v, "data_ptr")}
+        for name, tensor in tensors.items():
+            if tensor.device.type != "cpu":
+                raise PtxError(f"{program.name}: {name} must lie on the CPU, not {tensor.device}")
         memory = GlobalMemory(tensors)
         parameters = [memory.pointer(v) if hasattr(v, "data_ptr") else v for v in values]
         # Behind the arguments Triton adds pointers to scratch memory, which is not used here.
@@ -84,17 +90,15 @@ class Emulator(kernels.Launcher):
         counts = self.counts.setdefault(program.name, Counts(program.name))
         watch = self.watch(memory) if self.watch else None
         grid = (*grid, 1, 1)[:3]
-        for z in range(grid[2]):
-            for y in range(grid[1]):
-                for x in range(grid[0]):
-                    piece = shared_memory(size)
-                    machine = Machine(
-                        program, (x, y, z), grid, symbols, piece, memory, self.report, watch
-                    )
-                    if watch:
-                        watch.begin(machine)
-                    machine.run(self.trace)
-                    counts.add(program, machine.executed)
+        places = list(itertools.product(*(range(n) for n in grid[::-1])))  # (z, y, x)
+        for z, y, x in tqdm(places, program.name, unit="program", delay=2, leave=False):
+            piece = shared_memory(size)
+            place = (x, y, z)
+            machine = Machine(program, place, grid, symbols, piece, memory, self.report, watch)
+            if watch:
+                watch.begin(machine)
+            machine.run(self.trace)
+            counts.add(program, machine.executed)
 
     def report(self, finding):
         """Keeps a finding, once for each place and kind."""

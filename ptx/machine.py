@@ -20,7 +20,7 @@ import numpy as np
 from ptx.counts import cost_of
 from ptx.memory import POISON, REGION_BITS, WARP, rows_of
 from ptx.operands import UNSIGNED, declared
-from ptx.parser import PtxError
+from ptx.parser import Address, PtxError, Register, Vector
 
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
 # Their first operand is no result.
@@ -330,12 +330,10 @@ def registers_of(instruction):
 
 def registers_in(operand):
     """The names of the registers in an operand."""
-    kind = type(operand).__name__
-    if kind == "Register":
+    if isinstance(operand, Register):
         yield operand.name
-    elif kind == "Address":
+    elif isinstance(operand, Address):
         yield from registers_in(operand.base)
-    elif kind == "Vector":
+    elif isinstance(operand, Vector):
         for element in operand.elements:
-            if element is not None:
-                yield from registers_in(element)
+            yield from registers_in(element)

@@ -36,6 +36,7 @@ from ptx.operands import (
 from ptx.parser import Immediate, PtxError, Vector
 
 SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
+ROUNDED = ("rn",)  # to nearest, which NumPy does
 
 
 def predicated(instruction, run):
@@ -72,7 +73,7 @@ def build(instruction, program):
 # ---- arithmetic ----------------------------------------------------------------------------------
 
 
-def elementwise(function, allowed=(), signed=False):
+def elementwise(function, allowed=()):
     """An instruction d = function(a, b, ...), where all are of the instruction's type.
 
     allowed: modifiers that may stand in front of the type.
@@ -135,10 +136,8 @@ def shift_left(a, b):
 def shift_right(a, b):
     """a >> b: zeros come in, or copies of the sign of a signed number."""
     width = 8 * a.dtype.itemsize
-    if a.dtype.kind == "i":
-        return np.right_shift(a, np.minimum(b, width - 1).astype(a.dtype))
     shifted = np.right_shift(a, np.minimum(b, width - 1).astype(a.dtype))
-    return np.where(b < width, shifted, 0)
+    return shifted if a.dtype.kind == "i" else np.where(b < width, shifted, 0)
 
 
 def shift(function):
@@ -161,14 +160,11 @@ def shift(function):
 
 def product(instruction, program):
     """mul and mad (sections 9.7.1.3 and 4): lower half of the product, upper half, or all of it."""
-    kind = instruction.modifiers[0]
-    if instruction.type.startswith("f"):
-        float_entry = {"mul": elementwise(np.multiply, ("rn",))}
-        if instruction.opcode not in float_entry:
-            raise unknown(instruction, "mad of floats")
-        return float_entry[instruction.opcode](instruction, program)
-    check_modifiers(instruction, ("lo", "hi", "wide"))
     dtype = dtype_of(instruction, instruction.type)
+    if dtype.kind == "f" and instruction.opcode == "mul":
+        return elementwise(np.multiply, ROUNDED)(instruction, program)
+    check_modifiers(instruction, ("lo", "hi", "wide"))
+    kind = instruction.modifiers[0]
     double = {2: "32", 4: "64"}.get(dtype.itemsize)
     if kind != "lo" and double is None:
         raise unknown(instruction, f"mul.{kind} of 64 bits")
@@ -606,8 +602,6 @@ def fence(instruction, program):
 
 
 # ---- the table -----------------------------------------------------------------------------------
-
-ROUNDED = ("rn",)
 
 OPCODES = {
     # Integers: section 9.7.1. Floats: section 9.7.3.

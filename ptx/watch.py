@@ -6,10 +6,10 @@ warp writes and another touches in the same interval is a race. (The threads of 
 to run together, as Triton does.) Storing the value that is there already is no race, nor is reading
 what every other writer wrote alike.
 
-    shared memory   a stamp is the number of the interval in the upper 32 bits, from 1, and in the
-                    lower ones a bit for each warp; 0: never
-    global memory   a stamp is the number of the program, from 1; 0: never; -1: several. Programs
-                    run in any order, with no barrier between them.
+    a stamp     is the number of the interval in the upper 32 bits, from 1, and in the lower ones a
+                bit for each warp; 0: never
+    a program   has a number, from 1, that is left on each byte of global memory; 0: nobody, -1:
+                several. Programs run in any order, with no barrier between them.
 
 Two things happen later than their instruction. `cp.async` writes its bytes at any time up to the
 wait for it, and `wgmma` reads shared memory and holds its registers up to its own. Until then
@@ -19,6 +19,8 @@ References: PTX ISA 8.7, chapter 8 (memory consistency), sections 9.7.9.25 (cp.a
 (wgmma, and the proxy fence that it needs).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ptx.memory import WARP, rows_of
@@ -27,21 +29,32 @@ INTERVAL_BITS = 32
 EVERY_WARP = 2**32 - 1
 
 
+class Stamps(NamedTuple):
+    """What is known of each byte of a piece of memory."""
+
+    written: np.ndarray  # stamps
+    read: np.ndarray
+    writer: np.ndarray  # numbers of programs, for global memory
+    reader: np.ndarray
+
+
 class Watch:
     """The stamps of one launch."""
 
     def __init__(self, memory):
         """memory: the `GlobalMemory` of the launch."""
-        self.writers = {id(region): stamps_for(region) for region in memory.regions}
-        self.readers = {id(region): stamps_for(region) for region in memory.regions}
+        self.stamps = {id(region): stamps_for(region) for region in memory.regions}
         self.program = 0
+        self.interval = 0
 
     def begin(self, machine):
         """A block of threads begins, with shared memory of its own."""
         self.program += 1
-        self.interval = 1
-        self.written = stamps_for(machine.shared)
-        self.read = stamps_for(machine.shared)
+        self.interval += 1
+        shared = stamps_for(machine.shared)
+        self.stamps[id(machine.shared)] = shared
+        self.written = shared.written  # of shared memory
+        self.read = shared.read
         self.copied_to = np.zeros(len(self.written), bool)  # by a cp.async that has not landed
         self.products_reading = np.zeros(len(self.written), np.int16)  # wgmma in flight
         self.fences = 1  # fence.proxy.async so far
@@ -72,62 +85,59 @@ class Watch:
 
     def on_read(self, machine, piece, rows, size, lanes):
         """Threads `lanes` read rows of `size` bytes each."""
-        if piece is machine.shared:
-            self.read_shared(machine, rows, size, lanes)
-            return
-        writers = rows_of(self.writers[id(piece)], size)[rows]
-        foreign = (writers != 0) & (writers != self.program)
-        if foreign.any():
-            message = f"reads {piece.name} where another program writes"
-            machine.wrong("race between programs", message, lanes[foreign.any(1)])
-        readers = rows_of(self.readers[id(piece)], size)
-        before = readers[rows]
-        readers[rows] = np.where((before == 0) | (before == self.program), self.program, -1)
-
-    def on_write(self, machine, piece, rows, size, lanes, data, before):
-        """Threads stored `data` (threads, size), where `before` was."""
-        if (rows_of(piece.memory, size)[rows] != data).any():
-            which = (rows_of(piece.memory, size)[rows] != data).any(1)
-            message = f"two threads store different values at one place in {piece.name}"
-            machine.wrong("race", message, lanes[which])
-        if piece is machine.shared:
-            self.write_shared(machine, rows, size, lanes, data != before)
-            return
-        writers = rows_of(self.writers[id(piece)], size)
-        readers = rows_of(self.readers[id(piece)], size)
-        foreign = (writers[rows] != 0) & (writers[rows] != self.program)
-        foreign |= (readers[rows] != 0) & (readers[rows] != self.program)
-        if foreign.any():
-            message = f"writes {piece.name} where another program reads or writes"
-            machine.wrong("race between programs", message, lanes[foreign.any(1)])
-        writers[rows] = self.program
-
-    def read_shared(self, machine, rows, size, lanes):
-        """A read of shared memory by threads."""
         own = self.bits(lanes)
-        written = rows_of(self.written, size)[rows]  # (threads, size)
-        self.check_written(machine, written, lanes)
+        stamps = self.stamps[id(piece)]
+        written = rows_of(stamps.written, size)[rows]  # (threads, size)
+        if piece is machine.shared:
+            self.check_written(machine, written, lanes)
+            self.check_copies(machine, rows, size, lanes, "reads")
+        else:
+            self.check_other_programs(machine, piece, rows, size, lanes, "reads")
         writers = self.warps(written)
         foreign = (writers != 0) & (writers & own == 0)
         if foreign.any():
-            message = "reads shared memory that another warp wrote since the last barrier"
+            message = f"reads {piece.name} that another warp wrote since the last barrier"
             machine.wrong("race", message, lanes[foreign.any(1)])
-        self.check_copies(machine, rows, size, lanes, "reads")
-        self.stamp(rows_of(self.read, size), rows, own)
+        self.stamp(rows_of(stamps.read, size), rows, own)
 
-    def write_shared(self, machine, rows, size, lanes, changed):
-        """A write to shared memory. changed: (threads, size), False where the value was there."""
+    def on_write(self, machine, piece, rows, size, lanes, data, before):
+        """Threads stored `data` (threads, size), where `before` was."""
         own = self.bits(lanes)
-        for stamps, done in ((self.written, "wrote"), (self.read, "read")):
-            others = self.warps(rows_of(stamps, size)[rows]) & ~own
-            foreign = (others != 0) & changed
+        stamps = self.stamps[id(piece)]
+        lost = (rows_of(piece.memory, size)[rows] != data).any(1)
+        if lost.any():
+            message = f"two threads store different values at one place in {piece.name}"
+            machine.wrong("race", message, lanes[lost])
+        for done, theirs in (("wrote", stamps.written), ("read", stamps.read)):
+            others = self.warps(rows_of(theirs, size)[rows]) & ~own
+            foreign = (others != 0) & (data != before)
             if foreign.any():
-                message = f"writes shared memory that another warp {done} since the last barrier"
+                message = f"writes {piece.name} that another warp {done} since the last barrier"
                 machine.wrong("race", message, lanes[foreign.any(1)])
-        self.check_copies(machine, rows, size, lanes, "writes")
-        self.check_products(machine, rows, size, lanes)
-        self.stamp(rows_of(self.written, size), rows, own)
-        rows_of(self.written_before_fence, size)[rows] = self.fences
+        if piece is machine.shared:
+            self.check_copies(machine, rows, size, lanes, "writes")
+            self.check_products(machine, rows, size, lanes)
+            rows_of(self.written_before_fence, size)[rows] = self.fences
+        else:
+            self.check_other_programs(machine, piece, rows, size, lanes, "writes")
+        self.stamp(rows_of(stamps.written, size), rows, own)
+
+    def check_other_programs(self, machine, piece, rows, size, lanes, does):
+        """Nothing that one program of the grid writes is touched by another."""
+        stamps = self.stamps[id(piece)]
+        writer = rows_of(stamps.writer, size)
+        reader = rows_of(stamps.reader, size)
+        foreign = (writer[rows] != 0) & (writer[rows] != self.program)
+        if does == "writes":
+            foreign |= (reader[rows] != 0) & (reader[rows] != self.program)
+            writer[rows] = self.program
+        else:
+            alone = (reader[rows] == 0) | (reader[rows] == self.program)
+            reader[rows] = np.where(alone, self.program, -1)
+        if foreign.any():
+            theirs = "reads or writes" if does == "writes" else "writes"
+            message = f"{does} {piece.name} where another program {theirs}"
+            machine.wrong("race between programs", message, lanes[foreign.any(1)])
 
     def check_written(self, machine, written, lanes):
         """Shared memory that is read was written before."""
@@ -241,5 +251,11 @@ class Watch:
 
 
 def stamps_for(piece):
-    """A stamp for each byte of a piece of memory."""
-    return np.zeros(len(piece.memory), np.int64)
+    """The `Stamps` of a piece of memory that nobody touched."""
+    size = len(piece.memory)
+    return Stamps(
+        written=np.zeros(size, np.int64),
+        read=np.zeros(size, np.int64),
+        writer=np.zeros(size, np.int32),
+        reader=np.zeros(size, np.int32),
+    )

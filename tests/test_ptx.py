@@ -446,6 +446,12 @@ ONE_FINDING = {
         "race",
         "another warp read",
     ),
+    "a warp reads what another wrote to a tensor": (
+        "mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %d0, %d1; st.global.u32 [%d1], %r0;"
+        "ld.global.u32 %r4, [%d0];",
+        "race",
+        "reads p0 that another warp wrote",
+    ),
     "programs write one place": (
         "st.global.u32 [%d0], 1;",
         "race between programs",
@@ -501,6 +507,10 @@ NO_FINDING = {
     "the same value from two warps": "st.shared.u32 [%r1], 5;",
     "a barrier between": "st.shared.u32 [%r3], %r0; bar.sync 0; ld.shared.u32 %r4, [%r1];",
     "what all wrote alike": "st.shared.u32 [%r1], 5; ld.shared.u32 %r4, [%r1];",
+    "a tensor and a barrier": (
+        "setp.eq.u32 %p0, %r9, 0; mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %d0, %d1;"
+        "@%p0 st.global.u32 [%d1], %r0; bar.sync 0; @%p0 ld.global.u32 %r4, [%d0];"
+    ),
     "one's own": "st.shared.u32 [%r3], %r0; ld.shared.u32 %r4, [%r3];",
     "a copy that is waited for": (
         "cp.async.ca.shared.global [%r3], [%d0], 4; cp.async.commit_group;"
