@@ -101,8 +101,9 @@ class GlobalMemory:
             return 0
         place = tensor.data_ptr()
         for region, start in zip(self.regions, self.real):
-            if start <= place < start + len(region.memory):
-                return region.base + place - start
+            address = region.base + place - start
+            if region.first <= address < region.end:
+                return address
         raise ValueError("this tensor is not among those of the launch")
 
     def region(self, number):

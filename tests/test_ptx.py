@@ -345,6 +345,16 @@ def test_a_bound_off_by_one_is_found():
     assert len(gpu.findings) == 3  # x, y and out
 
 
+def test_tensors_side_by_side_are_told_apart():
+    """Views of one storage, with no multiple of 16 bytes between them."""
+    storage = torch.randn(300)
+    x, y, out = storage[3:103], storage[103:203], torch.zeros(100)
+    gpu = run_text(text_of(ADD.format(n=100), 3), x, y, out, grid=(4,))
+    assert torch.equal(out, x + y) and not gpu.findings
+    gpu = run_text(text_of(ADD.format(n=101), 3), x, y, out, grid=(4,))
+    assert "4 bytes 0 bytes behind p0" in gpu.findings[0].message
+
+
 # The sum of 64 numbers, from two warps.
 REDUCTION = """
     .shared .align 4 .b8 numbers[256];
