@@ -7,6 +7,7 @@
     MLM logits = LN(GELU(h W_t)) E^T           E: the word embeddings again (tied)
     NSP logits = tanh(h[<cls>] W_p) W_n        label 1: B follows A; 0: B is from another document
     token logits = dropout(h) W_c              the classes of each token, as in StarPII
+    sequence logits = dropout(tanh(h[<cls>] W_p)) W_c    the classes, or numbers, of a sequence
 
 Every product has a bias, not shown. The NSP labels are the original StarEncoder's; transformers
 documents the reverse. `fill_mask` uses the MLM head; `embed` averages h into a vector of a text.
@@ -43,6 +44,7 @@ from common.files import read_json, write_whole
 
 # BertConfig's defaults that differ from ours, for fields missing from config.json.
 BERT_DEFAULTS = {"vocab_size": 30522, "max_position_embeddings": 512, "pad_token_id": 0}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass
@@ -65,13 +67,14 @@ class StarEncoderConfig:
     pad_token_id: int | None = 49152  # not used here; transformers asks for it
     tie_word_embeddings: bool = True
     id2label: dict | None = None  # {class: its name}; None: two classes, as in transformers
+    problem_type: str | None = None  # see PROBLEM_TYPES; None: decided from the labels
 
     def __post_init__(self):
         check_config(self)
 
     @property
     def num_labels(self):
-        """Number of classes of a token-classification head."""
+        """Number of classes of a classification head."""
         return 2 if self.id2label is None else len(self.id2label)
 
     def save(self, directory, architecture):
@@ -132,6 +135,12 @@ def check_config(config):
         named = isinstance(labels, dict) and all(type(name) is str for name in labels.values())
         if not named or not labels or set(labels) != set(range(len(labels))):
             raise ValueError(f"id2label must name the classes 0, 1, ..., got {str(labels)[:60]}")
+
+    problem_type = config.problem_type
+    if problem_type is not None and problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type must be one of {PROBLEM_TYPES}, got {problem_type!r}")
+    if problem_type == "single_label_classification" and config.num_labels == 1:
+        raise ValueError(f"{problem_type} needs two classes or more, id2label names one")
 
 
 # ---- the encoder ---------------------------------------------------------------------------------
@@ -270,7 +279,7 @@ class StarEncoder(PretrainedModel):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, H)  # only [0] is used
         self.embeddings_norm = nn.LayerNorm(H, config.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        # Only the next-sentence head uses it. It is here because BertModel's files hold it.
+        # For the heads that read <cls>. It is here because BertModel's files hold it.
         self.pooler = nn.Linear(H, H) if add_pooling_layer else None
         self.initialize(*self.modules())
 
@@ -495,11 +504,20 @@ class StarEncoderForPreTraining(PretrainedModel):
         return PreTrainingOutput(loss, mlm_loss, nsp_loss)
 
 
-class TokenClassificationOutput(NamedTuple):
-    """What `StarEncoderForTokenClassification` returns."""
+class ClassificationOutput(NamedTuple):
+    """What the models for classification return."""
 
-    loss: torch.Tensor | None  # mean cross-entropy over the labelled tokens, in nats
-    logits: torch.Tensor  # (T, C)
+    loss: torch.Tensor | None  # the mean over the labels, fp32; None without labels
+    logits: torch.Tensor  # (T, C) for tokens, (B, C) for sequences
+
+
+def classify(model, h, seed):
+    """Dropout and the classifier of a model for classification: (R, H) -> logits (R, C)."""
+    p = model.config.classifier_dropout
+    if p is None:
+        p = model.config.hidden_dropout_prob
+    h = kernels.dropout(h, p if model.training else 0.0, seed)  # (R, H)
+    return model.classifier(h)  # (R, C)
 
 
 class StarEncoderForTokenClassification(PretrainedModel):
@@ -515,23 +533,80 @@ class StarEncoderForTokenClassification(PretrainedModel):
         self.initialize(self.classifier)
 
     def forward(self, input_ids, cu_seqlens, labels=None, *, max_seqlen=None, seed=None):
-        """A `TokenClassificationOutput`.
+        """A `ClassificationOutput`. Its loss is a cross-entropy in nats.
 
         labels: (T,) int64, -100 for a token without one. The other arguments: as in `StarEncoder`.
         """
-        config = self.config
         seed = seed if self.training else 0  # as in `StarEncoder`
-        seeds = dropout_seeds(seed, config.num_hidden_layers, input_ids.device)
+        seeds = dropout_seeds(seed, self.config.num_hidden_layers, input_ids.device)
         # The encoder expands the same seed again, and leaves the last one to this head.
         h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seeds[0])  # (T, H)
-
-        p = config.classifier_dropout
-        if p is None:
-            p = config.hidden_dropout_prob
-        h = kernels.dropout(h, p if self.training else 0.0, seeds[-1])
-        logits = self.classifier(h)  # (T, C)
+        logits = classify(self, h, seeds[-1])  # (T, C)
         loss = None if labels is None else cross_entropy(logits, labels, may_overwrite=False)
-        return TokenClassificationOutput(loss, logits)
+        return ClassificationOutput(loss, logits)
+
+
+class StarEncoderForSequenceClassification(PretrainedModel):
+    """The encoder with one linear layer on the pooled <cls>: classes or numbers of a sequence."""
+
+    architecture = "BertForSequenceClassification"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.bert = StarEncoder(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # (C, H)
+        self.initialize(self.classifier)
+
+    def forward(self, input_ids, cu_seqlens, labels=None, *, max_seqlen=None, seed=None):
+        """A `ClassificationOutput`. labels: see `sequence_loss`; the rest as in `StarEncoder`."""
+        seed = seed if self.training else 0  # as in `StarEncoder`
+        seeds = dropout_seeds(seed, self.config.num_hidden_layers, input_ids.device)
+        cls = cu_seqlens[:-1].long()  # (B,)
+        h = self.bert(input_ids, cu_seqlens, max_seqlen=max_seqlen, seed=seeds[0], rows=cls)
+        h = torch.tanh(self.bert.pooler(h))  # (B, H)
+        logits = classify(self, h, seeds[-1])  # (B, C)
+        loss = None if labels is None else sequence_loss(logits, labels, self.config.problem_type)
+        return ClassificationOutput(loss, logits)
+
+
+def sequence_loss(logits, labels, problem_type):
+    """The mean loss of sequences with logits (B, C). Each problem type has labels of its own:
+
+    regression: (B, C) floats, or (B,) if C is 1; the loss is the squared error.
+    single_label_classification: (B,) int64, -100 for a sequence without one; cross-entropy in nats.
+    multi_label_classification: (B, C) floats in [0, 1]; binary cross-entropy in nats.
+    None: one of these, decided as in transformers.
+
+    Raises ValueError for labels of another shape or dtype.
+    """
+    B, C = logits.shape
+    if problem_type is None and C == 1:
+        problem_type = "regression"
+    elif problem_type is None and labels.dtype in (torch.int64, torch.int32):
+        problem_type = "single_label_classification"
+    elif problem_type is None:
+        problem_type = "multi_label_classification"
+    check_sequence_labels(labels, problem_type, B, C)
+
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits, labels, may_overwrite=False)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(logits.dtype).view(B, C)
+    loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+    return loss(logits, labels, reduction="sum") / max(B * C, 1)
+
+
+def check_sequence_labels(labels, problem_type, B, C):
+    """Raises ValueError for labels that do not fit: broadcasting would take some of them."""
+    single = problem_type == "single_label_classification"
+    kind = "int64" if single else "floating-point"
+    kind_fits = labels.dtype == torch.int64 if single else labels.is_floating_point()
+    flat = single or (problem_type == "regression" and C == labels.dim() == 1)
+    shape = (B,) if flat else (B, C)
+    if labels.shape != shape or not kind_fits:
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(f"{problem_type} needs {kind} labels of shape {shape}, got {given}")
 
 
 # ---- the names in the files of transformers ------------------------------------------------------

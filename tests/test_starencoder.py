@@ -22,6 +22,7 @@ from starencoder import (
     StarEncoder,
     StarEncoderConfig,
     StarEncoderForPreTraining,
+    StarEncoderForSequenceClassification,
     StarEncoderForTokenClassification,
     bert_names,
     cross_entropy,
@@ -42,6 +43,7 @@ PAIRS = {
     StarEncoder: transformers.BertModel,
     StarEncoderForPreTraining: transformers.BertForPreTraining,
     StarEncoderForTokenClassification: transformers.BertForTokenClassification,
+    StarEncoderForSequenceClassification: transformers.BertForSequenceClassification,
 }
 
 
@@ -174,6 +176,119 @@ def test_full_size_parity_with_bert_for_token_classification():
     expected.loss.backward()
     out.loss.backward()
     compare_gradients(ours, bert, 1e-3)
+
+
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def named(classes):
+    return {i: f"class {i}" for i in range(classes)}
+
+
+def sequence_classifiers(classes, problem_type):
+    """Our model and that of transformers, with the same weights and no dropout."""
+    entries = dict(NO_DROPOUT, problem_type=problem_type, id2label=named(classes))
+    torch.manual_seed(2)
+    bert = transformers.BertForSequenceClassification(bert_config(**entries))
+    ours = StarEncoderForSequenceClassification(small_config(**entries))
+    copy_weights(bert, ours)
+    return ours, bert
+
+
+@pytest.mark.parametrize(
+    "problem_type, classes, labels",
+    [
+        ("regression", 1, [0.5, -1.25, 3.0]),
+        ("regression", 1, [[0.5], [-1.25], [3.0]]),
+        ("regression", 3, [[0.5, -1.0, 2.0], [0.0, 1.5, -3.0], [1.0, 1.0, 0.25]]),
+        ("single_label_classification", 3, [2, 0, 1]),
+        ("single_label_classification", 3, [2, -100, 1]),
+        ("multi_label_classification", 3, [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.25, 1.0, 0.0]]),
+        ("multi_label_classification", 1, [[1.0], [0.0], [0.5]]),
+        (None, 1, [0.5, -1.25, 3.0]),
+        (None, 3, [2, 0, 1]),
+        (None, 3, [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.25, 1.0, 0.0]]),
+    ],
+)
+def test_parity_with_bert_for_sequence_classification(problem_type, classes, labels):
+    """In fp32: logits within 1e-4, the loss within 1e-5 of it, every gradient within 1e-3."""
+    ours, bert = sequence_classifiers(classes, problem_type)
+    lengths = [64, 1, 33]
+    labels = torch.tensor(labels)
+    ids, cu_seqlens = packed(lengths, 211, torch.Generator().manual_seed(2))
+    attention_mask = padded(torch.ones_like(ids), lengths, 0)
+    expected = bert(padded(ids, lengths, 0), attention_mask, labels=labels)
+    out = ours(ids, cu_seqlens, labels)
+
+    assert out.logits.shape == (3, classes)
+    assert (out.logits - expected.logits).abs().max() < 1e-4
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    expected.loss.backward()
+    out.loss.backward()
+    compare_gradients(ours, bert, 1e-3)
+    assert ours.config.problem_type == problem_type  # the decision is for these labels alone
+    assert ours(ids, cu_seqlens).loss is None
+
+
+def test_sequences_without_any_label_have_a_loss_of_0():
+    ours, _ = sequence_classifiers(3, None)
+    ids, cu_seqlens = packed([5, 9], 211, torch.Generator())
+    loss = ours(ids, cu_seqlens, torch.tensor([-100, -100])).loss
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in ours.parameters())
+
+    # Nor does an empty batch divide by 0.
+    ids = ids[:0]
+    cu_seqlens = cu_seqlens[:1]
+    for labels in (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3)):
+        assert ours(ids, cu_seqlens, labels).loss == 0
+
+
+@pytest.mark.parametrize(
+    "problem_type, classes, labels, words",
+    [
+        ("regression", 1, torch.zeros(2, dtype=torch.int64), "needs floating-point labels"),
+        ("regression", 1, torch.zeros(3), r"of shape \(2,\), got torch.float32 of shape \(3,\)"),
+        ("regression", 1, torch.zeros(1, 2), r"of shape \(2, 1\), got .* \(1, 2\)"),
+        ("regression", 1, torch.zeros(()), r"of shape \(2, 1\), got .* \(\)"),
+        ("regression", 2, torch.zeros(2), r"of shape \(2, 2\), got .* \(2,\)"),
+        ("single_label_classification", 3, torch.zeros(2), "needs int64 labels"),
+        ("single_label_classification", 3, torch.zeros(2, dtype=torch.int32), "needs int64"),
+        ("single_label_classification", 3, torch.zeros(2, 3), r"of shape \(2,\)"),
+        ("single_label_classification", 3, torch.zeros(1, dtype=torch.int64), r"\(2,\), got"),
+        ("multi_label_classification", 3, torch.zeros(2, 3, dtype=torch.int64), "floating-point"),
+        ("multi_label_classification", 3, torch.zeros(2, 3, dtype=torch.bool), "floating-point"),
+        ("multi_label_classification", 3, torch.zeros(2), r"of shape \(2, 3\), got"),
+        ("multi_label_classification", 3, torch.zeros(1, 3), r"of shape \(2, 3\), got"),
+        (None, 1, torch.zeros(2, dtype=torch.int64), "regression needs floating-point"),
+        (None, 3, torch.zeros(2, 3, dtype=torch.int64), "single_label_classification needs int64"),
+        (None, 3, torch.zeros(2, dtype=torch.int32), "single_label_classification needs int64"),
+        (None, 3, torch.zeros(2), "multi_label_classification needs floating-point"),
+        (None, 3, torch.zeros(2, 3, dtype=torch.bool), "multi_label_classification needs"),
+    ],
+)
+def test_labels_that_do_not_fit_the_problem_type_are_refused(problem_type, classes, labels, words):
+    ours, _ = sequence_classifiers(classes, problem_type)
+    with pytest.raises(ValueError, match=words) as refused:
+        ours(*packed([5, 9], 211, torch.Generator()), labels)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_compiled_sequence_classification_is_eager():
+    """Logits and loss, with dropout; a batch of another size as well."""
+    model = StarEncoderForSequenceClassification(small_config(id2label=named(3)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for lengths in ([5, 9], [7, 1, 20]):
+        ids, cu_seqlens = packed(lengths, 211, torch.Generator().manual_seed(0))
+        count = len(lengths)
+        for labels in (torch.arange(count) % 3, torch.rand(count, 3)):
+            expected = model(ids, cu_seqlens, labels, seed=torch.tensor(4))
+            out = compiled(ids, cu_seqlens, labels, seed=torch.tensor(4))
+            torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out.loss, expected.loss, rtol=1e-4, atol=1e-5)
 
 
 @given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=5), seed=st.integers(0, 2**31))
@@ -369,9 +484,11 @@ def test_files_go_both_ways_bit_for_bit(ours_class, overrides, tmp_path):
     out = ours(ids, cu_seqlens)
     if ours_class is StarEncoderForPreTraining:
         out = out.mlm_logits
-    elif ours_class is StarEncoderForTokenClassification:
+    elif ours_class is not StarEncoder:
         out = out.logits
-    torch.testing.assert_close(out, unpad(theirs, [20, 7]), rtol=1e-4, atol=1e-4)
+    if ours_class is not StarEncoderForSequenceClassification:
+        theirs = unpad(theirs, [20, 7])
+    torch.testing.assert_close(out, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_old_hub_files_load(tmp_path):
@@ -444,6 +561,52 @@ def test_a_new_head_on_a_pretrained_encoder(tmp_path, capsys):
         StarEncoder.from_pretrained(str(tmp_path / "tuned")).layers[0].qkv.weight,
         pretrained.bert.layers[0].qkv.weight,
     )
+
+
+def test_a_new_head_for_sequences_on_a_pretrained_encoder(tmp_path, capsys):
+    """It keeps the pooler, and transformers reads its problem type and the names of its classes."""
+    pretrained = StarEncoderForPreTraining(small_config())
+    pretrained.save_pretrained(str(tmp_path / "run"))
+    entries = dict(id2label=named(3), problem_type="multi_label_classification")
+    model = StarEncoderForSequenceClassification.from_pretrained(str(tmp_path / "run"), **entries)
+    assert (
+        "new weights for classifier.weight, classifier.bias (not in the files)"
+        in capsys.readouterr().err
+    )
+    assert torch.equal(model.bert.pooler.weight, pretrained.bert.pooler.weight)
+
+    model.save_pretrained(str(tmp_path / "tuned"))
+    bert = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert bert.config.architectures == ["BertForSequenceClassification"]
+    assert bert.config.problem_type == "multi_label_classification"
+    assert bert.config.id2label == named(3)
+    assert bert.config.label2id == {"class 0": 0, "class 1": 1, "class 2": 2}
+    again = StarEncoderForSequenceClassification.from_pretrained(str(tmp_path / "tuned"))
+    assert again.config == model.config
+    assert "new weights" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("problem_type", [None, "regression"])
+def test_the_problem_type_of_transformers_files_is_read(problem_type, tmp_path):
+    _, bert = sequence_classifiers(1, problem_type)
+    bert.save_pretrained(tmp_path)
+    config = StarEncoderForSequenceClassification.from_pretrained(str(tmp_path)).config
+    assert config.problem_type == problem_type
+    assert config.id2label == named(1)
+
+
+def test_a_missing_pooler_is_new(tmp_path, capsys):
+    """BertForMaskedLM has none, and transformers starts from a new one as well."""
+    random_bert(transformers.BertForMaskedLM).save_pretrained(tmp_path)
+    model = StarEncoderForSequenceClassification.from_pretrained(
+        str(tmp_path), id2label=named(1), problem_type="regression"
+    )
+    new = "bert.pooler.weight, bert.pooler.bias, classifier.weight, classifier.bias"
+    assert f"new weights for {new} (not in the files)" in capsys.readouterr().err
+    assert model.bert.pooler.weight.std() > 0.1 and (model.bert.pooler.bias == 0).all()
+    ids, cu_seqlens = packed([5, 9], 211, torch.Generator())
+    model(ids, cu_seqlens, torch.zeros(2)).loss.backward()
+    assert model.bert.pooler.weight.grad.norm() > 0
 
 
 def test_a_name_is_fetched_from_the_hub(tmp_path, monkeypatch):
@@ -572,14 +735,22 @@ def test_a_label_that_is_no_column_is_an_error(label):
         cross_entropy(logits.clone(), torch.tensor([1, label]))
 
 
-def test_token_classification_returns_its_logits_untouched():
-    config = small_config(
-        id2label={0: "O", 1: "B", 2: "I"}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
-    model = StarEncoderForTokenClassification(config).train()
+def test_classification_returns_its_logits_untouched():
+    """In bf16, where a loss may overwrite them; the loss is fp32."""
+    config = small_config(**NO_DROPOUT, id2label={0: "O", 1: "B", 2: "I"})
     ids, cu_seqlens = packed([5, 9], config.vocab_size, torch.Generator())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(ids, cu_seqlens, ids % 3).logits, model(ids, cu_seqlens).logits)
+    for model, labels in [
+        (StarEncoderForTokenClassification(config), ids % 3),
+        (StarEncoderForSequenceClassification(config), torch.tensor([0, 2])),
+        (StarEncoderForSequenceClassification(config), torch.rand(2, 3)),
+    ]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(ids, cu_seqlens, labels)
+            assert out.logits.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+            assert torch.equal(out.logits, model(ids, cu_seqlens).logits)
+    # Neither logits nor labels are rounded on the way to the last of these losses.
+    expected = F.binary_cross_entropy_with_logits(out.logits.float(), labels)
+    torch.testing.assert_close(out.loss, expected)
 
 
 def test_logits_are_never_copied_whole():
@@ -638,6 +809,12 @@ def test_dropout_is_a_function_of_the_seed():
         (dict(id2label={1: "a", 2: "b"}), "id2label must name the classes 0, 1"),
         (dict(id2label={0: None}), "id2label"),
         (dict(id2label=[]), "id2label"),
+        (dict(problem_type="ranking"), "problem_type must be one of .*, got 'ranking'"),
+        (dict(problem_type=["regression"]), "problem_type must be one of"),
+        (
+            dict(problem_type="single_label_classification", id2label={0: "a"}),
+            "single_label_classification needs two classes or more",
+        ),
     ],
 )
 def test_config_refuses(overrides, words):
@@ -712,6 +889,7 @@ def test_an_entry_of_any_kind_is_used_or_refused_in_one_line(value, tmp_path):
         *entries,
         "id2label",
         "classifier_dropout",
+        "problem_type",
         "is_decoder",
         "position_embedding_type",
     ]:
@@ -747,12 +925,27 @@ def test_a_sequence_longer_than_the_model_is_refused():
         StarEncoder(small_config())(ids, cu_seqlens)
 
 
-def test_every_dropout_acts():
+CLASSIFIERS = [StarEncoderForTokenClassification, StarEncoderForSequenceClassification]
+
+
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+def test_dropout_of_a_classifier_is_a_function_of_the_seed(classifier):
+    model = classifier(small_config(**NO_DROPOUT, classifier_dropout=0.5))
+    ids, cu_seqlens = packed([30, 12], 211, torch.Generator().manual_seed(0))
+    once = model(ids, cu_seqlens, seed=5).logits
+    assert torch.equal(once, model(ids, cu_seqlens, seed=torch.tensor(5)).logits)
+    assert not torch.equal(once, model(ids, cu_seqlens, seed=6).logits)
+    assert not torch.equal(model(ids, cu_seqlens).logits, model(ids, cu_seqlens).logits)
+    assert torch.equal(model.eval()(ids, cu_seqlens).logits, model(ids, cu_seqlens).logits)
+
+
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+def test_every_dropout_acts(classifier):
     """Each probability alone changes the output, in training only."""
     ids, cu_seqlens = packed([30, 12], 211, torch.Generator().manual_seed(0))
-    off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
+    off = dict(NO_DROPOUT, classifier_dropout=0.0)
     torch.manual_seed(0)
-    model = StarEncoderForTokenClassification(small_config(**off))
+    model = classifier(small_config(**off))
     expected = model(ids, cu_seqlens, seed=1).logits
     assert torch.equal(expected, model.eval()(ids, cu_seqlens).logits)
     for name in off:
@@ -762,7 +955,8 @@ def test_every_dropout_acts():
         assert torch.equal(expected, model.eval()(ids, cu_seqlens, seed=1).logits)
 
 
-def test_every_dropout_has_a_seed_of_its_own(monkeypatch):
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+def test_every_dropout_has_a_seed_of_its_own(classifier, monkeypatch):
     """The masks that a step computes have just the seeds of `dropout_seeds`."""
     seeds = set()
     halves = kernels.dropout_halves
@@ -772,7 +966,7 @@ def test_every_dropout_has_a_seed_of_its_own(monkeypatch):
         return halves(seed, *arguments)
 
     monkeypatch.setattr(kernels, "dropout_halves", watched)
-    model = StarEncoderForTokenClassification(small_config())
+    model = classifier(small_config())
     model(*packed([30, 12], 211, torch.Generator().manual_seed(0)), seed=1)
     # Three in each of three layers, the embeddings' and the classifier's.
     assert seeds == set(range(1, 1 + 3 * 3 + 2))
