@@ -1188,9 +1188,14 @@ def cross_entropy_backward(logits, labels, lse, upstream):
 
 
 def launch_cross_entropy(kernel, logits, *other_pointers):
-    """Launches a cross-entropy kernel: one program a row, in blocks of up to 4,096 columns."""
+    """Launches a cross-entropy kernel: one program a row, in blocks of up to 4,096 columns.
+
+    A block has at least a column for each thread. Otherwise several threads would load the same
+    logits, one of them perhaps after another has overwritten them.
+    """
     M, V = logits.shape
-    constants = dict(V=V, BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
+    columns = max(256, min(4096, triton.next_power_of_2(V)))
+    constants = dict(V=V, BLOCK_V=columns, num_warps=8)
     launch(kernel, (M,), (logits, *other_pointers), constants)
 
 

@@ -1,4 +1,4 @@
-"""A bound on a kernel's speed from the instructions that it executes.
+"""A model of a kernel's speed, from the instructions that it executes.
 
 An SM has several pipes, each with a rate of its own, and 4 schedulers that each issue one
 instruction of a warp a clock. The model is serial: first the tensor cores and shared memory work,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 import kernels
+from ptx.launch import every_launch
 
 if kernels.HAS_TRITON:
     import triton
@@ -155,24 +156,10 @@ def compile_peer(peer, module, chip, dtype, compiler):
     Prints a line, and goes on, if the peer's code does not work here.
     """
     try:
-        with launched_by(compiler):
+        with every_launch(compiler):
             peer.work(module, chip, dtype)
     except Exception as error:
         print(not_available(f"{peer.name}, sm_{chip}", error))
-
-
-@contextlib.contextmanager
-def launched_by(launcher):
-    """Within this `with` block, `launcher` launches every Triton kernel, also those of others."""
-    run = triton.JITFunction.run
-
-    def launch(kernel, *arguments, grid, warmup, **options):
-        if warmup:  # the launcher only compiles
-            return run(kernel, *arguments, grid=grid, warmup=True, **options)
-        launcher.launch(kernel, grid, arguments, options)
-
-    with replaced(triton.JITFunction, "run", launch):
-        yield
 
 
 @contextlib.contextmanager

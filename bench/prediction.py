@@ -1,4 +1,4 @@
-"""What a kernel's speed should be, from the instructions that it executes.
+"""How fast a kernel's instructions let it be, if neither memory nor waiting slows it down.
 
 The machine of ptx/ runs a kernel on a small input and says what its tensor cores compute and what
 it moves. The machine code says how many instructions that takes, since ptxas merges many of PTX's.
@@ -6,31 +6,35 @@ Both together go through the model of bound.py.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 
 import kernels
+import ptx
 from bench.bound import RATES, Counts, predicted
-from ptx import Emulator
 
 LENGTH = 256  # a multiple of every block: no masked rest
 HEADS = 2
 PRODUCTS = {"attention_forward": 2, "attention_backward_dq": 3, "attention_backward_dk_dv": 4}
 
 
-class Executed:
-    """What a kernel executed, and the FLOPs that its matrix products need."""
+class Executed(NamedTuple):
+    """What a kernel executed."""
 
-    def __init__(self, counts, needed):
-        self.counts = counts
-        self.needed = needed
+    counts: ptx.counts.Counts
+    needed: int  # FLOPs that its matrix products need; 0 if it has none
 
 
 @functools.cache
 def emulated_counts(chip, width, dropout_p):
-    """{kernel: `Executed`} of every operation of this width, in bf16. chip: 80 or 90."""
+    """{kernel: `Executed`} of the operation that has this width, in bf16. chip: 80 or 90.
+
+    Up to 128 it is the head size of attention, up to 1,024 the hidden size of LayerNorm, and beyond
+    that the vocabulary of cross-entropy.
+    """
     torch.manual_seed(0)
-    with kernels.Launcher.replaced(Emulator(f"sm_{chip}", watch=False)) as gpu:
+    with ptx.emulated(f"sm_{chip}", watch=False) as gpu:
         if width <= 128:
             qkv = torch.randn(LENGTH, 3, HEADS, width).bfloat16().requires_grad_()
             cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32)
@@ -58,14 +62,16 @@ def predictions(executed, instructions, counted_in, chip):
 
     instructions: {class: number} of the hottest loop in the machine code, or of all of it.
     "work" is what the tensor cores compute, by what they need to. "predicted" is in TFLOP/s of
-    needed work, or in GB/s; None if the two loops are not the same.
+    needed work; or in GB/s, which may be more than the memory moves. Nothing is returned if the
+    two loops are not the same.
     """
     counts = executed.counts
     if counted_in == "loop":
         loop = counts.loops[0]
         flops, shared, moved = loop.flops, loop.shared_bytes, loop.global_bytes
-        if round(loop.instructions["tensor"]) != instructions["tensor"]:
-            return {}  # ptxas unrolled it
+        for kind in ("tensor", "transcendental", "global"):
+            if round(loop.instructions[kind]) != instructions[kind]:
+                return {}  # ptxas unrolled it
     else:
         flops, shared, moved = (
             amount / counts.warps

@@ -5,7 +5,8 @@
     gpu.findings  # what was wrong: races, missing waits, wrong addresses
     gpu.counts  # what was executed: {kernel: {class of instructions: number}}
 
-Triton compiles the kernels for the chip as usual, up to PTX, the last language that is documented.
+Triton compiles the kernels for the chip as usual, up to PTX, the lowest language that NVIDIA
+documents.
 The files, in the order in which to read them:
 
     parser.py        PTX text to instructions
@@ -18,6 +19,7 @@ The files, in the order in which to read them:
     counts.py        instructions by class and by loop
     compiler.py      Triton's compiler, for a chip that is not here
     launch.py        `emulated`: takes the place of the GPU
+    listing.py       text for people: PTX beside its source, the steps of a thread
 
 What it cannot show: time, and what ptxas makes of PTX (registers, the order of instructions).
 `python -m bench kernels --resources` reads the machine code. Not supported, and refused by name:

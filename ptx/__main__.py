@@ -1,8 +1,5 @@
 """`python -m ptx KERNEL`: the compiled code of a kernel beside its source, and a run of it."""
 
-import linecache
-import os
-
 from common.command_line import CommandLine, run_command
 
 KERNELS = (
@@ -34,16 +31,22 @@ def main():
         raise ValueError("--tokens and --width must be at least 1")
 
     name = "_dropout_kernel" if arguments.kernel == "dropout" else f"_{arguments.kernel}"
-    gpu, text = run_kernel(arguments, name)
+    gpu = run_kernel(arguments, name)
+
+    from ptx.listing import print_beside_source, print_summary
+    from ptx.parser import parse
+
     if arguments.trace is None:
-        print_beside_source(text)
+        text = gpu.texts[name]
+        print_beside_source(text, parse(text))
     print_summary(gpu, name)
 
 
 def run_kernel(arguments, name):
-    """Runs the operation that has this kernel. Returns the `Emulator` and the kernel's PTX."""
+    """Runs the operation that has this kernel. Returns the `Emulator`."""
     import kernels
     from ptx.launch import emulated
+    from ptx.listing import print_step
 
     def trace(machine, step):
         if machine.program.name == name and machine.place == (0, 0, 0):
@@ -59,7 +62,7 @@ def run_kernel(arguments, name):
         call_operation(arguments)
     if name not in gpu.texts:  # dropout, with --dropout 0
         raise ValueError(f"{arguments.kernel} does not run with --dropout {arguments.dropout}")
-    return gpu, gpu.texts[name]
+    return gpu
 
 
 def call_operation(arguments):
@@ -89,78 +92,6 @@ def call_operation(arguments):
             out = kernels.layer_norm(x, weight, weight, 1e-12, residual=x, **rest)
     if not arguments.kernel.endswith("forward"):
         out.sum().backward()
-
-
-# ---- printing ------------------------------------------------------------------------------------
-
-
-def print_beside_source(text):
-    """Each line of the kernel's source, above the instructions that it became."""
-    from ptx.parser import file_table, parse
-
-    paths = {os.path.basename(path): path for path in file_table(text).values()}
-    kernel = parse(text)
-    labels = {}
-    targets = {one.operands[0].name for one in kernel.instructions if one.opcode == "bra"}
-    for label, index in kernel.labels.items():
-        if label in targets:
-            labels[index] = label
-    source = None
-    for index, instruction in enumerate(kernel.instructions):
-        if index in labels:
-            print(f"{labels[index]}:")
-        if instruction.source != source:
-            source = instruction.source
-            file, _, line = source.partition(":")
-            code = linecache.getline(paths.get(file, ""), int(line or 0)).rstrip()
-            print(f"{source:18} {code}")
-        print(f"    {instruction.line:5}    {' '.join(instruction.text.split())}")
-
-
-def print_step(machine, step, thread):
-    """An instruction and what it wrote, if the thread took part in it."""
-    if not machine.active()[thread]:
-        return
-    text = " ".join(step.instruction.text.split())
-    predicate = step.instruction.predicate
-    if predicate and machine.registers[predicate][thread] == step.instruction.negated:
-        text += "    (not taken)"
-    values = [
-        f"{name} = {shown(machine.registers[name][thread], step.instruction)}"
-        for name in sorted(step.results)
-        if name in machine.program.widths
-    ]
-    print(f"{step.instruction.line:5}  {text[:70]:70}  {'; '.join(values)[:120]}".rstrip())
-
-
-def shown(bits, instruction):
-    """A register's content as the instruction's type has it."""
-    import numpy as np
-
-    type = instruction.modifiers[-1] if instruction.modifiers else ""
-    if instruction.opcode == "cvt":  # the type that it converts to
-        type = instruction.modifiers[-2]
-    if instruction.opcode == "setp" or bits.dtype == bool:
-        return str(bool(bits))
-    if instruction.opcode in ("mma", "wgmma") or type == "f32":
-        if bits.dtype == np.uint32:
-            return f"{bits.view(np.float32):.6g}"
-    if type.startswith("s"):
-        return str(int(bits.view(f"i{bits.dtype.itemsize}")))
-    return f"{int(bits):#x}"
-
-
-def print_summary(gpu, name):
-    """What was executed, and what was wrong."""
-    counts = gpu.counts[name]
-    per_warp = ", ".join(f"{number:,.0f} {kind}" for kind, number in counts.per_warp().items())
-    print(f"\n{name}: {counts.warps} warps. Instructions a warp: {per_warp}")
-    for loop in counts.loops[:1]:
-        numbers = ", ".join(f"{n:,.0f} {kind}" for kind, n in loop.instructions.items())
-        print(f"The hottest loop ({loop.source}), an iteration: {numbers}")
-    print(f"{len(gpu.findings)} findings" if gpu.findings else "No findings.")
-    for finding in gpu.findings:
-        print(f"  {finding}")
 
 
 if __name__ == "__main__":

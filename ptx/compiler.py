@@ -45,7 +45,7 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)  # Triton would take a NamedTuple for a tuple of arguments
 class Pointer:
-    """All that a kernel is compiled for of a tensor."""
+    """What the compiler must know of a tensor."""
 
     dtype: object
     remainder: int  # of its address, by 16
@@ -90,7 +90,11 @@ def start_compiling(kernel, capability, arguments, constants):
     if kernels.INTERPRETED:
         return ask(request)
     future = concurrent.futures.Future()
-    future.set_result(compile_here(kernel, request))
+    answer = answer_to(request, kernel)
+    if isinstance(answer, PtxError):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
     return future
 
 
@@ -187,10 +191,17 @@ def serve():
             request = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        try:
-            answer = compile_here(load_kernel(request), request)
-        except Exception as error:
-            last_line = str(error).strip().split("\n")[-1]
-            answer = PtxError(f"{request.name} does not compile: {last_line}")
-        pickle.dump(answer, answers)
+        pickle.dump(answer_to(request), answers)
         answers.flush()
+
+
+def answer_to(request, kernel=None):
+    """The `Compiled` kernel, or a PtxError that says why it does not compile.
+
+    kernel: Triton's, or None to import it.
+    """
+    try:
+        return compile_here(kernel or load_kernel(request), request)
+    except Exception as error:
+        last_line = str(error).strip().split("\n")[-1]
+        return PtxError(f"{request.name} does not compile: {last_line}")

@@ -1,12 +1,12 @@
 """How many instructions a kernel executed, by what they keep busy.
 
-A class is a part of a multiprocessor, which can take so many instructions a clock:
+A class is a part of a multiprocessor, with a rate of its own (bench/bound.py has the rates):
 
     tensor            mma, wgmma
-    transcendental    ex2, lg2, rcp, sqrt, div
-    float             fp32 add, mul, fma
+    transcendental    ex2, lg2, rcp, rsqrt, sqrt, div
+    float             add, sub, mul, fma, neg, abs of floats
     integer           integers, addresses, logic, comparisons, selections, conversions, max
-    shared            loads and stores of shared memory, ldmatrix, shuffles
+    shared            loads and stores of shared memory, ldmatrix, stmatrix, shuffles
     global            loads and stores of global memory, cp.async
     synchronization   barriers, fences, waits
     other             moves and branches, most of which ptxas removes
@@ -126,12 +126,12 @@ def cost_of(instruction):
         return Cost("synchronization")
     if opcode in ("ldmatrix", "stmatrix"):
         matrices = int(next(one for one in modifiers if one in ("x1", "x2", "x4"))[1:])
-        return Cost("shared", 0, 128 * matrices)
+        return Cost("shared", shared_bytes=128 * matrices)
     if opcode == "shfl":
-        return Cost("shared", 0, 128)
+        return Cost("shared", shared_bytes=128)
     if opcode == "cp":
         size = WARP * instruction.operands[2].value
-        return Cost("global", 0, size, size)
+        return Cost("global", shared_bytes=size, global_bytes=size)
     if opcode in ("ld", "st"):
         return access_cost(instruction)
     if opcode in TRANSCENDENTAL:
@@ -146,9 +146,9 @@ def access_cost(instruction):
     count = next((int(m[1:]) for m in instruction.modifiers if m in ("v2", "v4")), 1)
     size = WARP * count * BYTES[instruction.type[1:]]
     if "shared" in instruction.modifiers:
-        return Cost("shared", 0, size)
+        return Cost("shared", shared_bytes=size)
     if "global" in instruction.modifiers:
-        return Cost("global", 0, 0, size)
+        return Cost("global", global_bytes=size)
     return Cost("other")  # a parameter
 
 

@@ -63,7 +63,11 @@ class Emulator(kernels.Launcher):
         by_name = constants | dict(zip(kernel.arg_names, arguments))
         values = [by_name[name] for name in compiled.parameters]
         ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
-        self.run(ptx, grid, values, compiled.shared, compiled.parameters)
+        # Behind the arguments Triton adds pointers to scratch memory, which is not used here.
+        parameters = program_of(ptx).kernel.parameters
+        values += [0] * (len(parameters) - len(values))
+        names = (*compiled.parameters, *list(parameters)[len(compiled.parameters) :])
+        self.run(ptx, grid, values, compiled.shared, names)
 
     def run(self, ptx, grid, values, shared=0, names=None):
         """Runs a PTX text on a grid of up to three axes. values: its arguments, in order.
@@ -72,21 +76,18 @@ class Emulator(kernels.Launcher):
         memory that the launch decides. names: of the arguments, for messages.
         """
         program = program_of(ptx)
+        self.check(program, values)
         self.texts[program.name] = ptx
         names = names or tuple(program.kernel.parameters)
         tensors = {n: v for n, v in zip(names, values) if hasattr(v, "data_ptr")}
-        for name, tensor in tensors.items():
-            if tensor.device.type != "cpu":
-                raise PtxError(f"{program.name}: {name} must lie on the CPU, not {tensor.device}")
         memory = GlobalMemory(tensors)
         parameters = [memory.pointer(v) if hasattr(v, "data_ptr") else v for v in values]
-        # Behind the arguments Triton adds pointers to scratch memory, which is not used here.
-        parameters += [0] * (len(program.kernel.parameters) - len(parameters))
-        symbols = dict(zip(program.kernel.parameters, parameters))
+        symbols = dict(zip(program.kernel.parameters, parameters, strict=True))
         size = 0
-        for name, bytes_ in program.kernel.shared.items():
+        for name, (length, alignment) in program.kernel.shared.items():
+            size = -(-size // alignment) * alignment
             symbols[name] = SHARED_BASE + size
-            size += -(-(bytes_ or shared) // 16) * 16
+            size += length or shared
         counts = self.counts.setdefault(program.name, Counts(program.name))
         watch = self.watch(memory) if self.watch else None
         grid = (*grid, 1, 1)[:3]
@@ -99,6 +100,18 @@ class Emulator(kernels.Launcher):
                 watch.begin(machine)
             machine.run(self.trace)
             counts.add(program, machine.executed)
+
+    def check(self, program, values):
+        """Raises PtxError if the text is for another chip, or the arguments do not fit it."""
+        target = program.kernel.target
+        if target.rstrip("af") != self.chip:
+            raise PtxError(f"{program.name}: its PTX is for {target}, not for {self.chip}")
+        wanted = len(program.kernel.parameters)
+        if len(values) != wanted:
+            raise PtxError(f"{program.name} takes {wanted} arguments, got {len(values)}")
+        for name, value in zip(program.kernel.parameters, values):
+            if hasattr(value, "data_ptr") and value.device.type != "cpu":
+                raise PtxError(f"{program.name}: {name} must lie on the CPU, not {value.device}")
 
     def report(self, finding):
         """Keeps a finding, once for each place and kind."""
@@ -139,9 +152,10 @@ def emulated(chip, watch=True):
 
     Those of kernels.py do, which then serve tensors on the CPU, and any other that is launched.
     chip: "sm_80" (A100), "sm_89" (RTX 4090, L40) or "sm_90" (H100, H200). watch: look for races,
-    unwritten memory and missing waits; addresses are checked in any case. Tensors lie on the CPU,
-    of fp16, bf16 or fp32. Yields an `Emulator`, with `findings` and `counts`. Raises PtxError for
-    another chip, and for an instruction that the machine does not know.
+    unwritten memory and missing waits; addresses, barriers and divergence are checked in any case.
+    Tensors lie on the CPU, of fp16, bf16 or fp32. Yields an `Emulator`, with `findings` and
+    `counts`. Raises PtxError for another chip, without Triton, for a kernel that does not compile,
+    and for an instruction that is not supported.
     """
     if not kernels.HAS_TRITON:
         raise PtxError("there is no Triton here to compile the kernels")

@@ -7,7 +7,10 @@ a barrier, threads wait until all others are at one. So a block computes what a 
 program has no races; `watch.py` looks for those.
 
 Registers hold raw bits, as unsigned integers of the register's width; an instruction gives them a
-type. Registers and shared memory begin as poison.
+type. Registers and shared memory begin as poison (memory.py). A lane is the place of a thread in
+these arrays. There are as many lanes as fill whole warps; those behind the last thread never run.
+
+(The cost of a step is for counts.py. Ignore it at first.)
 
 Reference: PTX ISA 8.7, sections 3.1 (threads, warps, blocks) and 9.7.13 (barriers).
 """
@@ -17,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptx.counts import cost_of
+from ptx.counts import Cost, cost_of
 from ptx.memory import POISON, REGION_BITS, WARP, rows_of
-from ptx.operands import UNSIGNED, declared
-from ptx.parser import Address, PtxError, Register, Vector
+from ptx.operands import UNSIGNED, declared, registers_in, registers_of
+from ptx.parser import Instruction, PtxError
 
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
 # Their first operand is no result.
@@ -49,11 +52,11 @@ class Finding(NamedTuple):
 class Step(NamedTuple):
     """An instruction, ready to run."""
 
-    instruction: tuple
+    instruction: Instruction
     run: object  # a function of the machine
     registers: frozenset  # all that it uses
     results: frozenset  # those that it writes
-    cost: tuple  # a `Cost`
+    cost: Cost
 
 
 class Machine:
@@ -123,8 +126,7 @@ class Machine:
     def run_block(self, number, trace):
         """Runs the threads that are at this block of the program through it."""
         here = (self.block == number) & ~self.waiting
-        warps = WARP * np.add.reduceat(here, np.arange(0, self.lanes, WARP)) > 0
-        self.executed[number] += np.count_nonzero(warps)
+        self.executed[number] += np.count_nonzero(here.reshape(-1, WARP).any(1))
         self.mask = None if here.all() else here
         self.block[here] = number + 1
         watching = self.watch and self.program.uses_wgmma
@@ -318,22 +320,3 @@ class Program:
     def width(self, register):
         """Bits of a register."""
         return self.widths.get(register, 32)
-
-
-def registers_of(instruction):
-    """The names of all registers in an instruction."""
-    if instruction.predicate:
-        yield instruction.predicate
-    for operand in instruction.operands:
-        yield from registers_in(operand)
-
-
-def registers_in(operand):
-    """The names of the registers in an operand."""
-    if isinstance(operand, Register):
-        yield operand.name
-    elif isinstance(operand, Address):
-        yield from registers_in(operand.base)
-    elif isinstance(operand, Vector):
-        for element in operand.elements:
-            yield from registers_in(element)

@@ -4,11 +4,13 @@ A wrong address is a finding, never a crash: what is loaded from it is poison, a
 there is lost.
 
 **Global memory.** Each tensor that a kernel was given lies in a region of its own, a terabyte from
-the next, at the alignment that it really has. So an index that is off by anything leaves the
-tensor, and is seen; on a GPU it would land in a neighbour. Tensors that overlap share a region.
+the next, at the alignment that it really has. So every address outside of its tensor is seen; on a
+GPU it would lie in a neighbour. Tensors that overlap share a region.
 
 **Shared memory** begins at an address that is a multiple of 1,024, as on the device: swizzled
 layouts compute with the bits of an address.
+
+**Poison.** What nobody wrote holds 0xFF in every byte, a NaN. A result that used it is NaN as well.
 
 Reference: PTX ISA 8.7, sections 5.1 (state spaces) and 9.7.9.1 (cache operators), 6.4.1 (an address
 must be a multiple of the size of the access).

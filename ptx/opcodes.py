@@ -78,7 +78,7 @@ def elementwise(function, allowed=()):
 
     allowed: modifiers that may stand in front of the type.
     """
-    # NumPy would take a source too many for the place of the result.
+    # NumPy would take a surplus operand for `out`.
     count = getattr(function, "nin", None) or function.__code__.co_argcount
 
     def entry(instruction, program):
@@ -86,6 +86,8 @@ def elementwise(function, allowed=()):
         dtype = dtype_of(instruction, instruction.type)
         if instruction.type == "bf16":
             raise unknown(instruction, "arithmetic in bf16")
+        if function in (divide, fused_multiply_add) and instruction.type[1:] == "64":
+            raise unknown(instruction, "64 bits")  # fp64 would round another time
         target, *sources = instruction.operands
         if len(sources) != count:
             raise unknown(instruction, f"another number of operands than {1 + count}")
@@ -468,7 +470,7 @@ class Copy(NamedTuple):
     lanes: np.ndarray  # the threads
     rows: np.ndarray  # where each copies to, in shared memory as rows of its size
     data: np.ndarray  # (threads, size)
-    groups: np.ndarray  # the group of each thread that its copy is committed in
+    groups: np.ndarray  # the commit group that each thread's copy joins
 
     def only(self, which):
         """The copy of some of the threads."""
@@ -522,11 +524,11 @@ def copy_group(instruction):
 
     def wait(machine):
         # wait_all also waits for what is not committed yet.
-        newest = machine.copy_groups - pending + (kind == "wait_all")
+        first_pending = machine.copy_groups - pending + (kind == "wait_all")
         active = machine.active()
         kept = []
         for copy in machine.copies:
-            landing = active[copy.lanes] & (copy.groups < newest[copy.lanes])
+            landing = active[copy.lanes] & (copy.groups < first_pending[copy.lanes])
             if landing.any():
                 landed = copy.only(landing)
                 size = landed.data.shape[1]
@@ -577,9 +579,8 @@ def barrier(instruction, program):
     """bar.sync (section 9.7.13.1): a thread waits until all others are at a barrier."""
     if instruction.modifiers == ("warp", "sync"):
         return lambda machine: machine.whole_warps()
-    whole = [operand for operand in instruction.operands if isinstance(operand, Immediate)]
-    if instruction.modifiers != ("sync",) or len(whole) != 1 or len(instruction.operands) != 1:
-        raise unknown(instruction, "a barrier for a part of the threads")
+    if instruction.modifiers != ("sync",) or instruction.operands != (Immediate(0),):
+        raise unknown(instruction, "a barrier but `bar.sync 0`")
 
     def run(machine):
         machine.whole_warps()

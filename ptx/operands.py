@@ -13,15 +13,14 @@ from ptx.parser import Address, Immediate, PtxError, Register, Symbol, Vector
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 DTYPES = {
     "pred": np.bool_,
-    **{f"{kind}8": dtype for kind, dtype in (("b", np.uint8), ("u", np.uint8), ("s", np.int8))},
-    **{f"{kind}16": dtype for kind, dtype in (("b", np.uint16), ("u", np.uint16), ("s", np.int16))},
-    **{f"{kind}32": dtype for kind, dtype in (("b", np.uint32), ("u", np.uint32), ("s", np.int32))},
-    **{f"{kind}64": dtype for kind, dtype in (("b", np.uint64), ("u", np.uint64), ("s", np.int64))},
     "f16": np.float16,
     "f32": np.float32,
     "f64": np.float64,
     "bf16": np.uint16,  # raw bits: only conversions read them
 }
+for bits in UNSIGNED:
+    DTYPES[f"b{bits}"] = DTYPES[f"u{bits}"] = UNSIGNED[bits]
+    DTYPES[f"s{bits}"] = np.dtype(f"int{bits}").type
 
 
 def dtype_of(instruction, type):
@@ -112,9 +111,9 @@ def check_modifiers(instruction, allowed):
 
 
 def one_nan(numbers):
-    """The same, with all bits set but the sign in every NaN, as arithmetic leaves it on the device.
+    """Replaces each NaN by the device's: all bits set but the sign (section 9.7.3).
 
-    NumPy's keep a payload, which depends on the order of the operands (section 9.7.3).
+    NumPy's NaNs keep a payload, which depends on the order of the operands.
     """
     nan = numbers != numbers
     if not nan.any():
@@ -148,3 +147,22 @@ def address_reader(instruction, program, operand):
 def elements_of(operand):
     """The registers of an operand, be it one or several."""
     return operand.elements if isinstance(operand, Vector) else (operand,)
+
+
+def registers_of(instruction):
+    """The names of all registers in an instruction."""
+    if instruction.predicate:
+        yield instruction.predicate
+    for operand in instruction.operands:
+        yield from registers_in(operand)
+
+
+def registers_in(operand):
+    """The names of the registers in an operand."""
+    if isinstance(operand, Register):
+        yield operand.name
+    elif isinstance(operand, Address):
+        yield from registers_in(operand.base)
+    elif isinstance(operand, Vector):
+        for element in operand.elements:
+            yield from registers_in(element)

@@ -1,9 +1,9 @@
 """PTX text to a list of instructions.
 
 PTX is the assembly language that Triton and nvcc write, and that NVIDIA's ptxas turns into machine
-code. What such compilers write of a kernel is read: one `.entry`, its parameters, registers and
-shared memory, labels, and instructions. The rest (functions, textures, scopes in braces) is refused
-by name.
+code. This file reads what such compilers emit for one kernel: an `.entry`, its parameters,
+registers and shared memory, labels, and instructions. The rest (functions, textures, scopes in
+braces) is refused by name.
 
 References: PTX ISA 8.7, chapters 4 (syntax) and 5 (state spaces and types).
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class PtxError(ValueError):
-    """PTX that is not understood, or that this machine does not run. The message names the line."""
+    """PTX that is not understood, or that is not supported. The message says what, and where."""
 
 
 class Register(NamedTuple):
@@ -76,7 +76,7 @@ class Kernel(NamedTuple):
     parameters: dict  # {name: type}, in order
     threads: int  # of a block, if the text says so (.reqntid), else 0
     registers: dict  # {name up to its number: bits}; 1 bit for predicates
-    shared: dict  # {name: bytes, or 0 if the launch decides}
+    shared: dict  # {name: (bytes, or 0 if the launch decides; multiple that its address is)}
     instructions: tuple
     labels: dict  # {label: index of the instruction behind it}
 
@@ -86,7 +86,7 @@ LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 # Directives in front of the body end with their line, declarations with a semicolon.
 LINE_DIRECTIVES = (".version", ".target", ".address_size", ".reqntid", ".maxntid", ".maxnreg")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")  # %r<100>, or %r1, %r2, ...
-SHARED = re.compile(r"(?:\.extern )?\.shared\s+\.align\s+\d+\s+\.(\w+)\s+([\w$]+)\[(\d*)\]")
+SHARED = re.compile(r"(?:\.extern )?\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d*)\]")
 PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,)]*?([\w$]+)\s*[,)]")
 PREDICATE = re.compile(r"@(!?)(%\w+)\s+")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}\[\]]+")
@@ -109,8 +109,12 @@ def parse(text):
             instructions.append(read_instruction(line, source, statement))
     if "name" not in found:
         raise PtxError("this PTX has no kernel: no .entry")
+    if "target" not in found:
+        raise PtxError("this PTX does not say for which chip it is: no .target")
     # A kernel may end without `ret`, and a label may stand at its end.
-    instructions.append(Instruction(text.count("\n"), "", "ret", "", False, "ret", (), ()))
+    ends = bool(instructions) and instructions[-1].opcode == "ret"
+    if not ends or len(instructions) in found["labels"].values():
+        instructions.append(Instruction(text.count("\n"), "", "ret", "", False, "ret", (), ()))
     return Kernel(**found, instructions=tuple(instructions))
 
 
@@ -184,8 +188,8 @@ def read_directive(line, statement, found):
             prefix = re.sub(r"<\d+>$|\d+$", "", name.strip())
             found["registers"][prefix] = 1 if type == "pred" else int(type[1:])
     elif SHARED.match(statement):
-        type, name, count = SHARED.match(statement).groups()
-        found["shared"][name] = int(type[1:]) // 8 * int(count or 0)
+        alignment, type, name, count = SHARED.match(statement).groups()
+        found["shared"][name] = (int(type[1:]) // 8 * int(count or 0), int(alignment))
     elif statement.startswith((".version", ".address_size", ".maxnreg", ".minnctapersm")):
         pass  # says nothing about what is computed
     elif statement.startswith(".global") and "_$_str" in statement:

@@ -11,11 +11,22 @@ A product of halves is exact here, a sum is rounded once to fp32. Tensor cores c
 much is not documented.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ptx.memory import WARP
-from ptx.operands import address_reader, elements_of, from_bf16, one_nan, reader, unknown, writer
-from ptx.parser import Register, Vector
+from ptx.operands import (
+    address_reader,
+    elements_of,
+    from_bf16,
+    one_nan,
+    reader,
+    registers_in,
+    unknown,
+    writer,
+)
+from ptx.parser import Vector
 
 WORD = np.dtype(np.uint32)
 SINGLE = np.dtype(np.float32)
@@ -199,15 +210,14 @@ def described_addresses(descriptor, rows, k_major):
     return address ^ (address >> 7 & 7 & (width // 16 - 1)) << 4
 
 
-class Product:
+class Product(NamedTuple):
     """A wgmma in flight: its accumulators, and what it reads."""
 
-    def __init__(self, group, targets, numbers, inputs, places):
-        self.group = group  # that it will be committed in
-        self.targets = targets  # the registers of the accumulator
-        self.numbers = numbers  # (registers, lanes): what they will hold
-        self.inputs = inputs  # the registers that hold A, if any
-        self.places = places  # the offsets in shared memory that it reads, in elements of 2 bytes
+    group: int  # that it is committed in
+    targets: list  # the registers of the accumulator
+    numbers: np.ndarray  # (registers, lanes): what they will hold
+    inputs: list  # the registers that hold A, if any
+    places: list  # arrays of offsets in shared memory that it reads, in elements of 2 bytes
 
 
 def group_product(instruction, program):
@@ -239,7 +249,7 @@ def group_product(instruction, program):
     read_a = None if in_registers else reader(instruction, program, a, long)
     read_b = reader(instruction, program, b, long)
     read_scale = reader(instruction, program, scale_d, np.dtype(bool))
-    inputs = registers_named(a) if in_registers else []
+    inputs = list(registers_in(a)) if in_registers else []
 
     def run(machine):
         if machine.lanes % GROUP or machine.mask is not None:
@@ -268,11 +278,6 @@ def group_product(instruction, program):
             machine.registers[name] = np.full(machine.lanes, 0xFFFFFFFF, np.uint32)
 
     return run
-
-
-def registers_named(operand):
-    """The names of the registers of a vector."""
-    return [element.name for element in operand.elements if isinstance(element, Register)]
 
 
 def accumulators(machine, targets, reads):
@@ -318,9 +323,9 @@ def group_control(instruction):
 
     def wait(machine):
         pending = instruction.operands[0].value
-        newest = machine.product_groups - pending
-        landing = [product for product in machine.products if product.group < newest]
-        machine.products = [product for product in machine.products if product.group >= newest]
+        first_pending = machine.product_groups - pending
+        landing = [product for product in machine.products if product.group < first_pending]
+        machine.products = [one for one in machine.products if one.group >= first_pending]
         for product in landing:
             if machine.watch:
                 machine.watch.on_product_end(machine, product)

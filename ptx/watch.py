@@ -3,17 +3,25 @@
 Beside each byte of memory lie stamps: who wrote it last, who read it last, and when. Time is
 counted in barriers: between two barriers the warps of a block run in any order, so a byte that one
 warp writes and another touches in the same interval is a race. (The threads of one warp are taken
-to run together, as Triton does.) Storing the value that is there already is no race, nor is reading
-what every other writer wrote alike.
+to run together, as Triton does.) Storing the value that is there already is no race. Nor is reading
+a byte that one's own warp wrote too: then all wrote the same.
 
     a stamp     is the number of the interval in the upper 32 bits, from 1, and in the lower ones a
                 bit for each warp; 0: never
     a program   has a number, from 1, that is left on each byte of global memory; 0: nobody, -1:
                 several. Programs run in any order, with no barrier between them.
 
-Two things happen later than their instruction. `cp.async` writes its bytes at any time up to the
-wait for it, and `wgmma` reads shared memory and holds its registers up to its own. Until then
-nobody else may touch these.
+Two things happen later than their instruction. Until they are waited for, nobody else may touch
+what they touch:
+
+- `cp.async` copies from global to shared memory in the background. `commit_group` closes a group of
+  copies; `wait_group n` waits until at most n groups are pending.
+- `wgmma`, a product of a warp group (4 warps), reads shared memory, and holds its registers. It has
+  groups and waits of its own.
+
+A *proxy* is a path to memory. Loads and stores take the generic proxy, and wgmma reads shared
+memory by the async proxy: even behind a barrier it may miss a store, until a `fence.proxy.async`.
+For registers, `wgmma.fence` does the same.
 
 References: PTX ISA 8.7, chapter 8 (memory consistency), sections 9.7.9.25 (cp.async) and 9.7.15
 (wgmma, and the proxy fence that it needs).

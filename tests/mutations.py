@@ -303,6 +303,7 @@ class Family(NamedTuple):
     sound: dict  # the same without a bug: nothing may catch it
     caught_by: Callable  # returns the property that a mutant breaks, or None
     excuse: Callable | None = None  # returns why a mutant that nothing catches is no bug
+    too_many: Callable | None = None  # returns what is wrong with a list of such mutants
 
 
 class Mutant(NamedTuple):
@@ -373,6 +374,7 @@ def ptx_family():
         {},
         ptx_mutations.caught_by,
         ptx_mutations.why_redundant,
+        ptx_mutations.too_many,
     )
 
 
@@ -421,6 +423,7 @@ def main(words):
         if family.excuse:
             for name in survivors:
                 print(f"redundant: {name}: {family.excuse(family.mutants[name])}")
+            failures += family.too_many([family.mutants[name] for name in survivors])
         else:
             failures += [f"survived: {name}" for name in survivors]
         for name in family.sound:

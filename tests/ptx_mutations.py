@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -26,6 +27,21 @@ from ptx.watch import Watch  # noqa: E402
 CHIPS = ("sm_80", "sm_90")
 # 150 tokens end in a partial block; 128 are whole blocks. Both keep several copies in flight.
 LENGTHS = (150, 128)
+# How many lines of each kernel the watch may not miss, because they are redundant: see
+# `why_redundant`. With Triton 3.7.1.
+REDUNDANT = Counter(
+    {
+        ("sm_80", "_attention_forward"): 4,
+        ("sm_80", "_attention_backward_dq"): 4,
+        ("sm_80", "_attention_backward_dk_dv"): 8,
+        ("sm_80", "_layer_norm_forward"): 3,
+        ("sm_80", "_layer_norm_backward"): 12,
+        ("sm_90", "_attention_forward"): 7,
+        ("sm_90", "_attention_backward_dq"): 14,
+        ("sm_90", "_attention_backward_dk_dv"): 20,
+        ("sm_90", "_layer_norm_backward"): 12,
+    }
+)
 KERNELS = {
     "attention": ("_attention_forward", "_attention_backward_dq", "_attention_backward_dk_dv"),
     "layer_norm": ("_layer_norm_forward", "_layer_norm_backward"),
@@ -167,15 +183,18 @@ def why_redundant(removal):
         if processes().submit(finding_without, removal, LaneWatch).result():
             return "only threads of one warp exchange data across it, and a warp runs together"
         return "what is touched on its two sides lies in different bytes"
-    if code.startswith("cp.async.commit"):
-        return "its copies join the next group, which is waited for before their first use"
-    if code.startswith("wgmma.commit"):
-        return "its products join the next group, which is waited for before their first use"
+    if code.startswith(("cp.async.commit", "wgmma.commit")):
+        return "it joins the next group, which is waited for before the first use"
     if code.startswith(("wgmma.wait", "cp.async.wait")):
-        return "another wait lies between and the first use"
-    if code.startswith("wgmma.fence"):
-        return "no register of the next product was used since the fence before"
-    return "nothing that the next product reads was written since the fence before"
+        return "another wait comes before the first use"
+    following = lines[removal.line + 1 :]
+    kind = code.split(".sync")[0].split(".async")[0]  # wgmma.fence or fence.proxy
+    for line in following:
+        if line.strip().startswith(kind):
+            return "another such fence comes before the next product"
+        if "wgmma.mma" in line:
+            return "what the next product uses was not touched since the fence before"
+    return "no product follows"
 
 
 def touched(lines):
@@ -186,3 +205,14 @@ def touched(lines):
         if TOUCHES_SHARED.search(line):
             return True
     return True
+
+
+def too_many(survivors):
+    """What is wrong with these removals, that nothing was found without: a list of lines."""
+    counts = Counter((removal.chip, removal.kernel) for removal in survivors)
+    return [
+        f"{count} removals survived in {kernel} for {chip}, more than the {REDUNDANT[chip, kernel]}"
+        " that are redundant"
+        for (chip, kernel), count in counts.items()
+        if count > REDUNDANT[chip, kernel]
+    ]

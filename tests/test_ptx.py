@@ -4,6 +4,7 @@ that runs it, against NumPy, matrix products and PTX written by hand.
 `pytest tests/test_ptx.py --kernels FILE` judges the compiled code of another file's operations.
 """
 
+import contextlib
 import functools
 import itertools
 
@@ -41,8 +42,8 @@ def name_of(case):
 
 
 @pytest.fixture(autouse=True)
-def kernels_of_the_project(monkeypatch):
-    """The PyTorch backend, but within `emulated`."""
+def no_backend_is_forced(monkeypatch):
+    """PyTorch serves the CPU, but within `emulated`."""
     monkeypatch.delenv("STARENCODER_KERNELS", raising=False)
 
 
@@ -84,10 +85,20 @@ def norm_results(function, inputs, upstream, p, dtype=None):
     return with_gradients(call, inputs, upstream, dtype)
 
 
+@contextlib.contextmanager
+def on_chip(chip):
+    """`ptx.emulated`, also for a judged file that is a changed copy of kernels.py."""
+    with ptx.emulated(chip) as gpu, contextlib.ExitStack() as stack:
+        if hasattr(judged, "Launcher"):
+            stack.enter_context(judged.Launcher.replaced(gpu))
+        yield gpu
+
+
 def assert_sound(gpu):
     """Kernels ran, and nothing was found."""
-    if not gpu.counts:
-        pytest.skip("no Triton kernel was launched")
+    if judged is not kernels and not gpu.counts:
+        pytest.skip("nothing was judged: the file launches no Triton kernel")
+    assert gpu.counts
     assert not gpu.findings, gpu.findings[0]
 
 
@@ -134,7 +145,7 @@ def test_compiled_attention(case, ahead):
     other = qkv.clone()
     start, end = cu_seqlens[-2:].tolist()
     other[start:end] = float("nan")
-    with ptx.emulated(chip) as gpu:
+    with on_chip(chip) as gpu:
         ours = attention_results(judged.attention, qkv, cu_seqlens, upstream, p)
         again = attention_results(judged.attention, other, cu_seqlens, upstream, p)
     assert_sound(gpu)
@@ -158,7 +169,7 @@ def test_compiled_layer_norm(case, ahead):
     inputs, upstream = norm_inputs(dtype, H)
     spoiled = [x.clone() for x in inputs]
     spoiled[0][-1] = float("nan")
-    with ptx.emulated(chip) as gpu:
+    with on_chip(chip) as gpu:
         ours = norm_results(judged.layer_norm, inputs, upstream, p)
         again = norm_results(judged.layer_norm, spoiled, upstream, p)
     assert_sound(gpu)
@@ -183,7 +194,7 @@ def test_compiled_attention_drops_by_the_rule(chip, dtype):
     qkv[7:, 2, 0] = torch.eye(length)
     upstream = torch.zeros(7 + length, 1, D, dtype=dtype)
     upstream[7:, 0] = torch.eye(length)
-    with ptx.emulated(chip) as gpu:
+    with on_chip(chip) as gpu:
         out, _, _, dv = attention_results(judged.attention, qkv, cu_seqlens, upstream, p)
     assert_sound(gpu)
     keep = kernels.attention_keep(2**40 + 7, p, torch.tensor(0), torch.tensor(7), length)
@@ -197,7 +208,7 @@ def test_compiled_attention_drops_by_the_rule(chip, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_compiled_dropout_drops_by_the_rule(chip, dtype):
     x = torch.randn(9, 100).to(dtype)
-    with ptx.emulated(chip) as gpu:
+    with on_chip(chip) as gpu:
         dropped = judged.dropout(x, 0.5, 5)
     assert_sound(gpu)
     assert torch.equal(dropped, kernels.dropout_reference(x.float(), 0.5, 5).to(dtype))
@@ -217,7 +228,7 @@ def test_compiled_cross_entropy(chip, dtype):
         total = function(leaf * 1, labels)
         return total.detach(), torch.autograd.grad(total, leaf)[0]
 
-    with ptx.emulated(chip) as gpu:
+    with on_chip(chip) as gpu:
         ours = gradient(judged.cross_entropy, logits)
     assert_sound(gpu)
     exact = gradient(kernels.cross_entropy_reference, logits.double())
@@ -428,6 +439,11 @@ ONE_FINDING = {
         "bounds",
         "4 bytes before shared memory",
     ),
+    "across the end of shared memory": (
+        "st.shared.v2.u32 [%r1+252], {%r0, %r0};",
+        "bounds",
+        "8 bytes across the end of shared memory",
+    ),
     "no multiple of the size": (
         "setp.lt.u32 %p0, %r0, 32; @%p0 st.shared.v2.u32 [%r3], {%r0, %r0};",
         "alignment",
@@ -449,6 +465,7 @@ ONE_FINDING = {
         "setp.lt.u32 %p0, %r0, 64; @%p0 st.shared.u32 [%r1], 5; ld.shared.u32 %r4, [%r1];",
         "race",
         "another warp wrote",
+        96,  # threads
     ),
     "a write after a read": (
         "st.shared.u32 [%r3], %r0; bar.sync 0; ld.shared.u32 %r4, [%r1];"
@@ -504,8 +521,8 @@ ONE_FINDING = {
 
 @pytest.mark.parametrize("name", ONE_FINDING)
 def test_what_the_watch_finds(name):
-    body, kind, words = ONE_FINDING[name]
-    threads = 96 if "third" in name else 64
+    body, kind, words, *threads = ONE_FINDING[name]
+    (threads,) = threads or [64]
     gpu = run_text(text_of(STORE + body, 1, threads), torch.zeros(96), grid=(2,))
     assert gpu.findings
     finding = gpu.findings[0]
@@ -649,6 +666,8 @@ def test_ptx_as_nvcc_writes_it():
         ("mov.u32 %r0, %tid;", "%tid is not declared"),
         ("add.f32 %r0, %r1, %r2, %r3;", "another number of operands"),
         ("bra NOWHERE;", "NOWHERE is not declared"),
+        ("bar.sync 1;", "bar.sync 0"),
+        ("div.s64 %d1, %d0, %d0;", "64 bits"),
         ("ld.param.u64 %d1, [q];", "q is not declared"),
         ("add.s32 %r0;", "add.s32 %r0"),
         ("cvta.shared.u64 %d1, %d0;", "cvta.shared"),
@@ -659,6 +678,19 @@ def test_what_is_not_known_is_refused_by_name(body, words):
     with pytest.raises(ptx.PtxError) as error:
         run_text(text_of("\n" + body, 1), torch.zeros(1))
     assert words in str(error.value)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    text = text_of(ADD.format(n=100), 3)
+    x = torch.zeros(100)
+    for words, tensors in (
+        ("by_hand takes 3 arguments, got 2", [x, x]),
+        ("by_hand: p1 must lie on the CPU, not meta", [x, x.to("meta"), x]),
+    ):
+        with pytest.raises(ptx.PtxError, match=words):
+            run_text(text, *tensors)
+    with pytest.raises(ptx.PtxError, match="its PTX is for sm_90a, not for sm_80"):
+        ptx.Emulator("sm_80").run(text, (1,), [x, x, x])
 
 
 def test_other_chips_are_refused():
@@ -1084,6 +1116,22 @@ FORGOTTEN = {
         "race",
         "another warp read since the last barrier",
     ),
+    "wgmma.mma_async": (
+        "mov.b32 %r8, 0; wgmma.mma_async",
+        "wgmma",
+        "no wgmma.fence behind the instruction that used a register",
+    ),
+    "or.b64 %d30": (
+        "cvt.u64.u32 %d29, %r199; or.b64 %d30, %d30, %d29; or.b64 %d30",
+        "wgmma",
+        "have different descriptors",
+    ),
+    "mov.u32 %r198": (
+        "setp.lt.u32 %p0, %r199, 32; @%p0 wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+        "{%r4, %r5, %r6, %r7}, {%r8, %r9, %r10, %r11}, %d30, 0, 1, 1, 0; mov.u32 %r198",
+        "divergence",
+        "not all threads take part in a wgmma",
+    ),
     "wgmma.commit": ("mov.b32 %r8, 0; wgmma.commit", "wgmma", "overwrites an operand of a wgmma"),
     "wgmma.wait_group": (
         "st.shared.b32 [%r190], %r20; wgmma.wait_group",
@@ -1101,6 +1149,12 @@ FORGOTTEN = {
 def test_a_wgmma_by_hand_has_no_findings():
     gpu = run_text(text_of(WGMMA, 0, threads=128))
     assert not gpu.findings, gpu.findings[0]
+
+
+def test_a_kernel_does_not_end_before_its_wgmma():
+    begin, _, _ = WGMMA.partition("wgmma.wait_group")
+    gpu = run_text(text_of(begin, 0, threads=128))
+    assert gpu.findings[0].message == "the kernel ends before its wgmma"
 
 
 @pytest.mark.parametrize("place", FORGOTTEN)
