@@ -49,9 +49,9 @@ def run_kernel(arguments, name):
     from ptx.listing import print_step
 
     def trace(machine, step):
-        if machine.program.name == name and machine.place == (0, 0, 0):
-            if not 0 <= arguments.trace < machine.program.threads:
-                last = machine.program.threads - 1
+        if machine.code.name == name and machine.place == (0, 0, 0):
+            if not 0 <= arguments.trace < machine.code.threads:
+                last = machine.code.threads - 1
                 raise ValueError(f"--trace {arguments.trace}: the threads are 0 to {last}")
             print_step(machine, step, arguments.trace)
 

@@ -61,17 +61,17 @@ class Counts(Counter):
         self.flops = 0  # of the tensor cores
         self.shared_bytes = 0
         self.global_bytes = 0
-        self.programs = {}  # {Program: executions of each of its blocks, by warps}
+        self.codes = {}  # {Code: executions of each of its segments, by warps}
 
-    def add(self, program, executed):
-        """Adds a block of threads. executed: how many warps ran each block of the program."""
-        self.warps += -(-program.threads // WARP)
-        if program in self.programs:
-            self.programs[program] = self.programs[program] + executed
+    def add(self, code, executed):
+        """Adds a block of threads. executed: how many warps ran each segment of the code."""
+        self.warps += -(-code.threads // WARP)
+        if code in self.codes:
+            self.codes[code] = self.codes[code] + executed
         else:
-            self.programs[program] = executed
-        for times, block in zip(executed.tolist(), program.blocks):
-            for cost in (step.cost for step in block if times):
+            self.codes[code] = executed
+        for times, segment in zip(executed.tolist(), code.segments):
+            for cost in (step.cost for step in segment if times):
                 self[cost.kind] += times
                 self.flops += times * cost.flops
                 self.shared_bytes += times * cost.shared_bytes
@@ -85,15 +85,15 @@ class Counts(Counter):
     def loops(self):
         """The loops that ran, the one with the most executed instructions first."""
         found = []
-        for program, executed in self.programs.items():
-            for first, last in program.loops():
+        for code, executed in self.codes.items():
+            for first, last in code.loops():
                 if executed[first]:
-                    found.append(loop_of(program, executed, first, last))
+                    found.append(loop_of(code, executed, first, last))
         return sorted(found, key=lambda loop: -loop.iterations * sum(loop.instructions.values()))
 
 
-def loop_of(program, executed, first, last):
-    """The `Loop` of the blocks from `first` to `last`."""
+def loop_of(code, executed, first, last):
+    """The `Loop` of the segments from `first` to `last`."""
     iterations = int(executed[first])
     instructions = dict.fromkeys(CLASSES, 0)
     opcodes = Counter()
@@ -102,13 +102,13 @@ def loop_of(program, executed, first, last):
     global_bytes = 0
     for number in range(first, last + 1):
         share = executed[number] / iterations
-        for step in program.blocks[number]:
+        for step in code.segments[number]:
             instructions[step.cost.kind] += share
             opcodes[".".join((step.instruction.opcode, *step.instruction.modifiers))] += share
             flops += share * step.cost.flops
             shared_bytes += share * step.cost.shared_bytes
             global_bytes += share * step.cost.global_bytes
-    source = program.blocks[last][-1].instruction.source
+    source = code.segments[last][-1].instruction.source
     return Loop(source, iterations, instructions, opcodes, flops, shared_bytes, global_bytes)
 
 

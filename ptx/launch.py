@@ -13,7 +13,7 @@ from tqdm import tqdm
 import kernels
 from ptx.compiler import start_compiling
 from ptx.counts import Counts
-from ptx.machine import Machine, Program
+from ptx.machine import Code, Machine
 from ptx.memory import SHARED_BASE, GlobalMemory, shared_memory
 from ptx.opcodes import build
 from ptx.parser import PtxError, parse
@@ -27,9 +27,9 @@ CHIPS = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}  # compute capabilit
 
 
 @functools.lru_cache(maxsize=128)
-def program_of(ptx):
-    """The `Program` of a PTX text."""
-    return Program(parse(ptx), build)
+def code_of(ptx):
+    """The `Code` of a PTX text."""
+    return Code(parse(ptx), build)
 
 
 class Emulator(kernels.Launcher):
@@ -64,7 +64,7 @@ class Emulator(kernels.Launcher):
         values = [by_name[name] for name in compiled.parameters]
         ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
         # Behind the arguments Triton adds pointers to scratch memory, which is not used here.
-        parameters = program_of(ptx).kernel.parameters
+        parameters = code_of(ptx).kernel.parameters
         values += [0] * (len(parameters) - len(values))
         names = (*compiled.parameters, *list(parameters)[len(compiled.parameters) :])
         self.run(ptx, grid, values, compiled.shared, names)
@@ -75,43 +75,43 @@ class Emulator(kernels.Launcher):
         Tensors must be on the CPU, and are read and written in place. shared: bytes of shared
         memory that the launch decides. names: of the arguments, for messages.
         """
-        program = program_of(ptx)
-        self.check(program, values)
-        self.texts[program.name] = ptx
-        names = names or tuple(program.kernel.parameters)
+        code = code_of(ptx)
+        self.check(code, values)
+        self.texts[code.name] = ptx
+        names = names or tuple(code.kernel.parameters)
         tensors = {n: v for n, v in zip(names, values) if hasattr(v, "data_ptr")}
         memory = GlobalMemory(tensors)
         parameters = [memory.pointer(v) if hasattr(v, "data_ptr") else v for v in values]
-        symbols = dict(zip(program.kernel.parameters, parameters, strict=True))
+        symbols = dict(zip(code.kernel.parameters, parameters, strict=True))
         size = 0
-        for name, (length, alignment) in program.kernel.shared.items():
+        for name, (length, alignment) in code.kernel.shared.items():
             size = -(-size // alignment) * alignment
             symbols[name] = SHARED_BASE + size
             size += length or shared
-        counts = self.counts.setdefault(program.name, Counts(program.name))
+        counts = self.counts.setdefault(code.name, Counts(code.name))
         watch = self.watch(memory) if self.watch else None
         grid = (*grid, 1, 1)[:3]
         places = list(itertools.product(*(range(n) for n in grid[::-1])))  # (z, y, x)
-        for z, y, x in tqdm(places, program.name, unit="program", delay=2, leave=False):
+        for z, y, x in tqdm(places, code.name, unit="program", delay=2, leave=False):
             piece = shared_memory(size)
             place = (x, y, z)
-            machine = Machine(program, place, grid, symbols, piece, memory, self.report, watch)
+            machine = Machine(code, place, grid, symbols, piece, memory, self.report, watch)
             if watch:
                 watch.begin(machine)
             machine.run(self.trace)
-            counts.add(program, machine.executed)
+            counts.add(code, machine.executed)
 
-    def check(self, program, values):
+    def check(self, code, values):
         """Raises PtxError if the text is for another chip, or the arguments do not fit it."""
-        target = program.kernel.target
+        target = code.kernel.target
         if target.rstrip("af") != self.chip:
-            raise PtxError(f"{program.name}: its PTX is for {target}, not for {self.chip}")
-        wanted = len(program.kernel.parameters)
+            raise PtxError(f"{code.name}: its PTX is for {target}, not for {self.chip}")
+        wanted = len(code.kernel.parameters)
         if len(values) != wanted:
-            raise PtxError(f"{program.name} takes {wanted} arguments, got {len(values)}")
-        for name, value in zip(program.kernel.parameters, values):
+            raise PtxError(f"{code.name} takes {wanted} arguments, got {len(values)}")
+        for name, value in zip(code.kernel.parameters, values):
             if hasattr(value, "data_ptr") and value.device.type != "cpu":
-                raise PtxError(f"{program.name}: {name} must lie on the CPU, not {value.device}")
+                raise PtxError(f"{code.name}: {name} must lie on the CPU, not {value.device}")
 
     def report(self, finding):
         """Keeps a finding, once for each place and kind."""

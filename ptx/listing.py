@@ -48,7 +48,7 @@ def print_step(machine, step, thread):
     values = [
         f"{name} = {shown(machine.registers[name][thread], step.instruction)}"
         for name in sorted(step.results)
-        if name in machine.program.widths
+        if name in machine.code.widths
     ]
     print(f"{step.instruction.line:5}  {text[:70]:70}  {'; '.join(values)[:120]}".rstrip())
 

@@ -1,10 +1,10 @@
 """Runs one block of threads, instruction by instruction.
 
-All threads of the block go through the program in lockstep: a register is a NumPy array with one
+All threads of the block go through the code in lockstep: a register is a NumPy array with one
 number for each thread, and an instruction is one NumPy operation on it. Where threads part at a
-branch, those with the lowest place in the program go first, and the others wait until they meet. At
+branch, those with the lowest place in the code go first, and the others wait until they meet. At
 a barrier, threads wait until all others are at one. So a block computes what a GPU computes if the
-program has no races; `watch.py` looks for those.
+kernel has no races; `watch.py` looks for those.
 
 Registers hold raw bits, as unsigned integers of the register's width; an instruction gives them a
 type. Registers and shared memory begin as poison (memory.py). A lane is the place of a thread in
@@ -62,39 +62,39 @@ class Step(NamedTuple):
 class Machine:
     """One block of threads, with its registers and its shared memory."""
 
-    def __init__(self, program, place, grid, symbols, shared, memory, report, watch=None):
-        """program: a `Program`. place, grid: (x, y, z) of the block, and of all blocks.
+    def __init__(self, code, place, grid, symbols, shared, memory, report, watch=None):
+        """code: a `Code`. place, grid: (x, y, z) of the block, and of all blocks.
 
         symbols: {name: number} of parameters and of addresses in shared memory. shared: the bytes
         of shared memory, a `Bytes`. memory: the `GlobalMemory`. report(finding): called for
         whatever is wrong. watch: a `Watch` for races, or None.
         """
-        self.program = program
+        self.code = code
         self.place = place
         self.symbols = symbols
         self.shared = shared
         self.memory = memory
         self.report = report
         self.watch = watch
-        threads = program.threads
+        threads = code.threads
         self.lanes = -(-threads // WARP) * WARP
         self.thread = np.arange(self.lanes)
-        self.block = np.zeros(self.lanes, np.int64)  # where each thread is, in program.blocks
-        self.block[threads:] = program.end  # they do not exist
+        self.segment = np.zeros(self.lanes, np.int64)  # where each thread is, in code.segments
+        self.segment[threads:] = code.end  # they do not exist
         self.waiting = np.zeros(self.lanes, bool)  # at a barrier
         self.barrier = None  # the instruction at which threads wait
         self.mask = None  # the threads that run the instruction, or None for all
         self.instruction = None
         self.registers = {
             name: np.full(self.lanes, POISON_OF[bits], UNSIGNED[bits] if bits > 1 else bool)
-            for name, bits in program.widths.items()
+            for name, bits in code.widths.items()
         }
         self.registers |= self.special_registers(threads, grid)
         self.copies = []  # of cp.async, on their way
         self.copy_groups = np.zeros(self.lanes, np.int64)  # committed by each thread
         self.products = []  # of wgmma, in flight
         self.product_groups = 0  # committed
-        self.executed = np.zeros(program.end, np.int64)  # warps that ran each block of the program
+        self.executed = np.zeros(code.end, np.int64)  # warps that ran each segment of the code
 
     def special_registers(self, threads, grid):
         """Those that say which thread this is."""
@@ -113,9 +113,9 @@ class Machine:
         """Runs the block to its end. trace(machine, step): called behind each instruction."""
         with np.errstate(all="ignore"):
             while True:
-                number = int(np.where(self.waiting, self.program.end, self.block).min())
-                if number < self.program.end:
-                    self.run_block(number, trace)
+                number = int(np.where(self.waiting, self.code.end, self.segment).min())
+                if number < self.code.end:
+                    self.run_segment(number, trace)
                 elif self.waiting.any():
                     self.pass_barrier()
                 else:
@@ -123,14 +123,14 @@ class Machine:
         if self.watch:
             self.watch.at_the_end(self)
 
-    def run_block(self, number, trace):
-        """Runs the threads that are at this block of the program through it."""
-        here = (self.block == number) & ~self.waiting
+    def run_segment(self, number, trace):
+        """Runs the threads that are at this segment of the code through it."""
+        here = (self.segment == number) & ~self.waiting
         self.executed[number] += np.count_nonzero(here.reshape(-1, WARP).any(1))
         self.mask = None if here.all() else here
-        self.block[here] = number + 1
-        watching = self.watch and self.program.uses_wgmma
-        for step in self.program.blocks[number]:
+        self.segment[here] = number + 1
+        watching = self.watch and self.code.uses_wgmma
+        for step in self.code.segments[number]:
             self.instruction = step.instruction
             if watching:
                 self.watch.before_instruction(self, step)
@@ -140,7 +140,7 @@ class Machine:
 
     def pass_barrier(self):
         """All threads that are left wait: they go on together."""
-        ended = ~self.waiting & (self.thread < self.program.threads)
+        ended = ~self.waiting & (self.thread < self.code.threads)
         if ended.any():
             self.instruction = self.barrier
             count = np.count_nonzero(ended)
@@ -165,7 +165,7 @@ class Machine:
             Finding(
                 kind=kind,
                 message=message,
-                kernel=self.program.name,
+                kernel=self.code.name,
                 line=instruction.line,
                 source=instruction.source,
                 text=" ".join(instruction.text.split())[:100],
@@ -251,11 +251,11 @@ POISON_OF = {1: False} | {
 }
 
 
-class Program:
-    """A kernel, cut into blocks that are run from their beginning to their end."""
+class Code:
+    """A kernel, cut into segments that are run from their beginning to their end."""
 
     def __init__(self, kernel, build):
-        """kernel: from the parser. build(instruction, program): the function that runs it."""
+        """kernel: from the parser. build(instruction, code): the function that runs it."""
         self.name = kernel.name
         self.kernel = kernel
         self.threads = kernel.threads
@@ -269,14 +269,14 @@ class Program:
             if instruction.opcode == "bra"
             for operand in instruction.operands
         }
-        # A block begins at a target of a branch, and behind each branch and barrier.
+        # A segment begins at a target of a branch, and behind each branch and barrier.
         ends = ("bra", "ret", "bar")
         behind = {i for i, one in enumerate(kernel.instructions, 1) if one.opcode in ends}
         starts = sorted({0, *targets, *behind} - {len(kernel.instructions)})
         self.number_of = {start: number for number, start in enumerate(starts)}
         self.end = len(starts)
         self.uses_wgmma = any(one.opcode == "wgmma" for one in kernel.instructions)
-        self.blocks = [
+        self.segments = [
             [self.step(one, build) for one in kernel.instructions[start:stop]]
             for start, stop in zip(starts, [*starts[1:], len(kernel.instructions)])
         ]
@@ -290,11 +290,11 @@ class Program:
         return Step(instruction, build(instruction, self), registers, results, cost_of(instruction))
 
     def loops(self):
-        """(first, last) block of each loop: what a branch backwards encloses."""
-        for last, block in enumerate(self.blocks):
-            instruction = block[-1].instruction
+        """(first, last) segment of each loop: what a branch backwards encloses."""
+        for last, segment in enumerate(self.segments):
+            instruction = segment[-1].instruction
             if instruction.opcode == "bra":
-                first = self.block_at(instruction.operands[0].name)
+                first = self.segment_at(instruction.operands[0].name)
                 if first <= last:
                     yield first, last
 
@@ -313,8 +313,8 @@ class Program:
                 raise PtxError(f"the register {name} is not declared, or not known")
         return widths
 
-    def block_at(self, label):
-        """The number of the block that begins at a label."""
+    def segment_at(self, label):
+        """The number of the segment that begins at a label."""
         return self.number_of[self.kernel.labels[label]]
 
     def width(self, register):

@@ -1,6 +1,6 @@
 """What each instruction does: one table from opcodes to functions.
 
-An entry is called once for each instruction of a program, with the instruction and the program, and
+An entry is called once for each instruction of a kernel, with the instruction and the `Code`, and
 returns a function of the `Machine` that carries it out. Numbers are NumPy arrays with one element
 for each thread. An opcode, a modifier or a type that is not here is refused by name.
 
@@ -57,12 +57,12 @@ def predicated(instruction, run):
     return step
 
 
-def build(instruction, program):
+def build(instruction, code):
     """The function of the machine that carries out an instruction."""
     if instruction.opcode not in OPCODES:
         raise unknown(instruction, f"the instruction {instruction.opcode}")
     try:
-        run = OPCODES[instruction.opcode](instruction, program)
+        run = OPCODES[instruction.opcode](instruction, code)
     except PtxError:
         raise
     except (AttributeError, IndexError, StopIteration, ValueError) as error:
@@ -81,7 +81,7 @@ def elementwise(function, allowed=()):
     # NumPy would take a surplus operand for `out`.
     count = getattr(function, "nin", None) or function.__code__.co_argcount
 
-    def entry(instruction, program):
+    def entry(instruction, code):
         check_modifiers(instruction, (*allowed, "ftz"))
         dtype = dtype_of(instruction, instruction.type)
         if instruction.type == "bf16":
@@ -91,8 +91,8 @@ def elementwise(function, allowed=()):
         target, *sources = instruction.operands
         if len(sources) != count:
             raise unknown(instruction, f"another number of operands than {1 + count}")
-        reads = [reader(instruction, program, source, dtype) for source in sources]
-        write = writer(instruction, program, target, dtype)
+        reads = [reader(instruction, code, source, dtype) for source in sources]
+        write = writer(instruction, code, target, dtype)
         flush = "ftz" in instruction.modifiers
         floating = dtype.kind == "f"
         number = dtype.type
@@ -145,13 +145,13 @@ def shift_right(a, b):
 def shift(function):
     """An instruction d = function(a, b), where b is a number of bits: always u32."""
 
-    def entry(instruction, program):
+    def entry(instruction, code):
         check_modifiers(instruction, ())
         dtype = dtype_of(instruction, instruction.type)
         target, a, b = instruction.operands
-        read_a = reader(instruction, program, a, dtype)
-        read_b = reader(instruction, program, b, np.dtype(np.uint32))
-        write = writer(instruction, program, target, dtype)
+        read_a = reader(instruction, code, a, dtype)
+        read_b = reader(instruction, code, b, np.dtype(np.uint32))
+        write = writer(instruction, code, target, dtype)
         number = dtype.type
         return lambda machine: write(
             machine, np.asarray(function(read_a(machine), read_b(machine)), number)
@@ -160,11 +160,11 @@ def shift(function):
     return entry
 
 
-def product(instruction, program):
+def product(instruction, code):
     """mul and mad (sections 9.7.1.3 and 4): lower half of the product, upper half, or all of it."""
     dtype = dtype_of(instruction, instruction.type)
     if dtype.kind == "f" and instruction.opcode == "mul":
-        return elementwise(np.multiply, ROUNDED)(instruction, program)
+        return elementwise(np.multiply, ROUNDED)(instruction, code)
     check_modifiers(instruction, ("lo", "hi", "wide"))
     kind = instruction.modifiers[0]
     double = {2: "32", 4: "64"}.get(dtype.itemsize)
@@ -173,9 +173,9 @@ def product(instruction, program):
     wide = dtype if kind == "lo" else np.dtype(DTYPES[instruction.type[0] + double])
     result = wide if kind == "wide" else dtype
     target, a, b, *addend = instruction.operands
-    reads = [reader(instruction, program, source, dtype) for source in (a, b)]
-    adds = [reader(instruction, program, source, result) for source in addend]
-    write = writer(instruction, program, target, result)
+    reads = [reader(instruction, code, source, dtype) for source in (a, b)]
+    adds = [reader(instruction, code, source, result) for source in addend]
+    write = writer(instruction, code, target, result)
     bits = 8 * dtype.itemsize
 
     def run(machine):
@@ -190,13 +190,13 @@ def product(instruction, program):
     return run
 
 
-def bit_field(instruction, program):
+def bit_field(instruction, code):
     """bfe (section 9.7.1.19): `length` bits from position `start` on, extended by zeros or sign."""
     check_modifiers(instruction, ())
     dtype = dtype_of(instruction, instruction.type)
     target, a, *field = instruction.operands
-    read = reader(instruction, program, a, dtype)
-    write = writer(instruction, program, target, dtype)
+    read = reader(instruction, code, a, dtype)
+    write = writer(instruction, code, target, dtype)
     if not all(isinstance(operand, Immediate) for operand in field):
         raise unknown(instruction, "bfe with a field that is not constant")
     start, length = (operand.value for operand in field)
@@ -225,15 +225,15 @@ def permute_bytes(a, b, selector):
     return result.astype(np.uint32)
 
 
-def select(instruction, program):
+def select(instruction, code):
     """selp (section 9.7.6.3): d = p ? a : b."""
     check_modifiers(instruction, ())
     dtype = dtype_of(instruction, instruction.type)
     target, a, b, p = instruction.operands
-    read_a = reader(instruction, program, a, dtype)
-    read_b = reader(instruction, program, b, dtype)
-    read_p = reader(instruction, program, p, np.dtype(bool))
-    write = writer(instruction, program, target, dtype)
+    read_a = reader(instruction, code, a, dtype)
+    read_b = reader(instruction, code, b, dtype)
+    read_p = reader(instruction, code, p, np.dtype(bool))
+    write = writer(instruction, code, target, dtype)
     number = dtype.type
     return lambda machine: write(
         machine, np.where(read_p(machine), read_a(machine), read_b(machine)).astype(number)
@@ -268,7 +268,7 @@ def either_nan(a, b):
     return (a != a) | (b != b)
 
 
-def compare(instruction, program):
+def compare(instruction, code):
     """setp (section 9.7.6.2): p = a < b, and the like."""
     comparison, *rest = instruction.modifiers[:-1]
     if comparison not in COMPARISONS or rest not in ([], ["ftz"]):
@@ -276,16 +276,16 @@ def compare(instruction, program):
     function = COMPARISONS[comparison]
     dtype = dtype_of(instruction, instruction.type)
     target, a, b = instruction.operands
-    read_a = reader(instruction, program, a, dtype)
-    read_b = reader(instruction, program, b, dtype)
-    write = writer(instruction, program, target, np.dtype(bool))
+    read_a = reader(instruction, code, a, dtype)
+    read_b = reader(instruction, code, b, dtype)
+    write = writer(instruction, code, target, np.dtype(bool))
     return lambda machine: write(machine, np.asarray(function(read_a(machine), read_b(machine))))
 
 
 # ---- moving and converting -----------------------------------------------------------------------
 
 
-def move(instruction, program):
+def move(instruction, code):
     """mov (section 9.7.9.3): copies a number or an address, or packs and unpacks a register."""
     check_modifiers(instruction, ())
     target, source = instruction.operands
@@ -293,8 +293,8 @@ def move(instruction, program):
     if isinstance(target, Vector):
         count = len(target.elements)
         part = np.dtype(UNSIGNED[8 * dtype.itemsize // count])
-        read = reader(instruction, program, source, dtype)
-        writes = [writer(instruction, program, element, part) for element in target.elements]
+        read = reader(instruction, code, source, dtype)
+        writes = [writer(instruction, code, element, part) for element in target.elements]
 
         def unpack(machine):
             parts = np.ascontiguousarray(read(machine)).view(part).reshape(-1, count)
@@ -302,18 +302,18 @@ def move(instruction, program):
                 write(machine, np.ascontiguousarray(parts[:, column]))
 
         return unpack
-    write = writer(instruction, program, target, dtype)
+    write = writer(instruction, code, target, dtype)
     if isinstance(source, Vector):
         count = len(source.elements)
         part = np.dtype(UNSIGNED[8 * dtype.itemsize // count])
-        reads = [reader(instruction, program, element, part) for element in source.elements]
+        reads = [reader(instruction, code, element, part) for element in source.elements]
 
         def pack(machine):
             parts = [machine.spread(read(machine)) for read in reads]
             write(machine, np.stack(parts, axis=1).view(dtype)[:, 0])
 
         return pack
-    read = reader(instruction, program, source, dtype)
+    read = reader(instruction, code, source, dtype)
     return lambda machine: write(machine, read(machine))
 
 
@@ -329,14 +329,14 @@ def to_half(type):
     return to_bf16 if type == "bf16" else lambda x: x.astype(np.float16).view(np.uint16)
 
 
-def convert(instruction, program):
+def convert(instruction, code):
     """cvt (section 9.7.9.21)."""
     *modifiers, to, source_type = instruction.modifiers
     target, *sources = instruction.operands
     if to in ("f16x2", "bf16x2") and source_type == "f32" and modifiers == ["rn"]:
         half = to_half(to.removesuffix("x2"))
-        reads = [reader(instruction, program, one, np.dtype(np.float32)) for one in sources]
-        write = writer(instruction, program, target, np.dtype(np.uint32))
+        reads = [reader(instruction, code, one, np.dtype(np.float32)) for one in sources]
+        write = writer(instruction, code, target, np.dtype(np.uint32))
 
         def both(machine):
             upper, lower = (half(np.asarray(read(machine))).astype(np.uint32) for read in reads)
@@ -349,8 +349,8 @@ def convert(instruction, program):
         raise unknown(instruction, "cvt with ." + ".".join(modifiers))
     before = dtype_of(instruction, source_type)
     after = dtype_of(instruction, to)
-    read = reader(instruction, program, sources[0], before)
-    write = writer(instruction, program, target, after)
+    read = reader(instruction, code, sources[0], before)
+    write = writer(instruction, code, target, after)
     function = conversion(instruction, to, source_type, modifiers, before, after)
     return lambda machine: write(machine, function(np.asarray(read(machine))))
 
@@ -375,7 +375,7 @@ def conversion(instruction, to, source_type, modifiers, before, after):
     return lambda x: x.astype(after)
 
 
-def shuffle(instruction, program):
+def shuffle(instruction, code):
     """shfl.sync (section 9.7.9.6): each thread reads a register of another thread of its warp."""
     if instruction.modifiers not in (("sync", "bfly", "b32"), ("sync", "idx", "b32")):
         raise unknown(instruction, "shfl with ." + ".".join(instruction.modifiers))
@@ -383,9 +383,9 @@ def shuffle(instruction, program):
     if not (isinstance(clamp, Immediate) and clamp.value == 31):
         raise unknown(instruction, "shfl within a part of a warp")
     word = np.dtype(np.uint32)
-    read = reader(instruction, program, a, word)
-    read_lane = reader(instruction, program, b, word)
-    write = writer(instruction, program, target, word)
+    read = reader(instruction, code, a, word)
+    read_lane = reader(instruction, code, b, word)
+    write = writer(instruction, code, target, word)
     butterfly = instruction.modifiers[1] == "bfly"
 
     def run(machine):
@@ -412,20 +412,20 @@ def space_and_count(instruction, spaces):
     return space, int(rest[0][1:]) if rest else 1
 
 
-def load(instruction, program):
+def load(instruction, code):
     """ld (section 9.7.9.8), from a parameter, global or shared memory."""
     space, count = space_and_count(instruction, ("param", "global", "shared"))
     dtype = dtype_of(instruction, instruction.type)
     target, address = instruction.operands
-    writes = [writer(instruction, program, one, dtype) for one in elements_of(target)]
+    writes = [writer(instruction, code, one, dtype) for one in elements_of(target)]
     if len(writes) != count:
         raise unknown(instruction, "a vector of another length")
     if space == "param":
-        name = declared(instruction, address.base.name, program.symbols)
+        name = declared(instruction, address.base.name, code.symbols)
         return lambda machine: writes[0](machine, parameter_bits(machine.symbols[name], dtype))
-    if getattr(address.base, "name", None) in program.kernel.parameters:
+    if getattr(address.base, "name", None) in code.kernel.parameters:
         raise unknown(instruction, "a parameter as an address")
-    addresses = address_reader(instruction, program, address)
+    addresses = address_reader(instruction, code, address)
 
     def run(machine):
         data = machine.load(space, addresses(machine), count * dtype.itemsize).view(dtype)
@@ -445,15 +445,15 @@ def parameter_bits(value, dtype):
     return np.asarray(value & (2 ** (8 * dtype.itemsize) - 1), unsigned(dtype)).view(dtype)
 
 
-def store(instruction, program):
+def store(instruction, code):
     """st (section 9.7.9.11), to global or shared memory."""
     space, count = space_and_count(instruction, ("global", "shared"))
     dtype = dtype_of(instruction, instruction.type)
     address, source = instruction.operands
-    reads = [reader(instruction, program, one, dtype) for one in elements_of(source)]
+    reads = [reader(instruction, code, one, dtype) for one in elements_of(source)]
     if len(reads) != count:
         raise unknown(instruction, "a vector of another length")
-    addresses = address_reader(instruction, program, address)
+    addresses = address_reader(instruction, code, address)
 
     def run(machine):
         data = np.empty((machine.lanes, count), dtype)
@@ -477,7 +477,7 @@ class Copy(NamedTuple):
         return Copy(*(field[which] for field in self))
 
 
-def asynchronous_copy(instruction, program):
+def asynchronous_copy(instruction, code):
     """cp.async (section 9.7.9.25.3): global to shared memory. The bytes land at the wait."""
     kind = instruction.modifiers
     if kind[:2] in (("async", "commit_group"), ("async", "wait_all"), ("async", "wait_group")):
@@ -486,9 +486,9 @@ def asynchronous_copy(instruction, program):
         raise unknown(instruction, "cp." + ".".join(kind))
     target, source, size_operand, *read_size = instruction.operands
     size = size_operand.value
-    to = address_reader(instruction, program, target)
-    origin = address_reader(instruction, program, source)
-    reads = [reader(instruction, program, one, np.dtype(np.uint32)) for one in read_size]
+    to = address_reader(instruction, code, target)
+    origin = address_reader(instruction, code, source)
+    reads = [reader(instruction, code, one, np.dtype(np.uint32)) for one in read_size]
 
     def run(machine):
         active = machine.active()
@@ -545,37 +545,37 @@ def copy_group(instruction):
 # ---- control -------------------------------------------------------------------------------------
 
 
-def generic_address(instruction, program):
+def generic_address(instruction, code):
     """cvta.to.global (section 9.7.9.20): addresses of global memory are generic ones here."""
     if instruction.modifiers != ("to", "global", "u64"):
         raise unknown(instruction, "cvta." + ".".join(instruction.modifiers))
-    return move(instruction._replace(modifiers=("u64",)), program)
+    return move(instruction._replace(modifiers=("u64",)), code)
 
 
-def branch(instruction, program):
+def branch(instruction, code):
     """bra (section 9.7.12.2). Threads that do not branch go on with the next block."""
     (label,) = instruction.operands
-    number = program.block_at(label.name)
+    number = code.segment_at(label.name)
 
     def run(machine):
         if machine.mask is None:
-            machine.block[:] = number
+            machine.segment[:] = number
         else:
-            machine.block[machine.mask] = number
+            machine.segment[machine.mask] = number
 
     return run
 
 
-def leave(instruction, program):
+def leave(instruction, code):
     """ret (section 9.7.12.6): the thread has ended."""
 
     def run(machine):
-        machine.block[machine.active()] = program.end
+        machine.segment[machine.active()] = code.end
 
     return run
 
 
-def barrier(instruction, program):
+def barrier(instruction, code):
     """bar.sync (section 9.7.13.1): a thread waits until all others are at a barrier."""
     if instruction.modifiers == ("warp", "sync"):
         return lambda machine: machine.whole_warps()
@@ -590,7 +590,7 @@ def barrier(instruction, program):
     return run
 
 
-def fence(instruction, program):
+def fence(instruction, code):
     """fence.proxy.async (section 9.7.13.4): what was written is visible to wgmma from here on."""
     if instruction.modifiers[:2] != ("proxy", "async"):
         raise unknown(instruction, "fence." + ".".join(instruction.modifiers))

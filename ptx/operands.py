@@ -1,6 +1,6 @@
 """What an operand of an instruction is: functions that read it and write it, and types.
 
-They are made once for each instruction of a program, so that running it decides nothing again.
+They are made once for each instruction of a kernel, so that running it decides nothing again.
 Numbers are NumPy arrays with one element for each thread (lanes,), or single numbers.
 
 Reference: PTX ISA 8.7, sections 5.2 (types) and 9.4 (operands wider than the type).
@@ -47,7 +47,7 @@ def unsigned(dtype):
     return np.dtype(UNSIGNED[8 * dtype.itemsize])
 
 
-def reader(instruction, program, operand, dtype):
+def reader(instruction, code, operand, dtype):
     """A function of the machine that gives an operand's numbers: (lanes,), or () for a constant.
 
     A register may be wider than the type; its lower bits count.
@@ -57,14 +57,14 @@ def reader(instruction, program, operand, dtype):
         constant = bits.view(dtype)[()] if dtype.kind != "b" else np.bool_(operand.value != 0)
         return lambda machine: constant
     if isinstance(operand, Symbol):
-        declared(instruction, operand.name, program.symbols)
+        declared(instruction, operand.name, code.symbols)
         return lambda machine: dtype.type(machine.symbols[operand.name])
     if not isinstance(operand, Register):
         raise unknown(instruction, "an operand")
     name = operand.name
     if dtype.kind == "b":
         return lambda machine: machine.registers[name]
-    width = program.width(name)
+    width = code.width(name)
     if width == 8 * dtype.itemsize:
         return lambda machine: machine.registers[name].view(dtype)
     if width < 8 * dtype.itemsize:
@@ -73,7 +73,7 @@ def reader(instruction, program, operand, dtype):
     return lambda machine: machine.registers[name].astype(narrow).view(dtype)
 
 
-def writer(instruction, program, operand, dtype):
+def writer(instruction, code, operand, dtype):
     """A function (machine, numbers) that writes a register where threads are active.
 
     A register may be wider than the type: signed numbers are extended by their sign.
@@ -83,7 +83,7 @@ def writer(instruction, program, operand, dtype):
     if not isinstance(operand, Register):
         raise unknown(instruction, "a result that is no register")
     name = operand.name
-    width = program.width(name)
+    width = code.width(name)
     bits = np.dtype(bool if width == 1 else UNSIGNED[width])
     if width < 8 * dtype.itemsize and dtype.kind != "b":
         raise unknown(instruction, f"{name}, too narrow for its type,")
@@ -129,13 +129,13 @@ def from_bf16(bits):
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def address_reader(instruction, program, operand):
+def address_reader(instruction, code, operand):
     """A function of the machine that gives addresses: int64 (lanes,)."""
     if not isinstance(operand, Address):
         raise unknown(instruction, "an operand that is no address")
     base = operand.base
-    width = program.width(base.name) if isinstance(base, Register) else 64
-    read = reader(instruction, program, base, np.dtype(UNSIGNED[width]))
+    width = code.width(base.name) if isinstance(base, Register) else 64
+    read = reader(instruction, code, base, np.dtype(UNSIGNED[width]))
     offset = np.int64(operand.offset)
 
     def addresses(machine):

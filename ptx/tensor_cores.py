@@ -80,7 +80,7 @@ def read_all(machine, reads):
 # ---- mma, ldmatrix, stmatrix: a warp -------------------------------------------------------------
 
 
-def warp_product(instruction, program):
+def warp_product(instruction, code):
     """mma.sync (section 9.7.14.5.14): D = A B + C, 16 x 8 with k = 16, of halves into fp32."""
     *shape, d_type, a_type, b_type, c_type = instruction.modifiers
     if (
@@ -91,10 +91,10 @@ def warp_product(instruction, program):
     ):
         raise unknown(instruction, "mma." + ".".join(instruction.modifiers))
     d, a, b, c = (elements_of(operand) for operand in instruction.operands)
-    reads_a = [reader(instruction, program, one, WORD) for one in a]
-    reads_b = [reader(instruction, program, one, WORD) for one in b]
-    reads_c = [reader(instruction, program, one, SINGLE) for one in c]
-    writes = [writer(instruction, program, one, SINGLE) for one in d]
+    reads_a = [reader(instruction, code, one, WORD) for one in a]
+    reads_b = [reader(instruction, code, one, WORD) for one in b]
+    reads_c = [reader(instruction, code, one, SINGLE) for one in c]
+    writes = [writer(instruction, code, one, SINGLE) for one in d]
 
     def run(machine):
         machine.whole_warps()
@@ -137,12 +137,12 @@ def element_addresses(machine, addresses, count, transposed):
     return (addresses[warp + 8 * matrix + 2 * t + element] + 2 * group).ravel(), 2
 
 
-def load_matrices(instruction, program):
+def load_matrices(instruction, code):
     """ldmatrix (section 9.7.14.5.15): 8 x 8 matrices of 16-bit numbers from shared memory."""
     count, transposed = matrices_of(instruction)
     target, source = instruction.operands
-    addresses_of = address_reader(instruction, program, source)
-    writes = [writer(instruction, program, one, WORD) for one in elements_of(target)]
+    addresses_of = address_reader(instruction, code, source)
+    writes = [writer(instruction, code, one, WORD) for one in elements_of(target)]
 
     def run(machine):
         machine.whole_warps()
@@ -157,12 +157,12 @@ def load_matrices(instruction, program):
     return run
 
 
-def store_matrices(instruction, program):
+def store_matrices(instruction, code):
     """stmatrix (section 9.7.14.5.16): `ldmatrix` backwards."""
     count, transposed = matrices_of(instruction)
     target, source = instruction.operands
-    addresses_of = address_reader(instruction, program, target)
-    reads = [reader(instruction, program, one, WORD) for one in elements_of(source)]
+    addresses_of = address_reader(instruction, code, target)
+    reads = [reader(instruction, code, one, WORD) for one in elements_of(source)]
 
     def run(machine):
         machine.whole_warps()
@@ -220,7 +220,7 @@ class Product(NamedTuple):
     places: list  # arrays of offsets in shared memory that it reads, in elements of 2 bytes
 
 
-def group_product(instruction, program):
+def group_product(instruction, code):
     """wgmma: D = A B + D, 64 rows, of halves into fp32 (section 9.7.15.5.2), and its waits."""
     kind = instruction.modifiers
     if kind[0] in ("fence", "commit_group", "wait_group"):
@@ -243,12 +243,12 @@ def group_product(instruction, program):
     transposed_a, transposed_b = (0, *signs_and_layout[2:])[-2:]
     columns = int(shape[4:-3])
     targets = [element.name for element in target.elements]
-    reads_c = [reader(instruction, program, one, SINGLE) for one in target.elements]
-    reads_a = [reader(instruction, program, one, WORD) for one in elements_of(a) if in_registers]
+    reads_c = [reader(instruction, code, one, SINGLE) for one in target.elements]
+    reads_a = [reader(instruction, code, one, WORD) for one in elements_of(a) if in_registers]
     long = np.dtype(np.uint64)
-    read_a = None if in_registers else reader(instruction, program, a, long)
-    read_b = reader(instruction, program, b, long)
-    read_scale = reader(instruction, program, scale_d, np.dtype(bool))
+    read_a = None if in_registers else reader(instruction, code, a, long)
+    read_b = reader(instruction, code, b, long)
+    read_scale = reader(instruction, code, scale_d, np.dtype(bool))
     inputs = list(registers_in(a)) if in_registers else []
 
     def run(machine):

@@ -59,10 +59,9 @@ class Watch:
         """A block of threads begins, with shared memory of its own."""
         self.program += 1
         self.interval += 1
-        shared = stamps_for(machine.shared)
-        self.stamps[id(machine.shared)] = shared
-        self.written = shared.written  # of shared memory
-        self.read = shared.read
+        self.shared = stamps_for(machine.shared)
+        self.written = self.shared.written  # of shared memory
+        self.read = self.shared.read
         self.copied_to = np.zeros(len(self.written), bool)  # by a cp.async that has not landed
         self.products_reading = np.zeros(len(self.written), np.int16)  # wgmma in flight
         self.fences = 1  # fence.proxy.async so far
@@ -70,6 +69,10 @@ class Watch:
         self.fenced = False  # by a wgmma.fence, ever
         self.touched = set()  # registers that were used since the last wgmma.fence
         self.warp = machine.thread // WARP
+
+    def stamps_of(self, machine, piece):
+        """The `Stamps` of a piece of memory."""
+        return self.shared if piece is machine.shared else self.stamps[id(piece)]
 
     def bits(self, lanes):
         """The bit of the warp of each of these threads: (threads, 1)."""
@@ -94,7 +97,7 @@ class Watch:
     def on_read(self, machine, piece, rows, size, lanes):
         """Threads `lanes` read rows of `size` bytes each."""
         own = self.bits(lanes)
-        stamps = self.stamps[id(piece)]
+        stamps = self.stamps_of(machine, piece)
         written = rows_of(stamps.written, size)[rows]  # (threads, size)
         if piece is machine.shared:
             self.check_written(machine, written, lanes)
@@ -111,7 +114,7 @@ class Watch:
     def on_write(self, machine, piece, rows, size, lanes, data, before):
         """Threads stored `data` (threads, size), where `before` was."""
         own = self.bits(lanes)
-        stamps = self.stamps[id(piece)]
+        stamps = self.stamps_of(machine, piece)
         lost = (rows_of(piece.memory, size)[rows] != data).any(1)
         if lost.any():
             message = f"two threads store different values at one place in {piece.name}"

@@ -392,6 +392,9 @@ def chosen(mutants, words):
 
 def main(words):
     """Tries the bugs whose operation and name contain `words`. Returns the exit status."""
+    if words.startswith("-"):
+        print(__doc__)
+        return 0
     with open(os.path.join(ROOT, "kernels.py")) as f:
         source = f.read()
     families = []
