@@ -69,7 +69,7 @@ def predictions(executed, instructions, counted_in, chip):
     if counted_in == "loop":
         loop = counts.loops[0]
         flops, shared, moved = loop.flops, loop.shared_bytes, loop.global_bytes
-        for kind in ("tensor", "transcendental", "global"):
+        for kind in ("tensor", "global"):
             if round(loop.instructions[kind]) != instructions[kind]:
                 return {}  # ptxas unrolled it
     else:
