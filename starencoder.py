@@ -25,20 +25,25 @@ section 4; the model card of bigcode/starencoder. Left out: decoding, cross atte
 positions, and token types: all tokens have type 0, as in the original.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import kernels
 from common import weights as weight_files
 from common.command_line import CommandLine, run_command
-from common.files import read_json, write_whole
+from common.files import read_json, write_whole, written_whole
 
 # ---- the config ----------------------------------------------------------------------------------
 
@@ -711,6 +716,17 @@ def check_sizes(weights, config):
 # ---- use -----------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """Within this block, a model is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)  # as it was
+
+
 @torch.no_grad()
 def run_sequence(model, ids, **inputs):
     """The output of a model in evaluation mode for one sequence, a list of ids."""
@@ -719,12 +735,8 @@ def run_sequence(model, ids, **inputs):
     # On a GPU, the model itself would not check them.
     check_inputs(input_ids, cu_seqlens, len(ids), model.config)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return model(input_ids.to(device), cu_seqlens.to(device), **inputs)
-    finally:
-        model.train(training)  # as it was
 
 
 def fill_mask(model, tokenizer, text, top_k=5):
@@ -764,12 +776,23 @@ def fill_mask(model, tokenizer, text, top_k=5):
     return answers
 
 
+class Window(NamedTuple):
+    """A piece of a text that fits the model."""
+
+    text: int  # which of the texts
+    ids: list  # <cls>, tokens, <sep>
+
+
+TOKENS_AT_ONCE = 2**13  # in a micro-batch of `embed`
+
+
 def embed(model, tokenizer, texts):
     """A unit vector for each text, so that a dot product is a cosine.
 
     It is the direction of the mean of the text's last hidden states. A text longer than the model's
     positions is read in windows, and all its tokens count. The original takes the state of the last
-    `<sep>` instead; the mean needs no fine-tuning.
+    `<sep>` instead; the mean needs no fine-tuning. The windows of all texts are packed, those of a
+    length side by side; a progress bar shows up after two seconds.
 
     model: any of the models here; it runs on its own device. Returns (len(texts), H) fp32 on the
     CPU. Raises ValueError for a single str.
@@ -777,18 +800,54 @@ def embed(model, tokenizer, texts):
     if isinstance(texts, str):
         raise ValueError("texts must be a list of str, got one str")
     model = getattr(model, "bert", model)
-    room = model.config.max_position_embeddings - 2  # beside <cls> and <sep>
-    if room < 1:
-        raise ValueError(f"the model's {room + 2} positions leave no room for text")
+    windows = windows_of(texts, tokenizer, model.config.max_position_embeddings)
+    windows.sort(key=lambda window: len(window.ids))  # equal lengths make one batch on a CPU
+
     vectors = torch.zeros(len(texts), model.config.hidden_size)
+    bar = tqdm(total=len(windows), desc="embedding", unit="window", delay=2, leave=False)
+    with evaluating(model), torch.no_grad(), bar:
+        for batch in micro_batches(windows, TOKENS_AT_ONCE):
+            lengths = [len(window.ids) for window in batch]
+            input_ids = torch.tensor([token for window in batch for token in window.ids])  # (T,)
+            cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+            device = model.word_embeddings.weight.device
+            h = model(input_ids.to(device), cu_seqlens.to(device))  # (T, H)
+
+            # The sum of the states has the direction of their mean.
+            sums = torch.stack([states.float().sum(0) for states in h.split(lengths)])  # (B, H)
+            vectors.index_add_(0, torch.tensor([window.text for window in batch]), sums.cpu())
+            bar.update(len(batch))
+    return F.normalize(vectors, dim=-1)
+
+
+def windows_of(texts, tokenizer, positions):
+    """The texts in windows of at most `positions` tokens. Raises ValueError if none fits."""
+    room = positions - 2  # beside <cls> and <sep>
+    if room < 1:
+        raise ValueError(f"the model's {positions} positions leave no room for text")
+    windows = []
     for i, text in enumerate(texts):
         ids = tokenizer.encode(text)
         # An empty text still has its <cls> and <sep>.
         for start in range(0, max(len(ids), 1), room):
-            window = [tokenizer.cls_id, *ids[start : start + room], tokenizer.sep_id]
-            h = run_sequence(model, window)  # (T, H)
-            vectors[i] += h.float().sum(0).cpu()  # the sum has the mean's direction
-    return F.normalize(vectors, dim=-1)
+            piece = ids[start : start + room]
+            windows.append(Window(i, [tokenizer.cls_id, *piece, tokenizer.sep_id]))
+    return windows
+
+
+def micro_batches(windows, tokens):
+    """Neighbouring windows with at most `tokens` tokens together, or one longer window alone."""
+    batch = []
+    total = 0
+    for window in windows:
+        if batch and total + len(window.ids) > tokens:
+            yield batch
+            batch = []
+            total = 0
+        batch.append(window)
+        total += len(window.ids)
+    if batch:
+        yield batch
 
 
 def main(argv=None):
@@ -804,6 +863,9 @@ def main(argv=None):
         "--top-k", type=int, default=5, metavar="N", help="tokens for each mask (default: 5)"
     )
     embed_parser.add_argument("files", nargs="+", metavar="FILE", help="text files")
+    embed_parser.add_argument(
+        "--out", metavar="PATH", help="write the vectors to this .npy file instead: (files, H) fp32"
+    )
     arguments = parser.parse_args(argv)
 
     from corpus.tokenizer import Tokenizer  # only here: the model itself needs none
@@ -821,10 +883,27 @@ def main(argv=None):
                 print(f"{candidate['score']:7.2%}  {candidate['token_str']!r}")
             print()
     else:
-        for path in arguments.files:
-            with open(path, encoding="utf-8", errors="replace") as f:
-                vector = embed(model, tokenizer, [f.read()])[0]  # (H,)
-            print(json.dumps({"file": path, "embedding": vector.tolist()}))
+        embed_files(model, tokenizer, arguments.files, arguments.out)
+
+
+def embed_files(model, tokenizer, paths, out):
+    """Prints the vectors of files as JSON, or writes them to the .npy file `out`."""
+    texts = []
+    for path in paths:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            texts.append(f.read())
+    begin = time.perf_counter()
+    vectors = embed(model, tokenizer, texts)  # (files, H)
+    seconds = time.perf_counter() - begin
+    if out:
+        with written_whole(out) as f:
+            np.save(f, vectors.numpy())
+    else:
+        for path, vector in zip(paths, vectors.tolist()):
+            print(json.dumps({"file": path, "embedding": vector}))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    speed = f"{megabytes:.2f} MB in {seconds:.1f} s, {megabytes / seconds:.2f} MB/s"
+    print(f"{len(paths):,} files, {speed}", file=sys.stderr)
 
 
 if __name__ == "__main__":

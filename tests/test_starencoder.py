@@ -6,6 +6,7 @@ import shutil
 from typing import NamedTuple
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,13 @@ from starencoder import (
     StarEncoderForPreTraining,
     StarEncoderForSequenceClassification,
     StarEncoderForTokenClassification,
+    Window,
     bert_names,
     cross_entropy,
     dropout_seeds,
     embed,
     fill_mask,
+    micro_batches,
 )
 
 SMALL = dict(
@@ -991,6 +994,43 @@ def test_embed_reads_the_whole_text(tokenizer):
         embed(
             StarEncoder(small_config(vocab_size=600, max_position_embeddings=2)), tokenizer, [text]
         )
+
+
+def test_embed_packs_texts_of_all_lengths(tokenizer, tmp_path):
+    """Each text has the vector that it has alone, whatever is packed beside it."""
+    model = StarEncoder(small_config(vocab_size=600)).train()
+    texts = ["x = 1\n" * n for n in (40, 0, 1, 300, 7)] + ["\u00e9"]
+    together = embed(model, tokenizer, texts)
+    assert model.training  # as it was
+    alone = torch.cat([embed(model, tokenizer, [text]) for text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(6))
+    assert embed(model, tokenizer, []).shape == (0, 48)
+
+    # The command line writes the same, as JSON or as an array.
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    paths = []
+    for i, text in enumerate(texts):
+        paths.append(str(tmp_path / f"{i}.py"))
+        (tmp_path / f"{i}.py").write_text(text, encoding="utf-8")
+    printed = program("starencoder", "embed", str(tmp_path), *paths)
+    lines = [json.loads(line) for line in printed.stdout.splitlines()]
+    assert [line["file"] for line in lines] == paths
+    torch.testing.assert_close(torch.tensor([line["embedding"] for line in lines]), together)
+    assert "6 files, " in printed.stderr and " MB/s" in printed.stderr
+    out = str(tmp_path / "vectors")
+    written = program("starencoder", "embed", str(tmp_path), *paths, "--out", out)
+    assert written.returncode == 0 and not written.stdout
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), together)
+
+
+def test_micro_batches_hold_every_window_once():
+    windows = [Window(i, [0] * n) for i, n in enumerate([3, 5, 2, 9, 1, 1])]
+    batches = list(micro_batches(windows, 6))
+    assert [window.text for batch in batches for window in batch] == list(range(6))
+    assert [len(batch) for batch in batches] == [1, 1, 1, 1, 2]  # 9 is longer than 6, and alone
+    assert list(micro_batches([], 6)) == []
 
 
 def test_the_command_line_reads_any_bert_directory_and_refuses_in_one_line(tokenizer, tmp_path):
