@@ -526,7 +526,7 @@ if HAS_TRITON:
 
                 # Weigh. For keys beyond the end, 2^(0 - shift) may be inf, and inf * 0 is NaN.
                 e = tl.exp2(s * scale - shift[:, None])
-                if PASS != 1:
+                if PASS == 2:
                     e = tl.where((key_pos < length)[None, :], e, 0.0)
                 if DROPOUT:
                     keep = _attention_keep(
@@ -536,7 +536,10 @@ if HAS_TRITON:
 
                 # Accumulate.
                 if PASS == 0:
-                    delta += tl.sum(e * norm[:, None] * dp, 1)
+                    # The select also keeps the compiler from fusing the product into the sum, whose
+                    # bits would then differ between threads that hold the same delta.
+                    p_dp = e * norm[:, None] * dp
+                    delta += tl.sum(tl.where((key_pos < length)[None, :], p_dp, 0.0), 1)
                 else:
                     ds = e * (dp - delta[:, None])  # (BLOCK_Q, BLOCK_K)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -1188,14 +1191,9 @@ def cross_entropy_backward(logits, labels, lse, upstream):
 
 
 def launch_cross_entropy(kernel, logits, *other_pointers):
-    """Launches a cross-entropy kernel: one program a row, in blocks of up to 4,096 columns.
-
-    A block has at least a column for each thread. Otherwise several threads would load the same
-    logits, one of them perhaps after another has overwritten them.
-    """
+    """Launches a cross-entropy kernel: one program a row, in blocks of up to 4,096 columns."""
     M, V = logits.shape
-    columns = max(256, min(4096, triton.next_power_of_2(V)))
-    constants = dict(V=V, BLOCK_V=columns, num_warps=8)
+    constants = dict(V=V, BLOCK_V=min(4096, triton.next_power_of_2(V)), num_warps=8)
     launch(kernel, (M,), (logits, *other_pointers), constants)
 
 

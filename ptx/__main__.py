@@ -1,5 +1,7 @@
 """`python -m ptx KERNEL`: the compiled code of a kernel beside its source, and a run of it."""
 
+import os
+
 from common.command_line import CommandLine, run_command
 
 KERNELS = (
@@ -27,8 +29,11 @@ def main():
     help = "print what this thread of the first program runs, with the registers it writes"
     parser.add_argument("--trace", type=int, nargs="?", const=0, metavar="THREAD", help=help)
     arguments = parser.parse_args()
-    if arguments.tokens < 1 or arguments.width < 1:
-        raise ValueError("--tokens and --width must be at least 1")
+    if not 1 <= arguments.tokens <= 10_000 or not 1 <= arguments.width <= 100_000:
+        raise ValueError("--tokens must be 1 to 10,000, and --width 1 to 100,000")
+    if not 0 <= arguments.dropout < 1:
+        raise ValueError(f"--dropout must lie in [0, 1), got {arguments.dropout}")
+    os.environ.pop("STARENCODER_KERNELS", None)  # the kernels run here whatever it asks for
 
     name = "_dropout_kernel" if arguments.kernel == "dropout" else f"_{arguments.kernel}"
     gpu = run_kernel(arguments, name)

@@ -6,9 +6,11 @@ requests from its standard input and answers on its standard output (`serve`).
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import pickle
@@ -60,6 +62,7 @@ class Request(NamedTuple):
     module: str
     path: str  # of the file that defines the kernel
     name: str
+    line: int  # at which it begins
     capability: int
     arguments: tuple
     constants: tuple  # (name, value), ...
@@ -83,6 +86,7 @@ def start_compiling(kernel, capability, arguments, constants):
         module=function.__module__,
         path=os.path.abspath(function.__code__.co_filename),
         name=function.__name__,
+        line=function.__code__.co_firstlineno,
         capability=capability,
         arguments=tuple(described(argument) for argument in arguments),
         constants=tuple(constants.items()),
@@ -122,64 +126,85 @@ def compile_here(kernel, request):
 
 # ---- other processes -----------------------------------------------------------------------------
 
-waiting = queue.Queue()  # (Request, Future): what the processes take next
+waiting = queue.Queue()  # (a pickled Request, its Future): what the processes take next
+asked = {}  # {a pickled Request: its Future}
 
 
-@functools.lru_cache(maxsize=512)
 def ask(request):
     """A future of what another process compiles."""
-    start_workers()
-    future = concurrent.futures.Future()
-    waiting.put((request, future))
-    return future
+    try:
+        pickled = pickle.dumps(request)  # as a key, it also tells 1 from 1.0 and True
+    except Exception as error:
+        raise PtxError(f"{request.name}: an argument cannot be pickled: {error}") from None
+    if pickled not in asked:
+        asked[pickled] = concurrent.futures.Future()
+        waiting.put((pickled, asked[pickled]))
+        start_workers()
+    return asked[pickled]
 
 
 @functools.cache
 def start_workers():
-    """Starts a process for each core, with a thread here that talks to it."""
+    """Starts a thread for each core, which talks to a process of its own."""
     for _ in range(os.cpu_count()):
         threading.Thread(target=talk, daemon=True).start()
 
 
 def talk():
-    """Starts a process, hands it one request after the other, and passes on its answers."""
-    root = os.path.dirname(os.path.abspath(kernels.__file__))
-    interpreting = ("TRITON_INTERPRET", "STARENCODER_KERNELS")
-    environment = {k: v for k, v in os.environ.items() if k not in interpreting}
-    environment["OMP_NUM_THREADS"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, sys.path)])
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from ptx.compiler import serve; serve()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
+    """Hands a process one request after the other, and passes on its answers."""
+    process = None
     while True:
-        request, future = waiting.get()
+        pickled, future = waiting.get()
+        process = process or start_process()
         try:
-            pickle.dump(request, process.stdin)
+            process.stdin.write(pickled)
             process.stdin.flush()
             answer = pickle.load(process.stdout)
-        except (OSError, EOFError) as error:
-            answer = PtxError(f"the process that compiles {request.name} has ended: {error!r}")
+        except Exception as error:  # it has ended, or what it says cannot be read
+            answer = PtxError(f"the process that compiles has ended: {error!r}")
+            process.kill()
+            process = None
+            asked.pop(pickled, None)  # so that another try is made
         if isinstance(answer, Exception):
             future.set_exception(answer)
         else:
             future.set_result(answer)
 
 
+def start_process():
+    """A process that runs `serve`, in which Triton compiles."""
+    root = os.path.dirname(os.path.abspath(kernels.__file__))
+    interpreting = ("TRITON_INTERPRET", "STARENCODER_KERNELS")
+    environment = {k: v for k, v in os.environ.items() if k not in interpreting}
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, sys.path)])
+    return subprocess.Popen(
+        [sys.executable, "-c", "from ptx.compiler import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+
+
 def load_kernel(request):
-    """The kernel that a request names, from its module or else from its file."""
-    try:
-        module = importlib.import_module(request.module)
-    except ImportError:
-        module = None
-    if module is None or os.path.abspath(module.__file__) != request.path:
-        specification = importlib.util.spec_from_file_location(request.module, request.path)
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[request.module] = module
-        specification.loader.exec_module(module)
-    return getattr(module, request.name)
+    """The kernel that a request names. Raises PtxError if it is not at the top of its file."""
+    module = sys.modules.get(request.module)
+    if request.module != "__main__" and module is None:
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(request.module)
+    if os.path.abspath(getattr(module, "__file__", None) or "") != request.path:
+        # A script, or a file that cannot be imported by its name.
+        name = f"kernels_of_{request.module}"
+        loader = importlib.machinery.SourceFileLoader(name, request.path)
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+        sys.modules[name] = module
+        loader.exec_module(module)
+    for kernel in vars(module).values():
+        if isinstance(kernel, triton.JITFunction):
+            place = (kernel.fn.__name__, kernel.fn.__code__.co_firstlineno)
+            if place == (request.name, request.line):
+                return kernel
+    raise PtxError(f"{request.name} is not defined at the top of {request.path}")
 
 
 def serve():
@@ -202,6 +227,8 @@ def answer_to(request, kernel=None):
     """
     try:
         return compile_here(kernel or load_kernel(request), request)
-    except Exception as error:
+    except PtxError as error:
+        return error
+    except (Exception, SystemExit) as error:  # a file may end the process as it is imported
         last_line = str(error).strip().split("\n")[-1]
-        return PtxError(f"{request.name} does not compile: {last_line}")
+        return PtxError(f"{request.name} does not compile: {last_line or type(error).__name__}")

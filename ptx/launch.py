@@ -6,6 +6,7 @@ grid after the other.
 
 import contextlib
 import functools
+import inspect
 import itertools
 
 from tqdm import tqdm
@@ -24,6 +25,11 @@ if kernels.HAS_TRITON:
     from triton.runtime.jit import JITFunction
 
 CHIPS = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}  # compute capability
+# What a block may have, and a grid along its axes (CUDA C++ Programming Guide, compute
+# capabilities).
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}  # bytes
+THREAD_LIMIT = 1024
+GRID_LIMIT = (2**31 - 1, 65_535, 65_535)
 
 
 @functools.lru_cache(maxsize=128)
@@ -60,7 +66,8 @@ class Emulator(kernels.Launcher):
         major, minor = CHIPS[self.chip]
         future = start_compiling(kernel, 10 * major + minor, arguments, constants)
         compiled = future.result()
-        by_name = constants | dict(zip(kernel.arg_names, arguments))
+        given = dict(zip(kernel.arg_names, arguments))
+        by_name = defaults_of(kernel) | constants | given
         values = [by_name[name] for name in compiled.parameters]
         ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
         # Behind the arguments Triton adds pointers to scratch memory, which is not used here.
@@ -76,7 +83,8 @@ class Emulator(kernels.Launcher):
         memory that the launch decides. names: of the arguments, for messages.
         """
         code = code_of(ptx)
-        self.check(code, values)
+        grid = (grid,) if isinstance(grid, int) else tuple(grid)
+        self.check(code, values, grid)
         self.texts[code.name] = ptx
         names = names or tuple(code.kernel.parameters)
         tensors = {n: v for n, v in zip(names, values) if hasattr(v, "data_ptr")}
@@ -88,6 +96,9 @@ class Emulator(kernels.Launcher):
             size = -(-size // alignment) * alignment
             symbols[name] = SHARED_BASE + size
             size += length or shared
+        if size > SHARED_LIMIT[self.chip]:
+            limit = f"{self.chip} has {SHARED_LIMIT[self.chip]:,}"
+            raise PtxError(f"{code.name} needs {size:,} bytes of shared memory, {limit}")
         counts = self.counts.setdefault(code.name, Counts(code.name))
         watch = self.watch(memory) if self.watch else None
         grid = (*grid, 1, 1)[:3]
@@ -101,8 +112,12 @@ class Emulator(kernels.Launcher):
             machine.run(self.trace)
             counts.add(code, machine.executed)
 
-    def check(self, code, values):
-        """Raises PtxError if the text is for another chip, or the arguments do not fit it."""
+    def check(self, code, values, grid):
+        """Raises PtxError if the text is for another chip, or arguments or grid do not fit it."""
+        if code.threads > THREAD_LIMIT:
+            raise PtxError(f"{code.name}: a block has at most {THREAD_LIMIT:,} threads")
+        if len(grid) > 3 or any(n > most for n, most in zip(grid, GRID_LIMIT)):
+            raise PtxError(f"{code.name}: a grid of {grid} is more than {GRID_LIMIT}")
         target = code.kernel.target
         if target.rstrip("af") != self.chip:
             raise PtxError(f"{code.name}: its PTX is for {target}, not for {self.chip}")
@@ -119,6 +134,12 @@ class Emulator(kernels.Launcher):
         if key not in self.seen:
             self.seen.add(key)
             self.findings.append(finding)
+
+
+def defaults_of(kernel):
+    """{parameter: its default} of a Triton kernel."""
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
 
 
 @contextlib.contextmanager
@@ -153,7 +174,8 @@ def emulated(chip, watch=True):
     Those of kernels.py do, which then serve tensors on the CPU, and any other that is launched.
     chip: "sm_80" (A100), "sm_89" (RTX 4090, L40) or "sm_90" (H100, H200). watch: look for races,
     unwritten memory and missing waits; addresses, barriers and divergence are checked in any case.
-    Tensors lie on the CPU, of fp16, bf16 or fp32. Yields an `Emulator`, with `findings` and
+    One thread at a time, and backward passes within the block as well. Tensors lie on the CPU, of
+    fp16, bf16 or fp32. Yields an `Emulator`, with `findings` and
     `counts`. Raises PtxError for another chip, without Triton, for a kernel that does not compile,
     and for an instruction that is not supported.
     """

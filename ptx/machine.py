@@ -22,7 +22,7 @@ import numpy as np
 
 from ptx.counts import Cost, cost_of
 from ptx.memory import POISON, REGION_BITS, WARP, rows_of
-from ptx.operands import UNSIGNED, declared, registers_in, registers_of
+from ptx.operands import UNSIGNED, label_of, registers_in, registers_of
 from ptx.parser import Instruction, PtxError
 
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
@@ -178,10 +178,9 @@ class Machine:
         """Reports threads that are missing in a warp, for an instruction that needs all 32."""
         if self.mask is None:
             return
-        warps = self.mask.reshape(-1, WARP)
-        parted = warps.any(1) & ~warps.all(1)
-        if parted.any():
-            missing = np.repeat(parted, WARP) & ~self.mask
+        taking_part = np.repeat(self.mask.reshape(-1, WARP).any(1), WARP)
+        missing = taking_part & ~self.mask & (self.thread < self.code.threads)
+        if missing.any():
             self.wrong("divergence", "not all threads of a warp take part", missing)
 
     def load(self, space, addresses, size):
@@ -264,10 +263,9 @@ class Code:
         self.symbols = {*kernel.parameters, *kernel.shared}
         self.widths = self.register_widths(kernel)
         targets = {
-            kernel.labels[declared(instruction, operand.name, kernel.labels)]
+            kernel.labels[label_of(instruction, kernel.labels)]
             for instruction in kernel.instructions
             if instruction.opcode == "bra"
-            for operand in instruction.operands
         }
         # A segment begins at a target of a branch, and behind each branch and barrier.
         ends = ("bra", "ret", "bar")
@@ -276,6 +274,8 @@ class Code:
         self.number_of = {start: number for number, start in enumerate(starts)}
         self.end = len(starts)
         self.uses_wgmma = any(one.opcode == "wgmma" for one in kernel.instructions)
+        if self.uses_wgmma and kernel.target != "sm_90a":
+            raise PtxError(f"wgmma is for sm_90a, and this PTX for {kernel.target}")
         self.segments = [
             [self.step(one, build) for one in kernel.instructions[start:stop]]
             for start, stop in zip(starts, [*starts[1:], len(kernel.instructions)])
@@ -294,7 +294,7 @@ class Code:
         for last, segment in enumerate(self.segments):
             instruction = segment[-1].instruction
             if instruction.opcode == "bra":
-                first = self.segment_at(instruction.operands[0].name)
+                first = self.segment_at(label_of(instruction, self.kernel.labels))
                 if first <= last:
                     yield first, last
 

@@ -65,7 +65,7 @@ def build(instruction, code):
         run = OPCODES[instruction.opcode](instruction, code)
     except PtxError:
         raise
-    except (AttributeError, IndexError, StopIteration, ValueError) as error:
+    except Exception as error:  # an operand too many, of another kind, ...
         raise unknown(instruction, "this form of the instruction") from error
     return predicated(instruction, run) if instruction.predicate else run
 
@@ -73,28 +73,29 @@ def build(instruction, code):
 # ---- arithmetic ----------------------------------------------------------------------------------
 
 
-def elementwise(function, allowed=()):
+def elementwise(function, kinds, allowed=()):
     """An instruction d = function(a, b, ...), where all are of the instruction's type.
 
-    allowed: modifiers that may stand in front of the type.
+    kinds: the first letters of the types that it has: s and u integers, b bits, p predicates, f
+    floats. allowed: modifiers that may stand in front of a float type.
     """
     # NumPy would take a surplus operand for `out`.
     count = getattr(function, "nin", None) or function.__code__.co_argcount
 
     def entry(instruction, code):
-        check_modifiers(instruction, (*allowed, "ftz"))
         dtype = dtype_of(instruction, instruction.type)
-        if instruction.type == "bf16":
-            raise unknown(instruction, "arithmetic in bf16")
-        if function in (divide, fused_multiply_add) and instruction.type[1:] == "64":
-            raise unknown(instruction, "64 bits")  # fp64 would round another time
+        floating = dtype.kind == "f"
+        flush = "ftz" in instruction.modifiers
+        check_modifiers(instruction, (*allowed, "ftz") if floating else ())
+        if instruction.type[0] not in kinds or (flush and instruction.type != "f32"):
+            raise unknown(instruction, f"{instruction.opcode} of {instruction.type}")
+        if function is fused_multiply_add and instruction.type == "f64":
+            raise unknown(instruction, "fma of f64")  # it would be rounded twice
         target, *sources = instruction.operands
         if len(sources) != count:
             raise unknown(instruction, f"another number of operands than {1 + count}")
         reads = [reader(instruction, code, source, dtype) for source in sources]
         write = writer(instruction, code, target, dtype)
-        flush = "ftz" in instruction.modifiers
-        floating = dtype.kind == "f"
         number = dtype.type
 
         def run(machine):
@@ -125,7 +126,8 @@ def divide(a, b):
     """a / b; of integers, without what is behind the point."""
     if a.dtype.kind == "f":
         return a / b
-    return np.trunc(np.float64(a) / b)  # exact up to 32 bits
+    quotient = a // b  # rounded down
+    return quotient + ((quotient < 0) & (a % b != 0))
 
 
 def shift_left(a, b):
@@ -164,9 +166,16 @@ def product(instruction, code):
     """mul and mad (sections 9.7.1.3 and 4): lower half of the product, upper half, or all of it."""
     dtype = dtype_of(instruction, instruction.type)
     if dtype.kind == "f" and instruction.opcode == "mul":
-        return elementwise(np.multiply, ROUNDED)(instruction, code)
+        return elementwise(np.multiply, "f", ROUNDED)(instruction, code)
     check_modifiers(instruction, ("lo", "hi", "wide"))
     kind = instruction.modifiers[0]
+    count = {"mul": 3, "mad": 4}[instruction.opcode]
+    if (
+        len(instruction.modifiers) != 2
+        or instruction.type[0] not in "su"
+        or len(instruction.operands) != count
+    ):
+        raise unknown(instruction, "this form of the instruction")
     double = {2: "32", 4: "64"}.get(dtype.itemsize)
     if kind != "lo" and double is None:
         raise unknown(instruction, f"mul.{kind} of 64 bits")
@@ -274,12 +283,18 @@ def compare(instruction, code):
     if comparison not in COMPARISONS or rest not in ([], ["ftz"]):
         raise unknown(instruction, "setp with " + ".".join(instruction.modifiers[:-1]))
     function = COMPARISONS[comparison]
-    dtype = dtype_of(instruction, instruction.type)
+    half = instruction.type == "bf16"
+    dtype = np.dtype(np.uint16) if half else dtype_of(instruction, instruction.type)
+    number = from_bf16 if half else flushed if rest else lambda x: x
+    if rest and instruction.type != "f32":
+        raise unknown(instruction, f".ftz of {instruction.type}")
     target, a, b = instruction.operands
     read_a = reader(instruction, code, a, dtype)
     read_b = reader(instruction, code, b, dtype)
     write = writer(instruction, code, target, np.dtype(bool))
-    return lambda machine: write(machine, np.asarray(function(read_a(machine), read_b(machine))))
+    return lambda machine: write(
+        machine, np.asarray(function(number(read_a(machine)), number(read_b(machine))))
+    )
 
 
 # ---- moving and converting -----------------------------------------------------------------------
@@ -344,11 +359,12 @@ def convert(instruction, code):
 
         return both
 
-    allowed = {"rn", "ftz"} if to[0] in "fb" else {"rzi", "rni", "rmi", "rpi", "ftz"}
+    allowed = {"rn"} if to[0] in "fb" else {"rzi", "rni", "rmi", "rpi"}
     if not set(modifiers) <= allowed:
         raise unknown(instruction, "cvt with ." + ".".join(modifiers))
-    before = dtype_of(instruction, source_type)
-    after = dtype_of(instruction, to)
+    bits = np.dtype(np.uint16)  # of bf16
+    before = bits if source_type == "bf16" else dtype_of(instruction, source_type)
+    after = bits if to == "bf16" else dtype_of(instruction, to)
     read = reader(instruction, code, sources[0], before)
     write = writer(instruction, code, target, after)
     function = conversion(instruction, to, source_type, modifiers, before, after)
@@ -367,12 +383,19 @@ def conversion(instruction, to, source_type, modifiers, before, after):
         return to_bf16
     if before.kind == "f" and after.kind in "iu":
         rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-        whole = rounding[modifiers[0]]
-        limits = np.iinfo(after)
-        return lambda x: np.where(
-            x != x, 0, np.clip(whole(x.astype(np.float64)), limits.min, limits.max)
-        ).astype(after)
+        return lambda x: saturated(rounding[modifiers[0]](x.astype(np.float64)), after)
+    if after.kind == "f":
+        return lambda x: one_nan(x.astype(after))
     return lambda x: x.astype(after)
+
+
+def saturated(x, dtype):
+    """Whole numbers in fp64 as integers, or the nearest ones that there are; NaN is 0."""
+    limits = np.iinfo(dtype)
+    below = x < limits.min
+    above = x >= float(limits.max) + 1  # a power of two, which fp64 has exactly
+    inside = np.where(below | above | (x != x), 0, x).astype(dtype)
+    return np.where(above, limits.max, np.where(below, limits.min, inside)).astype(dtype)
 
 
 def shuffle(instruction, code):
@@ -380,7 +403,8 @@ def shuffle(instruction, code):
     if instruction.modifiers not in (("sync", "bfly", "b32"), ("sync", "idx", "b32")):
         raise unknown(instruction, "shfl with ." + ".".join(instruction.modifiers))
     target, a, b, clamp, members = instruction.operands
-    if not (isinstance(clamp, Immediate) and clamp.value == 31):
+    everyone = [Immediate(-1), Immediate(0xFFFFFFFF)]
+    if clamp != Immediate(31) or members not in everyone:
         raise unknown(instruction, "shfl within a part of a warp")
     word = np.dtype(np.uint32)
     read = reader(instruction, code, a, word)
@@ -391,7 +415,8 @@ def shuffle(instruction, code):
     def run(machine):
         machine.whole_warps()
         lane = (machine.thread % 32).astype(np.uint32)
-        other = lane ^ read_lane(machine) if butterfly else read_lane(machine) & np.uint32(31)
+        other = read_lane(machine) & np.uint32(31)
+        other = lane ^ other if butterfly else other
         numbers = machine.spread(read(machine))
         write(machine, numbers[machine.thread - lane + other])
 
@@ -418,9 +443,11 @@ def load(instruction, code):
     dtype = dtype_of(instruction, instruction.type)
     target, address = instruction.operands
     writes = [writer(instruction, code, one, dtype) for one in elements_of(target)]
-    if len(writes) != count:
+    if len(writes) != count or count * dtype.itemsize > 16:
         raise unknown(instruction, "a vector of another length")
     if space == "param":
+        if address.offset or count > 1:
+            raise unknown(instruction, "a part of a parameter")
         name = declared(instruction, address.base.name, code.symbols)
         return lambda machine: writes[0](machine, parameter_bits(machine.symbols[name], dtype))
     if getattr(address.base, "name", None) in code.kernel.parameters:
@@ -451,7 +478,7 @@ def store(instruction, code):
     dtype = dtype_of(instruction, instruction.type)
     address, source = instruction.operands
     reads = [reader(instruction, code, one, dtype) for one in elements_of(source)]
-    if len(reads) != count:
+    if len(reads) != count or count * dtype.itemsize > 16:
         raise unknown(instruction, "a vector of another length")
     addresses = address_reader(instruction, code, address)
 
@@ -486,6 +513,8 @@ def asynchronous_copy(instruction, code):
         raise unknown(instruction, "cp." + ".".join(kind))
     target, source, size_operand, *read_size = instruction.operands
     size = size_operand.value
+    if kind[2:] != ("shared", "global") or size not in {"ca": (4, 8, 16), "cg": (16,)}[kind[1]]:
+        raise unknown(instruction, "this form of the instruction")
     to = address_reader(instruction, code, target)
     origin = address_reader(instruction, code, source)
     reads = [reader(instruction, code, one, np.dtype(np.uint32)) for one in read_size]
@@ -592,11 +621,12 @@ def barrier(instruction, code):
 
 def fence(instruction, code):
     """fence.proxy.async (section 9.7.13.4): what was written is visible to wgmma from here on."""
-    if instruction.modifiers[:2] != ("proxy", "async"):
+    if instruction.modifiers not in (("proxy", "async"), ("proxy", "async", "shared")):
         raise unknown(instruction, "fence." + ".".join(instruction.modifiers))
 
     def run(machine):
-        if machine.watch:
+        # A fence is for the thread that executes it. That of a part of the threads is not counted.
+        if machine.watch and machine.mask is None:
             machine.watch.on_proxy_fence(machine)
 
     return run
@@ -606,30 +636,30 @@ def fence(instruction, code):
 
 OPCODES = {
     # Integers: section 9.7.1. Floats: section 9.7.3.
-    "add": elementwise(np.add, ROUNDED),
-    "sub": elementwise(np.subtract, ROUNDED),
+    "add": elementwise(np.add, "suf", ROUNDED),
+    "sub": elementwise(np.subtract, "suf", ROUNDED),
     "mul": product,
     "mad": product,
-    "fma": elementwise(fused_multiply_add, ROUNDED),
-    "neg": elementwise(np.negative),
-    "abs": elementwise(np.abs),
-    "min": elementwise(np.fmin),  # the other one, if one is NaN
-    "max": elementwise(np.fmax),
+    "fma": elementwise(fused_multiply_add, "f", ROUNDED),
+    "neg": elementwise(np.negative, "sf"),
+    "abs": elementwise(np.abs, "sf"),
+    "min": elementwise(np.fmin, "suf"),  # the other one, if one is NaN
+    "max": elementwise(np.fmax, "suf"),
     "bfe": bit_field,
-    "prmt": elementwise(permute_bytes),
-    "div": elementwise(divide, ("full", "rn", "approx")),
-    "sqrt": elementwise(np.sqrt, ("approx", "rn")),
-    "rsqrt": elementwise(lambda x: 1 / np.sqrt(np.float64(x)), ("approx",)),
-    "rcp": elementwise(lambda x: 1 / x, ("approx", "rn")),
-    "ex2": elementwise(np.exp2, ("approx",)),
-    "lg2": elementwise(np.log2, ("approx",)),
+    "prmt": elementwise(permute_bytes, "b"),
+    "div": elementwise(divide, "suf", ("full", "rn", "approx")),
+    "sqrt": elementwise(np.sqrt, "f", ("approx", "rn")),
+    "rsqrt": elementwise(lambda x: 1 / np.sqrt(np.float64(x)), "f", ("approx",)),
+    "rcp": elementwise(lambda x: 1 / x, "f", ("approx", "rn")),
+    "ex2": elementwise(np.exp2, "f", ("approx",)),
+    "lg2": elementwise(np.log2, "f", ("approx",)),
     # Comparison and selection: section 9.7.6. Logic and shifts: 9.7.8.
     "setp": compare,
     "selp": select,
-    "and": elementwise(np.bitwise_and),
-    "or": elementwise(np.bitwise_or),
-    "xor": elementwise(np.bitwise_xor),
-    "not": elementwise(np.bitwise_not),
+    "and": elementwise(np.bitwise_and, "bp"),
+    "or": elementwise(np.bitwise_or, "bp"),
+    "xor": elementwise(np.bitwise_xor, "bp"),
+    "not": elementwise(np.bitwise_not, "bp"),
     "shl": shift(shift_left),
     "shr": shift(shift_right),
     # Data movement and conversion: section 9.7.9.

@@ -15,8 +15,7 @@ DTYPES = {
     "pred": np.bool_,
     "f16": np.float16,
     "f32": np.float32,
-    "f64": np.float64,
-    "bf16": np.uint16,  # raw bits: only conversions read them
+    "f64": np.float64,  # bf16 is not here: it is read and written by functions of its own
 }
 for bits in UNSIGNED:
     DTYPES[f"b{bits}"] = DTYPES[f"u{bits}"] = UNSIGNED[bits]
@@ -42,6 +41,13 @@ def declared(instruction, name, names):
     return name
 
 
+def label_of(instruction, labels):
+    """The label that a branch goes to."""
+    if len(instruction.operands) != 1 or not isinstance(instruction.operands[0], Symbol):
+        raise unknown(instruction, "this form of the instruction")
+    return declared(instruction, instruction.operands[0].name, labels)
+
+
 def unsigned(dtype):
     """The unsigned integer of the same width."""
     return np.dtype(UNSIGNED[8 * dtype.itemsize])
@@ -53,11 +59,13 @@ def reader(instruction, code, operand, dtype):
     A register may be wider than the type; its lower bits count.
     """
     if isinstance(operand, Immediate):
+        if operand.float_bytes and operand.float_bytes != dtype.itemsize:
+            raise unknown(instruction, "a float of another width")
         bits = np.array(operand.value & (2 ** (8 * dtype.itemsize) - 1), unsigned(dtype))
         constant = bits.view(dtype)[()] if dtype.kind != "b" else np.bool_(operand.value != 0)
         return lambda machine: constant
     if isinstance(operand, Symbol):
-        declared(instruction, operand.name, code.symbols)
+        declared(instruction, operand.name, code.kernel.shared)
         return lambda machine: dtype.type(machine.symbols[operand.name])
     if not isinstance(operand, Register):
         raise unknown(instruction, "an operand")

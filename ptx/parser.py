@@ -101,12 +101,18 @@ def parse(text):
     found = dict(parameters={}, threads=0, registers={}, shared={}, labels={})
     instructions = []
     for line, source, statement in statements(text):
-        if statement.endswith(":"):
-            found["labels"][statement[:-1]] = len(instructions)
-        elif statement.startswith("."):
-            read_directive(line, statement, found)
-        else:
-            instructions.append(read_instruction(line, source, statement))
+        try:
+            if statement.endswith(":"):
+                found["labels"][statement[:-1]] = len(instructions)
+            elif statement.startswith("."):
+                read_directive(line, statement, found)
+            elif statement:
+                instructions.append(read_instruction(line, source, statement))
+        except PtxError:
+            raise
+        except Exception as error:
+            message = f"line {line}: {statement[:80]!r} is not understood"
+            raise PtxError(message) from error
     if "name" not in found:
         raise PtxError("this PTX has no kernel: no .entry")
     if "target" not in found:
@@ -187,8 +193,8 @@ def read_directive(line, statement, found):
         for name in names.split(","):
             prefix = re.sub(r"<\d+>$|\d+$", "", name.strip())
             found["registers"][prefix] = 1 if type == "pred" else int(type[1:])
-    elif SHARED.match(statement):
-        alignment, type, name, count = SHARED.match(statement).groups()
+    elif SHARED.fullmatch(statement):
+        alignment, type, name, count = SHARED.fullmatch(statement).groups()
         found["shared"][name] = (int(type[1:]) // 8 * int(count or 0), int(alignment))
     elif statement.startswith((".version", ".address_size", ".maxnreg", ".minnctapersm")):
         pass  # says nothing about what is computed

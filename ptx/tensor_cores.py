@@ -26,7 +26,7 @@ from ptx.operands import (
     unknown,
     writer,
 )
-from ptx.parser import Vector
+from ptx.parser import PtxError, Vector
 
 WORD = np.dtype(np.uint32)
 SINGLE = np.dtype(np.float32)
@@ -91,6 +91,8 @@ def warp_product(instruction, code):
     ):
         raise unknown(instruction, "mma." + ".".join(instruction.modifiers))
     d, a, b, c = (elements_of(operand) for operand in instruction.operands)
+    if [len(one) for one in (d, a, b, c)] != [4, 4, 2, 4]:
+        raise unknown(instruction, "another number of registers")
     reads_a = [reader(instruction, code, one, WORD) for one in a]
     reads_b = [reader(instruction, code, one, WORD) for one in b]
     reads_c = [reader(instruction, code, one, SINGLE) for one in c]
@@ -117,6 +119,8 @@ def matrices_of(instruction):
     count = {"x1": 1, "x2": 2, "x4": 4}.get(kind[0])
     if count is None or kind[1:] != ["trans"] * transposed + ["b16"]:
         raise unknown(instruction, instruction.opcode + "." + ".".join(instruction.modifiers))
+    if count not in [len(elements_of(operand)) for operand in instruction.operands]:
+        raise unknown(instruction, "another number of registers")
     return count, transposed
 
 
@@ -127,6 +131,10 @@ def element_addresses(machine, addresses, count, transposed):
     row g, 4 bytes. Transposed it has two elements of column g, 2 bytes each, in rows 2 t and
     2 t + 1. The order: all threads for the first piece, then all for the second, ...
     """
+    asked = machine.active() & (machine.thread % WARP < 8 * count)
+    crooked = asked & (addresses % 16 != 0)
+    if crooked.any():
+        machine.wrong("alignment", "a row of a matrix at no multiple of 16 bytes", crooked)
     warp = machine.thread // WARP * WARP
     group, t = np.divmod(machine.thread % WARP, 4)
     matrix = np.arange(count)[:, None]
@@ -242,6 +250,14 @@ def group_product(instruction, code):
         raise unknown(instruction, "wgmma that negates a factor")
     transposed_a, transposed_b = (0, *signs_and_layout[2:])[-2:]
     columns = int(shape[4:-3])
+    if (
+        columns % 8
+        or not 8 <= columns <= 256
+        or len(target.elements) != columns // 2
+        or not {transposed_a, transposed_b} <= {0, 1}
+        or (in_registers and len(a.elements) != 4)
+    ):
+        raise unknown(instruction, "this form of the instruction")
     targets = [element.name for element in target.elements]
     reads_c = [reader(instruction, code, one, SINGLE) for one in target.elements]
     reads_a = [reader(instruction, code, one, WORD) for one in elements_of(a) if in_registers]
@@ -298,6 +314,8 @@ def from_shared(machine, descriptors, rows, k_major, type):
     numbers = []
     places = []
     for descriptor in descriptors[:, 0]:
+        if int(descriptor) >> 49 & 7:
+            raise PtxError("a descriptor with a base offset is not supported")
         addresses = described_addresses(int(descriptor), rows, k_major)
         wrong = machine.shared.wrong(addresses.ravel(), 2)
         offsets = (addresses - machine.shared.base) // 2

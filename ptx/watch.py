@@ -6,10 +6,13 @@ warp writes and another touches in the same interval is a race. (The threads of 
 to run together, as Triton does.) Storing the value that is there already is no race. Nor is reading
 a byte that one's own warp wrote too: then all wrote the same.
 
-    a stamp     is the number of the interval in the upper 32 bits, from 1, and in the lower ones a
-                bit for each warp; 0: never
-    a program   has a number, from 1, that is left on each byte of global memory; 0: nobody, -1:
-                several. Programs run in any order, with no barrier between them.
+    shared memory   a stamp is the number of the interval in the upper 32 bits, from 1, and in the
+                    lower ones a bit for each warp; 0: never
+    global memory   a stamp is the number of the program, from 1; 0: nobody, -1: several. Programs
+                    run in any order, with no barrier between them, so whatever one of them writes
+                    no other may touch. Warps of one program are not told apart: where a tile has
+                    fewer elements than threads, Triton lets several threads load one of them, and
+                    only one store it.
 
 Two things happen later than their instruction. Until they are waited for, nobody else may touch
 what they touch:
@@ -27,8 +30,6 @@ References: PTX ISA 8.7, chapter 8 (memory consistency), sections 9.7.9.25 (cp.a
 (wgmma, and the proxy fence that it needs).
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from ptx.memory import WARP, rows_of
@@ -37,21 +38,13 @@ INTERVAL_BITS = 32
 EVERY_WARP = 2**32 - 1
 
 
-class Stamps(NamedTuple):
-    """What is known of each byte of a piece of memory."""
-
-    written: np.ndarray  # stamps
-    read: np.ndarray
-    writer: np.ndarray  # numbers of programs, for global memory
-    reader: np.ndarray
-
-
 class Watch:
     """The stamps of one launch."""
 
     def __init__(self, memory):
         """memory: the `GlobalMemory` of the launch."""
-        self.stamps = {id(region): stamps_for(region) for region in memory.regions}
+        self.writers = {id(one): np.zeros(len(one.memory), np.int32) for one in memory.regions}
+        self.readers = {id(one): np.zeros(len(one.memory), np.int32) for one in memory.regions}
         self.program = 0
         self.interval = 0
 
@@ -59,20 +52,16 @@ class Watch:
         """A block of threads begins, with shared memory of its own."""
         self.program += 1
         self.interval += 1
-        self.shared = stamps_for(machine.shared)
-        self.written = self.shared.written  # of shared memory
-        self.read = self.shared.read
-        self.copied_to = np.zeros(len(self.written), bool)  # by a cp.async that has not landed
-        self.products_reading = np.zeros(len(self.written), np.int16)  # wgmma in flight
+        size = len(machine.shared.memory)
+        self.written = np.zeros(size, np.int64)  # stamps
+        self.read = np.zeros(size, np.int64)
+        self.copied_to = np.zeros(size, bool)  # by a cp.async that has not landed
+        self.products_reading = np.zeros(size, np.int16)  # wgmma in flight
         self.fences = 1  # fence.proxy.async so far
-        self.written_before_fence = np.zeros(len(self.written), np.int32)
+        self.written_before_fence = np.zeros(size, np.int32)
         self.fenced = False  # by a wgmma.fence, ever
         self.touched = set()  # registers that were used since the last wgmma.fence
         self.warp = machine.thread // WARP
-
-    def stamps_of(self, machine, piece):
-        """The `Stamps` of a piece of memory."""
-        return self.shared if piece is machine.shared else self.stamps[id(piece)]
 
     def bits(self, lanes):
         """The bit of the warp of each of these threads: (threads, 1)."""
@@ -82,62 +71,57 @@ class Watch:
         """The warps that a stamp of this interval has, as bits; 0 for an older one."""
         return np.where(stamps >> INTERVAL_BITS == self.interval, stamps & EVERY_WARP, 0)
 
-    def stamp(self, stamps, rows, own):
-        """Adds the bits `own` (threads, 1) to rows of stamps, in this interval."""
+    def stamp(self, stamps, rows, lanes):
+        """Adds the warps of these threads to their rows of stamps, in this interval."""
         now = np.int64(self.interval) << INTERVAL_BITS
-        stamps[rows] = now | self.warps(stamps[rows]) | own
-        while True:  # where several threads stamp one row, the last wins: the others come again
-            lost = (stamps[rows] & own == 0).any(1)
-            if not lost.any():
-                return
-            stamps[rows[lost]] |= own[lost]
+        warps = self.warp[lanes]
+        for warp in np.unique(warps):  # one after the other, since they may touch the same rows
+            own = rows[warps == warp]
+            stamps[own] = now | self.warps(stamps[own]) | np.int64(1) << warp
 
     # ---- loads and stores ------------------------------------------------------------------------
 
     def on_read(self, machine, piece, rows, size, lanes):
         """Threads `lanes` read rows of `size` bytes each."""
-        own = self.bits(lanes)
-        stamps = self.stamps_of(machine, piece)
-        written = rows_of(stamps.written, size)[rows]  # (threads, size)
-        if piece is machine.shared:
-            self.check_written(machine, written, lanes)
-            self.check_copies(machine, rows, size, lanes, "reads")
-        else:
+        if piece is not machine.shared:
             self.check_other_programs(machine, piece, rows, size, lanes, "reads")
+            return
+        own = self.bits(lanes)
+        written = rows_of(self.written, size)[rows]  # (threads, size)
+        self.check_written(machine, written, lanes)
+        self.check_copies(machine, rows, size, lanes, "reads")
         writers = self.warps(written)
         foreign = (writers != 0) & (writers & own == 0)
         if foreign.any():
-            message = f"reads {piece.name} that another warp wrote since the last barrier"
+            message = "reads shared memory that another warp wrote since the last barrier"
             machine.wrong("race", message, lanes[foreign.any(1)])
-        self.stamp(rows_of(stamps.read, size), rows, own)
+        self.stamp(rows_of(self.read, size), rows, lanes)
 
     def on_write(self, machine, piece, rows, size, lanes, data, before):
         """Threads stored `data` (threads, size), where `before` was."""
-        own = self.bits(lanes)
-        stamps = self.stamps_of(machine, piece)
         lost = (rows_of(piece.memory, size)[rows] != data).any(1)
         if lost.any():
             message = f"two threads store different values at one place in {piece.name}"
             machine.wrong("race", message, lanes[lost])
-        for done, theirs in (("wrote", stamps.written), ("read", stamps.read)):
-            others = self.warps(rows_of(theirs, size)[rows]) & ~own
+        if piece is not machine.shared:
+            self.check_other_programs(machine, piece, rows, size, lanes, "writes")
+            return
+        own = self.bits(lanes)
+        for done, stamps in (("wrote", self.written), ("read", self.read)):
+            others = self.warps(rows_of(stamps, size)[rows]) & ~own
             foreign = (others != 0) & (data != before)
             if foreign.any():
-                message = f"writes {piece.name} that another warp {done} since the last barrier"
+                message = f"writes shared memory that another warp {done} since the last barrier"
                 machine.wrong("race", message, lanes[foreign.any(1)])
-        if piece is machine.shared:
-            self.check_copies(machine, rows, size, lanes, "writes")
-            self.check_products(machine, rows, size, lanes)
-            rows_of(self.written_before_fence, size)[rows] = self.fences
-        else:
-            self.check_other_programs(machine, piece, rows, size, lanes, "writes")
-        self.stamp(rows_of(stamps.written, size), rows, own)
+        self.check_copies(machine, rows, size, lanes, "writes")
+        self.check_products(machine, rows, size, lanes)
+        rows_of(self.written_before_fence, size)[rows] = self.fences
+        self.stamp(rows_of(self.written, size), rows, lanes)
 
     def check_other_programs(self, machine, piece, rows, size, lanes, does):
         """Nothing that one program of the grid writes is touched by another."""
-        stamps = self.stamps[id(piece)]
-        writer = rows_of(stamps.writer, size)
-        reader = rows_of(stamps.reader, size)
+        writer = rows_of(self.writers[id(piece)], size)
+        reader = rows_of(self.readers[id(piece)], size)
         foreign = (writer[rows] != 0) & (writer[rows] != self.program)
         if does == "writes":
             foreign |= (reader[rows] != 0) & (reader[rows] != self.program)
@@ -196,7 +180,7 @@ class Watch:
     def on_copy_end(self, machine, lanes, rows, size):
         """The threads waited: their bytes are there, for their own warp."""
         rows_of(self.copied_to, size)[rows] = False
-        self.stamp(rows_of(self.written, size), rows, self.bits(lanes))
+        self.stamp(rows_of(self.written, size), rows, lanes)
         rows_of(self.written_before_fence, size)[rows] = self.fences
 
     # ---- products of warp groups -----------------------------------------------------------------
@@ -228,7 +212,13 @@ class Watch:
         if not self.fenced:
             machine.wrong("wgmma", "no wgmma.fence before the first wgmma", machine.thread)
             self.fenced = True
-        chained = any(other.targets == product.targets for other in machine.products)
+        others = [one for one in machine.products if one is not product]
+        chained = any(one.targets == product.targets for one in others)
+        for one in others:
+            mixed = one.targets != product.targets and set(one.targets) & set(product.targets)
+            if mixed or set(one.targets) & set(product.inputs):
+                message = "uses the accumulator of a wgmma before the wait for it"
+                machine.wrong("wgmma", message, machine.active())
         needs_fence = set(product.inputs) | (set() if chained else set(product.targets))
         if needs_fence & self.touched:
             message = "no wgmma.fence behind the instruction that used a register of this wgmma"
@@ -259,14 +249,3 @@ class Watch:
         """The block has ended."""
         if machine.products:
             machine.wrong("wgmma", "the kernel ends before its wgmma", machine.thread)
-
-
-def stamps_for(piece):
-    """The `Stamps` of a piece of memory that nobody touched."""
-    size = len(piece.memory)
-    return Stamps(
-        written=np.zeros(size, np.int64),
-        read=np.zeros(size, np.int64),
-        writer=np.zeros(size, np.int32),
-        reader=np.zeros(size, np.int32),
-    )

@@ -174,8 +174,8 @@ MUTATIONS = {
                 "dq *= 1.0",
             ),
             "norm is forgotten in delta": (
-                "delta += tl.sum(e * norm[:, None] * dp, 1)",
-                "delta += tl.sum(e * dp, 1)",
+                "p_dp = e * norm[:, None] * dp",
+                "p_dp = e * dp",
             ),
             "norm is forgotten in dk_dv": (
                 "p *= norm[None, :]",

@@ -30,3 +30,24 @@ def product(
         tl.store(c_ptr + m[:, None] * K + k[None, :], c)
     else:
         tl.store(c_ptr + m[:, None] * N + n[None, :], c)
+
+
+@triton.jit
+def scaled(x_ptr, out_ptr, n, ADDED: tl.constexpr = 0):
+    """out[0] = n x[0] + ADDED."""
+    tl.store(out_ptr, tl.load(x_ptr) * n + ADDED)
+
+
+def within_a_function():
+    """A kernel with the name of another, and not at the top of the file."""
+
+    @triton.jit
+    def scaled(x_ptr, out_ptr, n):
+        tl.store(out_ptr, 42.0)
+
+    return scaled
+
+
+@triton.jit
+def does_not_compile(x_ptr):
+    tl.store(x_ptr, tl.arange(0, 3))  # no power of two

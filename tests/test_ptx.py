@@ -34,7 +34,7 @@ DROPOUTS = [0.0, 0.1]
 # In this order the kernels are compiled ahead.
 ATTENTION_CASES = list(itertools.product(BOTH_CHIPS, HALVES, DROPOUTS, [64, 128]))
 NORM_CASES = list(itertools.product(BOTH_CHIPS, HALVES, DROPOUTS, [768, 100]))
-LENGTHS = [133, 0, 1, 40]  # whole blocks and partial ones
+LENGTHS = {64: [133, 0, 1, 40], 128: [70, 0, 1, 20]}  # whole blocks and partial ones
 
 
 def name_of(case):
@@ -50,9 +50,10 @@ def no_backend_is_forced(monkeypatch):
 # ---- the kernels ---------------------------------------------------------------------------------
 
 
-def attention_inputs(dtype, D, lengths=LENGTHS):
+def attention_inputs(dtype, D, lengths=None):
     """qkv, cu_seqlens, an upstream gradient."""
     torch.manual_seed(D)
+    lengths = lengths or LENGTHS[D]
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     qkv = torch.randn(sum(lengths), 3, 1, D).to(dtype)
     return qkv, cu_seqlens, torch.randn(sum(lengths), 1, D).to(dtype)
@@ -238,8 +239,9 @@ def test_compiled_cross_entropy(chip, dtype):
 
 
 @pytest.mark.slow
-def test_compiled_in_fp32_and_for_sm_89():
-    qkv, cu_seqlens, upstream = attention_inputs(torch.float32, 24, [20, 1])
+@pytest.mark.parametrize("D", [24, 128])
+def test_compiled_in_fp32_and_for_sm_89(D):
+    qkv, cu_seqlens, upstream = attention_inputs(torch.float32, D, [9, 1])
     with ptx.emulated("sm_89") as gpu:
         ours = attention_results(kernels.attention, qkv, cu_seqlens, upstream, 0.1)
     assert not gpu.findings, gpu.findings[0]
@@ -281,6 +283,26 @@ def test_products_of_matrices(chip, dtype, M, N, K, turned_a, turned_b, twice):
     # A rounding of A B to halves may go the other way.
     tolerance += twice * torch.finfo(dtype).eps * N
     assert (c.double() - expected).abs().max() <= tolerance
+
+
+@pytest.mark.slow
+def test_any_triton_kernel_is_compiled_for_its_arguments():
+    """1, 1.0 and True are three kernels; a default counts; what cannot be compiled is said."""
+    x, out = torch.tensor([2.5]), torch.zeros(1)
+    with ptx.emulated("sm_80") as gpu:
+        for n in (3, 3.0, 1, 1.0, True):
+            ptx_kernels.scaled[(1,)](x, out, n)
+            assert out.item() == 2.5 * n
+        ptx_kernels.scaled[(1,)](x, out, 3, ADDED=2)
+        assert out.item() == 9.5
+        with pytest.raises(ptx.PtxError, match="does_not_compile does not compile"):
+            ptx_kernels.does_not_compile[(1,)](x)
+        if kernels.INTERPRETED:  # then another process compiles
+            with pytest.raises(ptx.PtxError, match="scaled is not defined at the top"):
+                ptx_kernels.within_a_function()[(1,)](x, out, 3)
+            with pytest.raises(ptx.PtxError, match="cannot be pickled"):
+                ptx_kernels.scaled[(1,)](x, out, 3, ADDED=lambda: 0)
+    assert not gpu.findings
 
 
 # ---- PTX written by hand -------------------------------------------------------------------------
@@ -473,12 +495,6 @@ ONE_FINDING = {
         "race",
         "another warp read",
     ),
-    "a warp reads what another wrote to a tensor": (
-        "mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %d0, %d1; st.global.u32 [%d1], %r0;"
-        "ld.global.u32 %r4, [%d0];",
-        "race",
-        "reads p0 that another warp wrote",
-    ),
     "programs write one place": (
         "st.global.u32 [%d0], 1;",
         "race between programs",
@@ -534,9 +550,9 @@ NO_FINDING = {
     "the same value from two warps": "st.shared.u32 [%r1], 5;",
     "a barrier between": "st.shared.u32 [%r3], %r0; bar.sync 0; ld.shared.u32 %r4, [%r1];",
     "what all wrote alike": "st.shared.u32 [%r1], 5; ld.shared.u32 %r4, [%r1];",
-    "a tensor and a barrier": (
-        "setp.eq.u32 %p0, %r9, 0; mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %d0, %d1;"
-        "@%p0 st.global.u32 [%d1], %r0; bar.sync 0; @%p0 ld.global.u32 %r4, [%d0];"
+    "a tensor is read by a warp that another writes": (
+        "mul.wide.u32 %d1, %r9, 4; add.s64 %d1, %d0, %d1; ld.global.u32 %r4, [%d1];"
+        "add.s32 %r4, %r4, 1; setp.eq.u32 %p0, %r0, 0; @%p0 st.global.u32 [%d1], %r4;"
     ),
     "one's own": "st.shared.u32 [%r3], %r0; ld.shared.u32 %r4, [%r3];",
     "a copy that is waited for": (
@@ -667,7 +683,21 @@ def test_ptx_as_nvcc_writes_it():
         ("add.f32 %r0, %r1, %r2, %r3;", "another number of operands"),
         ("bra NOWHERE;", "NOWHERE is not declared"),
         ("bar.sync 1;", "bar.sync 0"),
-        ("div.s64 %d1, %d0, %d0;", "64 bits"),
+        ("fma.rn.f64 %d1, %d0, %d0, %d0;", "fma of f64"),
+        ("mul.s32 %r0, %r1, %r2;", "this form"),
+        ("and.f32 %r0, %r1, %r2;", "and of f32"),
+        ("ex2.approx.s32 %r0, %r1;", "ex2"),
+        ("add.ftz.f16 %h0, %h1, %h2;", "add of f16"),
+        ("mul.lo.bf16 %h0, %h1, %h2;", "the type bf16"),
+        ("shfl.sync.bfly.b32 %r0, %r1, 1, 31, 0xffff;", "a part of a warp"),
+        ("cp.async.cg.shared.global [%r0], [%d0], 4;", "this form"),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r0, %r1}, [%r2];", "number of registers"),
+        ("mov.b32 {%h0, %h1, %h2}, %r0;", "this form"),
+        ("mov.b32 %r0, 010x;", "010x"),
+        ("ld.param.u32 %r0, [p0+4];", "a part of a parameter"),
+        ("bra 5;", "bra 5"),
+        (".shared .align 4 .b8 b[4][8];", "the directive"),
+        ("fence.proxy.async.global;", "fence.proxy.async.global"),
         ("ld.param.u64 %d1, [q];", "q is not declared"),
         ("add.s32 %r0;", "add.s32 %r0"),
         ("cvta.shared.u64 %d1, %d0;", "cvta.shared"),
@@ -689,6 +719,13 @@ def test_arguments_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ptx.PtxError, match=words):
             run_text(text, *tensors)
+    for words, run in (
+        ("at most 1,024 threads", lambda: run_text(text_of("", 0, threads=2048))),
+        ("more than", lambda: run_text(text_of("", 0), grid=(1, 65_536))),
+        ("needs 300,000 bytes", lambda: run_text(text_of(".shared .align 16 .b8 b[300000];", 0))),
+    ):
+        with pytest.raises(ptx.PtxError, match=words):
+            run()
     with pytest.raises(ptx.PtxError, match="its PTX is for sm_90a, not for sm_80"):
         ptx.Emulator("sm_80").run(text, (1,), [x, x, x])
 
@@ -713,12 +750,26 @@ def bf16(x):
     return torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
+def divided(a, b):
+    """Towards 0, with Python's integers; what division by 0 gives is not compared."""
+    return [
+        abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1) for x, y in zip(a.tolist(), b.tolist())
+    ]
+
+
 def flush(x):
     return np.where(np.abs(x) < np.finfo(np.float32).smallest_normal, 0 * x, x)
 
 
 def wide_product(a, b):
     return a.astype(object) * b.astype(object)  # Python's integers
+
+
+def towards_0(x, least, most):
+    """A float as the nearest of these integers, without what is behind the point."""
+    if np.isnan(x):
+        return 0
+    return most if x >= most else least if x <= least else int(x)
 
 
 def permuted(a, b, selectors):
@@ -747,6 +798,9 @@ INSTRUCTIONS = {
     "mul.wide.u32": ("u64", ["u32", "u32"], wide_product),
     "mad.lo.s32": ("s32", ["s32", "s32", "s32"], lambda a, b, c: a * b + c),
     "mad.wide.u32": ("u64", ["u32", "u32", "u64"], lambda a, b, c: a.astype(np.uint64) * b + c),
+    "div.s32": ("s32", ["s32", "s32"], divided),
+    "div.u64": ("u64", ["u64", "u64"], divided),
+    "div.s64": ("s64", ["s64", "s64"], divided),
     "neg.s32": ("s32", ["s32"], lambda a: -a),
     "min.s32": ("s32", ["s32", "s32"], np.minimum),
     "max.u32": ("u32", ["u32", "u32"], np.maximum),
@@ -767,6 +821,16 @@ INSTRUCTIONS = {
         lambda a: np.where(np.isnan(a), 0, np.trunc(a.astype(np.float64))).clip(
             -(2**31), 2**31 - 1
         ),
+    ),
+    "cvt.rzi.s64.f32": (
+        "s64",
+        ["f32"],
+        lambda a: np.array([towards_0(x, -(2**63), 2**63 - 1) for x in a], object),
+    ),
+    "cvt.rzi.u64.f32": (
+        "u64",
+        ["f32"],
+        lambda a: np.array([towards_0(x, 0, 2**64 - 1) for x in a], object),
     ),
     "cvt.rn.f16.f32": ("f16", ["f32"], lambda a: a.astype(np.float16)),
     "cvt.f32.f16": ("f32", ["f16"], lambda a: a.astype(np.float32)),
@@ -856,16 +920,26 @@ def test_shifts_and_bit_fields(a, b, length):
     assert [x % 2**32 for x in out[:5].tolist()] == [x % 2**32 for x in expected]
 
 
+@pytest.mark.parametrize("type", ["f32", "bf16"])
 @given(a=st.floats(width=32), b=st.floats(width=32))
 @example(a=float("nan"), b=1.0)
 @example(a=-0.0, b=0.0)
-def test_comparisons_of_floats(a, b):
+@example(a=-1.0, b=1.0)
+def test_comparisons_of_floats(type, a, b):
     """A comparison with NaN is false; with a u in its name it is true."""
-    bits = [np.float32(x).view(np.uint32) for x in (a, b)]
+    if type == "bf16":
+        halves_of = torch.tensor([a, b]).bfloat16()
+        a, b = halves_of.tolist()
+        bits = halves_of.view(torch.int16).tolist()
+        body = "".join(f"mov.b16 %h{i}, {word};" for i, word in enumerate(bits))
+    else:
+        bits = [np.float32(x).view(np.uint32) for x in (a, b)]
+        body = "".join(f"mov.b32 %r{i}, 0f{word:08X};" for i, word in enumerate(bits))
+    register = "%h" if type == "bf16" else "%r"
     names = ["eq", "ne", "lt", "le", "gt", "ge"]
-    body = "".join(f"mov.b32 %r{i}, 0f{word:08X};" for i, word in enumerate(bits))
     for i, name in enumerate([*names, *(f"{name}u" for name in names), "num", "nan"]):
-        body += f"setp.{name}.f32 %p{i}, %r0, %r1; selp.b32 %r{10 + i}, 1, 0, %p{i};"
+        body += f"setp.{name}.{type} %p{i}, {register}0, {register}1;"
+        body += f"selp.b32 %r{10 + i}, 1, 0, %p{i};"
         body += f"st.global.b32 [%d0+{4 * i}], %r{10 + i};"
     out = torch.zeros(14, dtype=torch.int32)
     run_text(text_of(body, 1), out)
@@ -1116,6 +1190,11 @@ FORGOTTEN = {
         "race",
         "another warp read since the last barrier",
     ),
+    "wgmma.mma_async.": (
+        "mov.b32 %r4, 0; wgmma.mma_async.",
+        "wgmma",
+        "no wgmma.fence behind the instruction that used a register",
+    ),
     "wgmma.mma_async": (
         "mov.b32 %r8, 0; wgmma.mma_async",
         "wgmma",
@@ -1183,9 +1262,11 @@ def test_a_kernel_beside_its_source():
     [
         (["relu"], ["invalid choice"]),
         (["dropout", "--tokens", "3"], ["dropout does not run with --dropout 0.0"]),
-        (["dropout", "--tokens", "0"], ["--tokens and --width must be at least 1"]),
+        (["dropout", "--tokens", "0"], ["--tokens must be 1 to 10,000"]),
+        (["dropout", "--tokens", "99999999999999999999"], ["--tokens must be 1 to 10,000"]),
         (["attention_forward", "--width", "300"], ["1 <= D <= 128"]),
-        (["attention_forward", "--dropout", "2"], ["dropout_p must lie in [0, 1)"]),
+        (["attention_forward", "--dropout", "2"], ["--dropout must lie in [0, 1)"]),
+        (["cross_entropy_forward", "--dropout", "nan"], ["--dropout must lie in [0, 1)"]),
     ],
 )
 def test_the_command_refuses(arguments, words):
