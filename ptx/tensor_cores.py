@@ -228,11 +228,19 @@ class Product(NamedTuple):
     places: list  # arrays of offsets in shared memory that it reads, in elements of 2 bytes
 
 
-def group_product(instruction, code):
-    """wgmma: D = A B + D, 64 rows, of halves into fp32 (section 9.7.15.5.2), and its waits."""
+class ProductForm(NamedTuple):
+    """What the text of a wgmma.mma_async says."""
+
+    type: str  # of A and B: f16 or bf16
+    columns: int  # N
+    in_registers: bool  # A is
+    k_major_a: bool  # see `described_addresses`
+    k_major_b: bool
+
+
+def product_form(instruction):
+    """The `ProductForm` of an instruction. Raises PtxError for another form."""
     kind = instruction.modifiers
-    if kind[0] in ("fence", "commit_group", "wait_group"):
-        return group_control(instruction)
     shape, d_type, a_type, b_type = kind[-4:]
     if (
         kind[:3] != ("mma_async", "sync", "aligned")
@@ -243,21 +251,32 @@ def group_product(instruction, code):
         or a_type not in ("f16", "bf16")
     ):
         raise unknown(instruction, "wgmma." + ".".join(kind))
-    target, a, b, scale_d, *settings = instruction.operands
+
+    target, a, _, _, *settings = instruction.operands
     signs_and_layout = [setting.value for setting in settings]
-    in_registers = isinstance(a, Vector)
     if signs_and_layout[:2] != [1, 1]:
         raise unknown(instruction, "wgmma that negates a factor")
-    transposed_a, transposed_b = (0, *signs_and_layout[2:])[-2:]
+    # A in registers has no layout to choose.
+    turned_a, turned_b = (0, *signs_and_layout[2:])[-2:]
     columns = int(shape[4:-3])
+    in_registers = isinstance(a, Vector)
     if (
         columns % 8
         or not 8 <= columns <= 256
         or len(target.elements) != columns // 2
-        or not {transposed_a, transposed_b} <= {0, 1}
+        or not {turned_a, turned_b} <= {0, 1}
         or (in_registers and len(a.elements) != 4)
     ):
         raise unknown(instruction, "this form of the instruction")
+    return ProductForm(a_type, columns, in_registers, not turned_a, not turned_b)
+
+
+def group_product(instruction, code):
+    """wgmma: D = A B + D, 64 rows, of halves into fp32 (section 9.7.15.5.2), and its waits."""
+    if instruction.modifiers[0] in ("fence", "commit_group", "wait_group"):
+        return group_control(instruction)
+    type, columns, in_registers, k_major_a, k_major_b = product_form(instruction)
+    target, a, b, scale_d, *_ = instruction.operands
     targets = [element.name for element in target.elements]
     reads_c = [reader(instruction, code, one, SINGLE) for one in target.elements]
     reads_a = [reader(instruction, code, one, WORD) for one in elements_of(a) if in_registers]
@@ -273,11 +292,11 @@ def group_product(instruction, code):
             return
         places = []
         if in_registers:
-            left = matrix_a(read_all(machine, reads_a), a_type).reshape(-1, 64, 16)
+            left = matrix_a(read_all(machine, reads_a), type).reshape(-1, 64, 16)
         else:
-            left, where = from_shared(machine, read_a(machine), 64, not transposed_a, a_type)
+            left, where = from_shared(machine, read_a(machine), 64, k_major_a, type)
             places += where
-        right, where = from_shared(machine, read_b(machine), columns, not transposed_b, a_type)
+        right, where = from_shared(machine, read_b(machine), columns, k_major_b, type)
         places += where
         result = left @ right.transpose(0, 2, 1)  # (groups, 64, columns)
         keeps = machine.spread(read_scale(machine))[::GROUP]
