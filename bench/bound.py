@@ -8,8 +8,7 @@ which feed each other and overlap, then everything else, where only the busiest 
 
 Good code overlaps the two halves and comes close to the greater of them. Waits for memory and for
 barriers, and too few warps, are not in the model. So the figure is for comparing kernels, and no
-promise: for the forward attention of Triton's tutorial, the example of `predicted`, it says
-460 TFLOP/s on an H100 at 1.755 GHz, where others measured 382.
+promise. results/README.md has its figures beside measured ones.
 
 Where the rates are from: NVIDIA's CUDA C++ Programming Guide has the lanes of each pipe (throughput
 of native arithmetic instructions, compute capability 8.0 and 9.0) and the 32 banks of 4 bytes of
@@ -21,20 +20,10 @@ shared memory. Tensor FLOPs follow from the dense bf16 peaks of the data sheets:
 
 from typing import NamedTuple
 
-WARP = 32  # threads
-SCHEDULERS = 4  # of an SM
+from ptx.counts import CLASSES
+from ptx.memory import WARP
 
-# What a warp's instruction is counted as.
-CLASSES = (
-    "tensor",  # products of tiles
-    "transcendental",  # 2^x, log2, 1 / x, 1 / sqrt(x)
-    "integer",  # with logic, comparisons, and conversions
-    "float",  # fp32
-    "shared",  # loads and stores of shared memory
-    "global",  # loads and stores of device memory
-    "synchronization",  # barriers and waits
-    "other",
-)
+SCHEDULERS = 4  # of an SM
 
 
 class Counts(NamedTuple):

@@ -27,7 +27,7 @@ import torch
 from corpus.tokenizer import Tokenizer
 from pii.labels import CATEGORIES, LABELS, Entity, pack, windows
 from pii.rules import addresses, by_rules, candidates, join, mails
-from starencoder import StarEncoderForTokenClassification
+from starencoder import StarEncoderForTokenClassification, micro_batches
 from training.step import dtype_of
 
 SUSPICIOUS = 0.1  # without a label above this probability, as most code is, a text holds nothing
@@ -226,21 +226,6 @@ class Part(NamedTuple):
     result: np.ndarray  # (tokens judged, len(LABELS)): where their probabilities belong
 
 
-def batches_of(parts, tokens):
-    """Yields lists of parts of up to so many tokens together; a longer part comes alone."""
-    batch = []
-    size = 0
-    for part in parts:
-        if batch and size + len(part.ids) > tokens:
-            yield batch
-            batch = []
-            size = 0
-        batch.append(part)
-        size += len(part.ids)
-    if batch:
-        yield batch
-
-
 class Detector:
     """Finds entities by a fine-tuned model, by rules, or by both.
 
@@ -330,7 +315,7 @@ class Detector:
 
         bfloat16 = dtype_of(self, self.device) == "bfloat16"
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-        for batch in batches_of(parts, tokens_at_once):
+        for batch in micro_batches(parts, tokens_at_once):
             # The windows are laid end to end; none sees another.
             with autocast:
                 logits = self.model(*pack([part.ids for part in batch], self.device)).logits
