@@ -14,7 +14,7 @@ import sysconfig
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, register_random, settings
 
 import corpus
 from common.command_line import run_command
@@ -35,6 +35,19 @@ settings.register_profile(  # without shrinking the first failure
     "first_failure", max_examples=25, phases=[Phase.explicit, Phase.generate], **every_profile
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+
+class TorchRandom:
+    """PyTorch's generator, as hypothesis wants it: every example starts it at one seed."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+torch_random = TorchRandom()  # hypothesis keeps only a weak reference
+register_random(torch_random)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STDLIB = sysconfig.get_paths()["stdlib"]
