@@ -38,13 +38,15 @@ def check_fields(config):
                 raise ValueError(f"{f.name} must be a number from {least:g} up, got {value}")
 
 
-def add_flags(parser, kind, preset):
+def add_flags(parser, kind, preset, leave_out=()):
     """Adds a flag for each field of the dataclass `kind` to a parser: --batch-size for batch_size.
 
     preset: the name of the preset whose values are the defaults, for the help. A flag that is not
-    given is not in the parsed arguments.
+    given is not in the parsed arguments. leave_out: names of fields that get no flag.
     """
     for f in fields(kind):
+        if f.name in leave_out:
+            continue
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         else:

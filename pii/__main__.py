@@ -17,7 +17,7 @@ from common.command_line import CommandLine, run_command
 # What a new detector is shown on: nobody's data. The § keep scanners of this repository quiet.
 SAMPLE = Path(__file__).with_name("sample.txt").read_text(encoding="utf-8").replace("§", "")
 
-# Flags, as keyword arguments of `add_argument`. Those of `train` are the fields of PIIConfig.
+# Flags, as keyword arguments of `add_argument`. Those of `train` are the fields of FinetuneConfig.
 
 PATHS_HELP = "files, and directories with all in them but .git, venv, node_modules and the like"
 RULES_HELP = "join the model with rules for addresses and known formats of keys"
@@ -63,11 +63,15 @@ SYNTHESIZE_FLAGS = {  # the same flags give the same data
 
 
 def add_train_flags(parser):
-    """The flags of `train`: a preset, and each field of PIIConfig."""
-    from pii.finetune import PII_PRESETS, PIIConfig
+    """The flags of `train`: a preset, the data, and the other fields of FinetuneConfig."""
+    from finetune.loop import FinetuneConfig
+    from pii.finetune import DEFAULT_DATA, PII_PRESETS
 
     parser.add_argument("--preset", choices=PII_PRESETS, default="tiny", help="default: tiny")
-    add_flags(parser, PIIConfig, "starpii")
+    help = f"with train.jsonl and validation.jsonl (default: {DEFAULT_DATA}, made if missing)"
+    parser.add_argument("--data", metavar="DIR", default=DEFAULT_DATA, help=help)
+    not_here = {"train", "validation", "temperature"}
+    add_flags(parser, FinetuneConfig, "default", leave_out=not_here)
 
 
 # The commands.
@@ -78,10 +82,10 @@ def train_command(arguments):
     import torch.distributed as dist
 
     from pii.detector import Detector
-    from pii.finetune import PII_PRESETS, PIIConfig, train
+    from pii.finetune import PII_PRESETS, config_of, train
 
     given = vars(arguments)  # only what is on the command line: it overrides the preset
-    config = PIIConfig(**(PII_PRESETS[given.pop("preset")] | given))
+    config = config_of(**(PII_PRESETS[given.pop("preset")] | given))
     try:
         finished = train(config) is not None
         if finished and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes
@@ -229,7 +233,7 @@ def main(argv=None):
         subparser = commands.add_parser(name, help=command.help)
         for flag, options in command.flags.items():
             subparser.add_argument(flag, **options)
-        if name == "train" and argv[:1] == ["train"]:  # importing PIIConfig takes seconds
+        if name == "train" and argv[:1] == ["train"]:  # importing them takes seconds
             add_train_flags(subparser)
     arguments = parser.parse_args(argv)
 

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from corpus.tokenizer import Tokenizer
-from pii.labels import CATEGORIES, LABELS, Entity, pack, windows
+from finetune.tokens import token_probabilities
+from pii.labels import CATEGORIES, LABELS, Entity
 from pii.rules import addresses, by_rules, candidates, join, mails
-from starencoder import StarEncoderForTokenClassification, micro_batches
-from training.step import dtype_of
+from starencoder import StarEncoderForTokenClassification
+from training.step import autocast_to, dtype_of
 
 SUSPICIOUS = 0.1  # without a label above this probability, as most code is, a text holds nothing
 SURE = 0.95  # the model overrules a rule's address if it is this sure that there is nothing
@@ -218,14 +219,6 @@ def entities_of(text, offsets, probabilities, threshold=0.0):
 # ---- the detector ------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """A window of a text, as the model reads it."""
-
-    ids: np.ndarray  # of the tokens, with <cls> and <sep>
-    begin: int  # in `ids`, of the tokens that are judged in it
-    result: np.ndarray  # (tokens judged, len(LABELS)): where their probabilities belong
-
-
 class Detector:
     """Finds entities by a fine-tuned model, by rules, or by both.
 
@@ -293,36 +286,10 @@ class Detector:
             return join(kept)
         return join(kept, entities_of(text, offsets, probabilities, self.threshold))
 
-    @torch.no_grad()
-    def probabilities(self, texts, tokens_at_once=16_384):
+    def probabilities(self, texts):
         """[(tokens, len(LABELS)) float32, ...] of what the model says of each token of each text.
 
         texts: without halves of surrogate pairs.
         """
-        cls_id = self.tokenizer.cls_id
-        sep_id = self.tokenizer.sep_id
-        room = self.model.config.max_position_embeddings - 2
-        # The parts of a text write into its result.
-        results = []
-        parts = []
-        for text in texts:
-            ids = np.array(self.tokenizer.encode(text), np.int64)
-            result = np.zeros((len(ids), len(LABELS)), np.float32)
-            results.append(result)
-            for start, end, first, last in windows(len(ids), room) if len(ids) else []:
-                window = np.concatenate([[cls_id], ids[start:end], [sep_id]])
-                parts.append(Part(window, 1 + first - start, result[first:last]))
-
-        bfloat16 = dtype_of(self, self.device) == "bfloat16"
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-        for batch in micro_batches(parts, tokens_at_once):
-            # The windows are laid end to end; none sees another.
-            with autocast:
-                logits = self.model(*pack([part.ids for part in batch], self.device)).logits
-            of_batch = logits.float().softmax(-1).cpu().numpy()  # (T, len(LABELS))
-            at = 0  # where the window begins
-            for part in batch:
-                begin = at + part.begin
-                part.result[:] = of_batch[begin : begin + len(part.result)]
-                at += len(part.ids)
-        return results
+        autocast = autocast_to(dtype_of(self, self.device), self.device)
+        return token_probabilities(self.model, self.tokenizer, texts, autocast)

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from common.command_line import first_line
 from common.files import read_json, write_whole
+from finetune.records import Span
 from pii.detector import Detector
-from pii.labels import CATEGORIES, Entity, LabelledDocument, Span, read_labelled
+from pii.labels import CATEGORIES, Entity, LabelledDocument, read_labelled
 from pii.rules import RULE_CATEGORIES
 from pii.scores import evaluate_detector, macro
 

@@ -16,7 +16,8 @@ import re
 from pathlib import Path
 from string import Formatter
 
-from pii.labels import CATEGORIES, Span
+from finetune.records import Span
+from pii.labels import CATEGORIES
 
 SPLITS = {"train": 0.75, "validation": 0.05, "test": 0.2}  # of files, templates and values alike
 FOLDER = Path(__file__).with_suffix("")  # pii/templates

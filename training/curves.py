@@ -1,6 +1,7 @@
 """curves.png: how a run has gone so far, drawn from its metrics.jsonl."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -93,21 +94,25 @@ def draw_pretraining(figure, steps, lines):
     speeds.set(xlabel="step", ylabel="tokens / s", ylim=(0, None))
 
 
-def draw_fine_tuning(figure, steps, lines):
-    """The loss, and F1 in total and of each category: for `draw_curves`."""
+def draw_fine_tuning(figures, baselines, measure, figure, steps, lines):
+    """The loss, and the held-out figures beside their baselines: for `draw_curves`.
+
+    figures, baselines: dicts by the names in `lines`. measure: the name of the most important.
+    """
     figure.set_size_inches(11, 4)
     losses, scores = figure.subplots(1, 2)
     losses.semilogy(column(steps, "step"), column(steps, "loss"), color="0.5", linewidth=0.8)
-    losses.set(xlabel="step", ylabel="loss (nats)")
+    losses.set(xlabel="step", ylabel="loss")
 
-    held_out = [line for line in lines if "f1" in line]
-    names = dict.fromkeys(name for line in held_out for name in line if name.startswith("f1"))
-    for name, marker in zip(names, "osv^Dx+"):
-        at = [line["step"] for line in held_out if name in line]
-        style = {"color": "0.5", "linewidth": 0.8}
-        if name == "f1":
-            style = {"color": "0", "linewidth": 2}
-        label = name.removeprefix("f1/") if name != "f1" else "macro"
-        scores.plot(at, column(held_out, name), marker=marker, label=label, **style)
-    scores.set(xlabel="step", ylabel="F1, validation", ylim=(0, 1))
-    scores.legend()
+    for name, marker in zip(figures, itertools.cycle("osv^Dx+")):
+        held_out = [line for line in lines if name in line]
+        width = 2 if name == measure else 0.8
+        color = "0" if name == measure else "0.5"
+        at = column(held_out, "step")
+        values = column(held_out, name)
+        scores.plot(at, values, marker=marker, label=name, color=color, linewidth=width)
+    for name, style in zip(baselines, itertools.cycle([":", "--", "-."])):
+        if name.endswith(measure):
+            scores.axhline(baselines[name], color="0", linestyle=style, linewidth=1, label=name)
+    scores.set(xlabel="step", ylabel="held out")
+    scores.legend(fontsize="small")

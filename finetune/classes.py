@@ -1,0 +1,196 @@
+"""Tasks on whole texts, or pairs of texts: one class, several classes, or a number.
+
+The model is `StarEncoderForSequenceClassification`: one linear layer on the pooled <cls>, trained
+by cross-entropy, binary cross-entropy of each class, or the squared error.
+"""
+
+import copy
+
+import numpy as np
+import torch
+
+from finetune.batches import batch_of, of_all_ranks, sequence_of, through_model, tokenized
+from finetune.scores import class_scores, number_scores, prefixed
+from starencoder import StarEncoderForSequenceClassification
+
+
+class TextTask:
+    """What the three have in common: <cls> A <sep>, and a vector of C logits for it."""
+
+    model_class = StarEncoderForSequenceClassification
+
+    def __init__(self, training, validation, tokenizer, positions, config):
+        self.names = self.names_of(training)
+        self.overrides = {  # fields of the model's config
+            "id2label": dict(enumerate(self.names)),
+            "problem_type": self.problem_type,
+        }
+        self.sequences = sequences(training, tokenizer, positions)
+        self.held_out = sequences(validation, tokenizer, positions)
+        self.labels = self.numbers(training)  # (n,) or (n, C)
+        self.truth = self.numbers(validation)
+
+    def __len__(self):
+        return len(self.sequences)
+
+    def prepare(self, model):
+        """Nothing."""
+
+    def publish(self, model, directory):
+        """Writes the model for use."""
+        model.save_pretrained(directory)
+
+    def compare(self, model, batches, *_):
+        """Nothing: each example has a loss of its own."""
+        return [None] * len(batches)
+
+    def batch(self, examples, device):
+        """A `Batch` of these examples, by their numbers."""
+        sequences = [self.sequences[i] for i in examples]
+        return batch_of(sequences, self.labels[examples], len(examples), device)
+
+    def loss(self, model, batch, total, seed, _):
+        """This micro-batch's part of the mean over the `total` labels of a global batch."""
+        out = model(batch.input_ids, batch.cu_seqlens, batch.labels, seed=seed)
+        loss = out.loss * (batch.count / total)
+        return loss, loss.detach()
+
+    def logits(self, model, autocast, ranks):
+        """(n, C) of the held-out examples, on every rank."""
+        mine = self.held_out[ranks.rank :: ranks.world_size]
+        logits = all_logits(model, mine, autocast)
+        return of_all_ranks(ranks, logits, len(self.held_out))
+
+
+class OneClass(TextTask):
+    """One of C classes."""
+
+    measure = "macro_f1"
+    problem_type = "single_label_classification"
+
+    def names_of(self, training):
+        """The names of the classes. Raises ValueError if there is but one."""
+        names = sorted({record.target for record in training})
+        if len(names) == 1:
+            raise ValueError(f"all lines for training have the class {names[0]!r}")
+        return names
+
+    def numbers(self, records):
+        """(n,) int64."""
+        number_of = {name: number for number, name in enumerate(self.names)}
+        check_known(records, lambda record: [record.target], number_of)
+        return np.array([number_of[record.target] for record in records], np.int64)
+
+    def evaluate(self, model, autocast, ranks):
+        """Accuracy and macro F1."""
+        best = self.logits(model, autocast, ranks).argmax(1)
+        return class_scores(one_hot(self.truth, self.names), one_hot(best, self.names))
+
+    def baselines(self, *_):
+        """The same of always answering the most frequent class."""
+        majority = np.bincount(self.labels).argmax()
+        answers = one_hot(np.full_like(self.truth, majority), self.names)
+        return prefixed("majority", class_scores(one_hot(self.truth, self.names), answers))
+
+
+class ManyClasses(TextTask):
+    """Any of C classes."""
+
+    measure = "macro_f1"
+    problem_type = "multi_label_classification"
+
+    def names_of(self, training):
+        """The names of the classes. Raises ValueError if there are none."""
+        names = sorted(set().union(*(record.target for record in training)))
+        if not names:
+            raise ValueError("no line for training has a class")
+        return names
+
+    def numbers(self, records):
+        """(n, C) float32, 1 for the classes of each."""
+        check_known(records, lambda record: record.target, self.names)
+        rows = [[name in record.target for name in self.names] for record in records]
+        return np.array(rows, np.float32)
+
+    def evaluate(self, model, autocast, ranks):
+        """Accuracy (of all classes at once) and macro F1 of what is more probable than not."""
+        return class_scores(self.truth > 0, self.logits(model, autocast, ranks) > 0)
+
+    def baselines(self, *_):
+        """The same of always answering the classes that most texts have."""
+        answers = np.broadcast_to(self.labels.mean(0) > 0.5, self.truth.shape)
+        return prefixed("majority", class_scores(self.truth > 0, answers))
+
+
+class Number(TextTask):
+    """A number. The model is trained on numbers of mean 0 and variance 1, and written for all."""
+
+    measure = "spearman"
+    problem_type = "regression"
+
+    def names_of(self, training):
+        """The name of the one number. Notes mean and deviation of the scores.
+
+        Raises ValueError if all are equal.
+        """
+        values = np.array([record.target for record in training])
+        self.mean = values.mean()
+        self.deviation = values.std()
+        if not 0 < self.deviation < np.inf:
+            raise ValueError("the scores for training are all equal, or too large")
+        return ["score"]
+
+    def numbers(self, records):
+        """(n,) float32; for training, of mean 0 and variance 1."""
+        values = np.array([record.target for record in records])
+        return ((values - self.mean) / self.deviation).astype(np.float32)
+
+    def publish(self, model, directory):
+        """Writes a copy whose classifier gives scores as they stand in the data."""
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.classifier.weight *= self.deviation
+            model.classifier.bias *= self.deviation
+            model.classifier.bias += self.mean
+        model.save_pretrained(directory)
+
+    def evaluate(self, model, autocast, ranks):
+        """Spearman's rank correlation, and the mean squared error."""
+        logits = self.logits(model, autocast, ranks)[:, 0]
+        return number_scores(self.scores(self.truth), self.scores(logits))
+
+    def baselines(self, *_):
+        """The same of always answering the mean."""
+        return prefixed("mean", number_scores(self.scores(self.truth), self.scores(self.truth * 0)))
+
+    def scores(self, numbers):
+        """Numbers of mean 0 and variance 1, as scores in the data."""
+        return numbers * self.deviation + self.mean
+
+
+def sequences(records, tokenizer, positions):
+    """[(tokens,) int64, ...] of records, as the model reads them."""
+    columns = [tokenized(texts, tokenizer) for texts in zip(*(record.texts for record in records))]
+    return [sequence_of(pieces, tokenizer, positions) for pieces in zip(*columns)]
+
+
+def all_logits(model, sequences, autocast):
+    """(n, C) fp32."""
+    logits = torch.zeros(len(sequences), model.config.num_labels)
+    for numbers, values in through_model(model, sequences, autocast, "classifying"):
+        logits[numbers] = values
+    return logits
+
+
+def check_known(records, names_of, known):
+    """Raises ValueError for a record with a class that the training has not."""
+    for record in records:
+        for name in names_of(record):
+            if name not in known:
+                words = f"{record.texts[0][:30]!r}, has the class {name!r}"
+                raise ValueError(f"a line for validation, {words}, which no line for training has")
+
+
+def one_hot(numbers, names):
+    """(n,) class numbers as (n, C) bool."""
+    return np.arange(len(names)) == numbers[:, None]

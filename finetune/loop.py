@@ -1,0 +1,375 @@
+"""Fine-tuning: one loop for every kind of task.
+
+As in train.py: the loss is a mean over the *global* batch, a run that was stopped goes on from its
+last checkpoint with the same bits, and torchrun starts it on several GPUs. The run directory's
+model is the one that did best on the validation so far.
+
+What the loop asks of a task, see classes.py, tokens.py and search.py:
+
+    measure                 the figure by which models are compared; more is better
+    model_class, overrides  the class of the model, and fields of its config
+    len(task)               the number of training examples
+    batch(examples, device)             a `Batch` of examples, by their numbers
+    prepare(model)                      what the task does to a new model
+    compare(model, batches, ...)        for each batch, what `loss` needs to know of the others
+    loss(model, batch, total, ...)      a scalar with the gradient, and the loss to report
+    evaluate(model, autocast, ranks)    figures on the validation, the same on all ranks
+    baselines(model, autocast, ranks)   the same of something simple
+    publish(model, directory)           writes the model for use
+"""
+
+import functools
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.arguments import check_fields, option
+from common.ranges import permute, share
+from common.signals import noting_signals
+from common.weights import local_directory
+from corpus.tokenizer import Tokenizer
+from finetune.classes import ManyClasses, Number, OneClass
+from finetune.export import framed
+from finetune.records import read_data
+from finetune.search import Search
+from finetune.tokens import Fragments
+from starencoder import StarEncoderConfig
+from training import plan
+from training.curves import draw_curves, draw_fine_tuning
+from training.metrics import Metrics
+from training.ranks import Ranks
+from training.run_directory import RunDirectory
+from training.step import (
+    autocast_to,
+    dtype_of_run,
+    make_optimizer,
+    micro_batch_seed,
+    optimizer_step,
+    sync_gradients,
+    wrap_ddp,
+)
+
+
+@dataclass
+class FinetuneConfig:
+    """All arguments of a fine-tuning."""
+
+    train: str = option("train.jsonl", "examples, as JSON lines; see finetune/README.md")
+    validation: str = option("", "examples to measure on; default: a tenth of those for training")
+    encoder: str = option(
+        "runs/tiny", "the pretrained model: a run, any Bert directory, or a name on the hub"
+    )
+    out: str = option("runs/finetuned", "run directory; an unfinished run there is continued")
+    random_weights: bool = option(False, "begin without the encoder's weights, for comparison")
+    steps: int = option(1000, "optimizer steps at most")
+    batch_size: int = option(64, "examples in a step, over all ranks and micro-batches")
+    micro_batch_size: int = option(64, "examples that a rank computes at once, at most")
+    learning_rate: float = option(
+        0.0, "peak learning rate; 0: 5e-5 for a hidden size of 768, more for a smaller one"
+    )
+    warmup_steps: int = option(100, "steps of linear warm-up; then a cosine to 0", least=0)
+    adam_beta1: float = option(0.9, "AdamW: decay of the first moment")
+    adam_beta2: float = option(0.999, "AdamW: decay of the second moment")
+    adam_epsilon: float = option(1e-8, "AdamW: added to the denominator")
+    weight_decay: float = option(0.01, "AdamW: on matrices, not on biases and LayerNorms")
+    max_grad_norm: float = option(1.0, "larger gradients are scaled down to it", least=1e-30)
+    temperature: float = option(0.05, "search: by which cosines are divided", least=1e-3)
+    eval_every: int = option(200, "steps between evaluations and checkpoints")
+    patience: int = option(10, "evaluations without a better figure after which the run ends")
+    seed: int = option(0, "fixes the new weights, the order of examples and dropout", least=0)
+    device: str = option("auto", "auto: cuda if available", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto",
+        "compute dtype; auto: bfloat16 if the device is fast at it",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    keep_checkpoints: int = option(1, "how many of the newest checkpoints to keep")
+    timeout: int = option(600, "seconds before an unresponsive rank ends the run")
+    log_every: int = option(10, "steps between writes to metrics.jsonl (one line per step)")
+    keep_every = 2**62  # no field: no checkpoint is kept for good
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+# The data may move: it is known by its content.
+MACHINE_FIELDS = set(
+    "train validation out micro_batch_size device log_every keep_checkpoints timeout".split()
+)
+TASKS = {
+    "label": OneClass,
+    "labels": ManyClasses,
+    "score": Number,
+    "fragments": Fragments,
+    "code": Search,
+}
+LEAST_POSITIONS = 8
+
+
+def learning_rate(config, step):
+    """Linear warm-up, then half a cosine to 0: the rate of step `step` (the first is 0)."""
+    rise = (step + 1) / max(config.warmup_steps, 1)
+    decay_steps = max(config.steps - config.warmup_steps, 1)
+    decayed = min(1.0, max(0.0, (step - config.warmup_steps) / decay_steps))
+    return config.learning_rate * min(rise, (1 + math.cos(math.pi * decayed)) / 2)
+
+
+def usual_learning_rate(hidden_size):
+    """5e-5 for the published model, as is usual for BERT; 8e-4 for the tiny one, 192 wide."""
+    return 5e-5 * (768 / hidden_size) ** 2
+
+
+# ---- setting up ----------------------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What the loop needs."""
+
+    task: object  # of one of the TASKS
+    tokenizer: Tokenizer
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: object  # makes the context of a forward pass
+    sha256: dict  # of the data, see `records.Data`
+
+
+def set_up(config, ranks, dtype, tasks):
+    """Data, model and optimizer. Raises ValueError if they do not fit together."""
+    encoder = local_directory(config.encoder)
+    shape = StarEncoderConfig.load(encoder)
+    positions = shape.max_position_embeddings
+    tokenizer = framed(Tokenizer.from_pretrained(encoder), positions)
+    check_encoder(config.encoder, shape, tokenizer)
+    if config.batch_size < ranks.world_size:
+        raise ValueError(
+            f"batch_size {config.batch_size} leaves some of {ranks.world_size} ranks without an "
+            "example"
+        )
+
+    data = read_data(config.train, config.validation, ranks.say)
+    try:
+        task = tasks[data.kind.target](data.training, data.validation, tokenizer, positions, config)
+    except ValueError as error:
+        raise ValueError(f"{config.train}: {error}") from None
+
+    torch.manual_seed(config.seed)  # for the new weights
+    if config.random_weights:
+        model = task.model_class(replace(shape, **task.overrides))
+    else:
+        model = task.model_class.from_pretrained(encoder, **task.overrides)
+    task.prepare(model.to(ranks.device).train())
+    optimizer = make_optimizer(model, config)
+    return Setup(task, tokenizer, model, optimizer, autocast_to(dtype, ranks.device), data.sha256)
+
+
+def check_encoder(name, shape, tokenizer):
+    """Raises ValueError for an encoder that cannot be fine-tuned."""
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(f"{name}: its tokenizer has more tokens than its model")
+    if shape.max_position_embeddings < LEAST_POSITIONS:
+        raise ValueError(
+            f"{name}: {shape.max_position_embeddings} positions are too few, {LEAST_POSITIONS} is "
+            "the least"
+        )
+
+
+def train(config):
+    """Runs, or continues, the fine-tuning that `config` describes.
+
+    Returns the best figure on the validation, or None if a signal stopped it. Raises ValueError for
+    arguments, data, an encoder or a run directory that do not fit together.
+    """
+    ranks = Ranks.start(config.device, config.timeout)
+    with ranks.watched():
+        return fine_tune(config, ranks)
+
+
+def fine_tune(config, ranks, tasks=TASKS):
+    """The body of `train`, once the ranks have joined.
+
+    tasks: {target of a `records.Kind`: the class of its task}.
+    """
+    dtype = dtype_of_run(config, ranks)
+    with ranks.together():  # an error on one rank is an error on all
+        setup = set_up(config, ranks, dtype, tasks)
+    if not config.learning_rate:
+        rate = usual_learning_rate(setup.model.config.hidden_size)
+        config = replace(config, learning_rate=rate)
+    resolved = asdict(config) | {"dtype": dtype} | setup.sha256
+    with RunDirectory(config, ranks, resolved, MACHINE_FIELDS) as run:
+        return training_loop(config, ranks, setup, run)
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+def examples_of(config, count, step):
+    """The numbers of the examples of a step, (batch_size,), below `count`.
+
+    Each epoch has them in another order.
+    """
+    numbers = []
+    for i in range(step * config.batch_size, (step + 1) * config.batch_size):
+        epoch, place = divmod(i, count)
+        numbers.append(permute(place, count, config.seed + epoch))
+    return np.array(numbers)
+
+
+def training_loop(config, ranks, setup, run):
+    """Trains from the newest checkpoint to the end; returns as `train` does."""
+    task = setup.task
+    model = setup.model
+    autocast = setup.autocast
+    device = ranks.device
+    announce(config, ranks, setup)
+    baselines = task.baselines(model, autocast, ranks)  # before the model becomes another
+    first = run.resume(model, setup.optimizer)
+    path = os.path.join(config.out, "metrics.jsonl")
+    metrics = Metrics(path, first, ranks, plan.peak_flops(device), terms=("loss",))
+    best = Best(path, task.measure, ranks)
+
+    def example_loss(ddp_model):
+        batch = task.batch([0], device)
+        aims = task.compare(model, [batch], [0], [0], 0, autocast, ranks)
+        return task.loss(ddp_model, batch, batch.count, 0, aims[0])[0]
+
+    ddp_model = wrap_ddp(model, ranks, example_loss)
+
+    # A run that had ended before has no step to do.
+    ended = best.evaluations_since >= config.patience
+    steps = range(config.steps if ended else first, config.steps)
+    bar = tqdm(
+        total=config.steps, initial=first, unit="step", desc="fine-tuning", disable=not ranks.lead
+    )
+    done = first
+    signals = []
+    for step in noting_signals(steps, signals):
+        # This rank's micro-batches; as in pretraining, the count of the global batch, and whether
+        # to stop.
+        examples = examples_of(config, len(task), step)
+        parts = share(0, len(examples), ranks.rank, ranks.world_size, config.micro_batch_size)
+        batches = [task.batch(examples[part], device) for part in parts]
+        total, stopping = ranks.sum([sum(batch.count for batch in batches), len(signals)])
+        seeds = [
+            micro_batch_seed(config.seed, step, ranks.rank, i, device) for i in range(len(parts))
+        ]
+
+        # Forward and backward.
+        aims = task.compare(model, batches, seeds, examples, parts[0].start, autocast, ranks)
+        losses = torch.zeros(1, device=device)
+        for i, (batch, seed, aim) in enumerate(zip(batches, seeds, aims)):
+            metrics.count(len(batch.input_ids), plan.model_flops(model.config, batch.lengths, 0))
+            with sync_gradients(ddp_model, now=i == len(batches) - 1):
+                with autocast():
+                    loss, value = task.loss(ddp_model, batch, total, seed, aim)
+                (loss * ranks.world_size).backward()
+            losses += value
+
+        # The step.
+        rate = learning_rate(config, step)
+        grad_norm = optimizer_step(model, setup.optimizer, config.max_grad_norm, rate)
+        done = step + 1
+        metrics.add(done, losses, grad_norm, rate)
+        bar.update()
+
+        # What is said, measured and saved.
+        evaluating = done == config.steps or done % config.eval_every == 0
+        if evaluating or stopping or done % config.log_every == 0:
+            bar.set_postfix_str(progress(metrics.flush(), best))
+        if evaluating:
+            figures = task.evaluate(model, autocast, ranks)
+            better = best.update(figures[task.measure])
+            metrics.write({"step": done} | figures | baselines)
+            if ranks.lead:
+                bar.write(f"step {done:6}: {described(figures)}", file=sys.stderr)
+                draw = functools.partial(draw_fine_tuning, figures, baselines, task.measure)
+                draw_curves(config.out, draw)
+                if better:
+                    task.publish(model, config.out)
+            ended = best.evaluations_since >= config.patience
+        if evaluating or stopping:
+            run.save(
+                done,
+                model,
+                setup.optimizer,
+                setup.tokenizer,
+                metrics,
+                must_succeed=stopping or ended or done == config.steps,
+                publish=False,
+            )
+            metrics.start_clock()
+        if stopping or ended:
+            break
+    bar.close()
+
+    if done < config.steps and not ended:
+        ranks.say(
+            f"Stopped after step {done} of {config.steps}; the same command goes on from there."
+        )
+        return None
+    say_result(config, ranks, best, baselines)
+    return best.value
+
+
+class Best:
+    """The best figure of a run, and the evaluations since then, read from its metrics.jsonl."""
+
+    def __init__(self, path, measure, ranks):
+        self.measure = measure
+        self.value = -math.inf
+        self.evaluations_since = 0
+        figures = []
+        if ranks.lead:
+            with open(path) as f:
+                lines = [json.loads(line) for line in f]
+            figures = [line[measure] for line in lines if measure in line]
+        # The other ranks are told.
+        count = int(ranks.sum([len(figures)])[0])
+        for figure in ranks.sum(figures or [0.0] * count):
+            self.update(figure)
+
+    def update(self, figure):
+        """Takes an evaluation's figure; returns True if it is the best so far."""
+        better = figure > self.value
+        self.evaluations_since = 0 if better else self.evaluations_since + 1
+        self.value = max(self.value, figure)
+        return better
+
+
+def announce(config, ranks, setup):
+    """Prints what is about to be computed."""
+    parameters = sum(p.numel() for p in setup.model.parameters())
+    longest = setup.model.config.max_position_embeddings
+    ranks.say(
+        f"{parameters / 1e6:.2f} M parameters; {len(setup.task):,} examples; {config.steps:,} "
+        f"steps of\n{config.batch_size} examples of up to {longest} tokens on {ranks.device}"
+    )
+
+
+def progress(line, best):
+    """A line of the metrics for the progress bar."""
+    text = f"loss {line.get('loss', math.nan):.4f}, {line['tokens_per_second']:,.0f} tokens/s"
+    return text if best.value < 0 else f"{text}, best {best.measure} {best.value:.3f}"
+
+
+def described(figures):
+    """Figures in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
+
+
+def say_result(config, ranks, best, baselines):
+    """Prints the last words of a run."""
+    measured_on = config.validation or f"a tenth of {config.train}"
+    beside = f" (baselines: {described(baselines)})" if baselines else ""
+    ranks.say(
+        f"Best {best.measure.replace('_', ' ')} {best.value:.3f} on {measured_on}{beside}.\n"
+        f"The model is in {config.out} (a Hugging Face directory), its curves in "
+        f"{config.out}/curves.png."
+    )
