@@ -101,7 +101,7 @@ def functions_of(path, text):
     if not text.strip():
         return []
     lines = _lines_of(text)
-    tree = _parsed(text) if language_of(path) == "python" else None
+    tree = parsed(text) if language_of(path) == "python" else None
     if tree is None:
         found = [Function(path, *piece) for piece in _blocks_of(lines)]
     else:
@@ -135,7 +135,7 @@ def python_functions(text):
     A function without any code beside its docstring is left out, as is one whose docstring shares a
     line with code.
     """
-    tree = _parsed(text)
+    tree = parsed(text)
     if tree is None:
         return []
     lines = _lines_of(text)
@@ -155,7 +155,7 @@ def python_functions(text):
     return found
 
 
-def _parsed(text):
+def parsed(text):
     """The syntax tree of a Python file, or None if it has none."""
     try:
         with warnings.catch_warnings():  # of invalid escapes, say; it is not our file
