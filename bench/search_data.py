@@ -44,14 +44,14 @@ SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "vendor", "vendored", 
 SKIPPED_FOLDERS |= {"extern", "externals", "_extern", "third_party", "site-packages"}
 # What ends the first paragraph of a docstring beside a blank line: fields, sections and examples.
 END_OF_SUMMARY = re.compile(
-    r"[:@]\w+[^:]*:(\s|$)|[\w*]+ ?\([^()]*\) ?:|>>>|\.\. |[-=~]{3}|```"
+    r"[:@]\w+[^:]*:(\s|$)|[\w*]+ ?\(.*\) ?:|>>>|\.\. |[-=~]{3}|```"
     r"|(Args|Arguments|Params|Parameters|Returns?|Raises|Yields|Examples?|Notes?|Usage)\b.{0,3}$"
 )
 # Queries that do not say what a function does.
 WORTHLESS = re.compile(
-    r"[^a-z`]|(see|same as|alias|inherit|overrid|not implemented|copied from|todo)\b"
-    r"|(override|.*(deprecated|obsolete|copyright|licen[sc]ed? |auto-?generated|docstring"
-    r"|base class|super ?class|parent class))",
+    r"[^a-z`]|(see|same as|alias|not implemented|copied from|todo)\b|inherit|overrid"
+    r"|.*(deprecated|obsolete|copyright|licen[sc]ed? |auto-?generated|docstring"
+    r"|base class|super ?class|parent class)",
     re.IGNORECASE,
 )
 
