@@ -374,7 +374,8 @@ def look_of(line):
 
 # ---- the quality of a docstring ------------------------------------------------------------------
 
-FUNCTIONS = {"train": 1_100, "validation": 185}  # of each score, at most
+FUNCTIONS = {"train": 1_200, "validation": 200}  # of each score, at most
+MOST_OF_HEAD = 200  # characters of a head and its docstring: mostly under 62 tokens
 MOST_OF_A_PACKAGE = 300  # functions, lest a few packages be most of the data
 
 RETURNS = re.compile(r"\b(return|yield|raise)(s|ed|ing)?\b", re.IGNORECASE)
@@ -392,10 +393,12 @@ class Function(NamedTuple):
 def make_docstring_scores(out, directories=None):
     """How good is the docstring of a function? A score from 0 to 1, by `docstring_score`.
 
-    The text begins with the head and the whole docstring, and goes on with the body up to 400
-    characters. directories: they hold packages (default: those of the running Python, its own and
-    the installed ones), which are held out by their names. Each score is equally frequent, as far
-    as there are enough of it. Raises ValueError if there are too few functions.
+    The text begins with the head and the whole docstring, in at most 200 characters, so that a
+    model of 64 positions can see nearly all of them, and goes on with the body up to 400.
+
+    directories: they hold packages (default: those of the running Python, its own and the installed
+    ones), which are held out by their names. All scores are equally frequent if there are enough
+    functions of each; the best and the worst are rare. Raises ValueError if a split has none.
     """
     if exists(out):
         return count_lines(out)
@@ -447,7 +450,7 @@ def package_functions(files, seen):
 
 
 def file_functions(source, tree):
-    """The `Function`s of a file whose head and docstring fit into the text."""
+    """The `Function`s of a file whose head and docstring have at most 200 characters."""
     lines = source.split("\n")  # as Python counts them
     found = []
     for node in ast.walk(tree):
@@ -457,7 +460,7 @@ def file_functions(source, tree):
         if not docstring:
             continue
         head = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].end_lineno]))
-        if len(head) <= MOST_CHARACTERS:
+        if len(head) <= MOST_OF_HEAD:
             text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
             score = docstring_score(node.name, parameters_of(node), docstring)
             found.append(Function(text[:MOST_CHARACTERS].rstrip(), docstring, score))
