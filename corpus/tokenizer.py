@@ -55,7 +55,7 @@ class Tokenizer:
     """
 
     long_run = 500_000  # blanks in a row; at a million, tiktoken's regex panics
-    max_length = None  # to which transformers cuts a text if it is asked to; None: it does not
+    for_transformers = {}  # more entries of tokenizer_config.json
 
     def __init__(self, text):
         # Read it, and add what an encoder needs.
@@ -133,8 +133,7 @@ class Tokenizer:
             "cls_token": "<cls>",
             "mask_token": "<mask>",
         }
-        if self.max_length is not None:
-            config["model_max_length"] = self.max_length
+        config |= self.for_transformers
         write_whole(os.path.join(directory, "tokenizer.json"), self.json)
         config_path = os.path.join(directory, "tokenizer_config.json")
         write_whole(config_path, json.dumps(config, indent=2))

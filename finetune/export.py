@@ -10,10 +10,10 @@ from corpus.tokenizer import Tokenizer
 
 
 def framed(tokenizer, positions):
-    """The same `Tokenizer`, whose files make transformers put <cls> and <sep> around a text.
+    """The same `Tokenizer`, whose files make transformers read texts as they are read here.
 
-    A pair becomes <cls> A <sep> B <sep>, all of token type 0. positions: to which transformers cuts
-    a text if it is asked to.
+    A text becomes <cls> A <sep>, a pair <cls> A <sep> B <sep>, all of token type 0. What looks like
+    a special token is ordinary text. positions: to which a text is cut, if that is asked for.
     """
     library = tokenizers.Tokenizer.from_str(tokenizer.json)
     special = [("<cls>", tokenizer.cls_id), ("<sep>", tokenizer.sep_id)]
@@ -23,7 +23,10 @@ def framed(tokenizer, positions):
         special_tokens=special,
     )
     framed_tokenizer = Tokenizer(library.to_str(pretty=True))
-    framed_tokenizer.max_length = positions
+    framed_tokenizer.for_transformers = {
+        "model_max_length": positions,
+        "split_special_tokens": True,
+    }
     return framed_tokenizer
 
 
