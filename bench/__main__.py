@@ -1,4 +1,4 @@
-"""The command line: `python -m bench kernels|model|data|pii|speedrun|pictures`.
+"""The command line: `python -m bench kernels|model|data|pii|search|tasks|speedrun|pictures`.
 
 Each measurement prints a table and writes it, with the machine and the versions, to results/.
 """
@@ -23,6 +23,8 @@ def main(argv=None):
     model = command("model", "a training step beside transformers' models")
     data = command("data", "from tokens on disk to batches, beside tokenizing on the fly")
     pii = command("pii", "finding personal data in code, beside other detectors")
+    search = command("search", "finding functions by their docstrings, beside BM25")
+    tasks = command("tasks", "five tasks, fine-tuned from pretrained and from random weights")
     speedrun = command("speedrun", "a race to a held-out loss: your recipe beside the record's")
     pictures = command("pictures", "draw the front page's two pictures from a run")
 
@@ -43,8 +45,15 @@ def main(argv=None):
     help = "run the recipe of this result again, and compare its figures"
     speedrun.add_argument("--verify", metavar="FILE", help=help)
 
+    for measurement in (search, tasks):
+        measurement.add_argument(
+            "--encoder", default="runs/tiny", metavar="RUN", help="the encoder"
+        )
+        help = "fine-tunings of each kind (default: 3)"
+        measurement.add_argument("--seeds", type=int, default=3, metavar="N", help=help)
+
     # The flag that all measurements share.
-    for measurement in (kernels, model, data, pii, speedrun):
+    for measurement in (kernels, model, data, pii, search, tasks, speedrun):
         help = "the JSON file to write (default: one in results/, named after the device)"
         measurement.add_argument("--out", metavar="FILE", help=help)
     pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
@@ -73,6 +82,14 @@ def run(arguments):
         from bench.pii_speed import bench_pii
 
         bench_pii(arguments.out)
+    elif arguments.what == "search":
+        from bench.search import bench_search
+
+        bench_search(arguments.out, arguments.encoder, arguments.seeds)
+    elif arguments.what == "tasks":
+        from bench.tasks import bench_tasks
+
+        bench_tasks(arguments.out, arguments.encoder, arguments.seeds)
     elif arguments.what == "speedrun":
         from bench import speedrun
 
