@@ -1,4 +1,4 @@
-"""The command line: `python -m bench kernels|model|data|pii|speedrun|pictures`.
+"""The command line: `python -m bench kernels|model|data|pii|embed|speedrun|pictures`.
 
 Each measurement prints a table and writes it, with the machine and the versions, to results/.
 """
@@ -23,6 +23,7 @@ def main(argv=None):
     model = command("model", "a training step beside transformers' models")
     data = command("data", "from tokens on disk to batches, beside tokenizing on the fly")
     pii = command("pii", "finding personal data in code, beside other detectors")
+    embed = command("embed", "vectors of source code beside sentence-transformers")
     speedrun = command("speedrun", "a race to a held-out loss: your recipe beside the record's")
     pictures = command("pictures", "draw the front page's two pictures from a run")
 
@@ -44,7 +45,7 @@ def main(argv=None):
     speedrun.add_argument("--verify", metavar="FILE", help=help)
 
     # The flag that all measurements share.
-    for measurement in (kernels, model, data, pii, speedrun):
+    for measurement in (kernels, model, data, pii, embed, speedrun):
         help = "the JSON file to write (default: one in results/, named after the device)"
         measurement.add_argument("--out", metavar="FILE", help=help)
     pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
@@ -73,6 +74,10 @@ def run(arguments):
         from bench.pii_speed import bench_pii
 
         bench_pii(arguments.out)
+    elif arguments.what == "embed":
+        from bench.embed_speed import bench_embed
+
+        bench_embed(arguments.out)
     elif arguments.what == "speedrun":
         from bench import speedrun
 
