@@ -793,7 +793,7 @@ def embed(model, tokenizer, texts, dtype="auto"):
     length side by side; a progress bar shows up after two seconds.
 
     model: any of the models here; it runs on its own device. dtype: "float32", or "bfloat16" for
-    autocast to it, whose vectors have a cosine of more than 0.9999 to those in fp32; "auto":
+    autocast to it, whose vectors have a cosine of about 0.9999 to those in fp32, or more; "auto":
     "bfloat16" on a GPU and on a CPU that is faster at it. Returns (len(texts), H) fp32 on the CPU.
     Raises ValueError for a single str or another dtype.
     """

@@ -27,7 +27,7 @@ from starencoder import StarEncoder, StarEncoderConfig, embed
 
 BATCH_SIZE = 32  # texts that the peers pad to one length; sentence-transformers' default
 SAMPLE = 300_000  # bytes of a workload that is embedded several times
-LARGE_TEXTS = 32  # for the model of the original's shape, which is 100 times as slow
+LARGE_TEXTS = 32  # for the model of the original's shape, which is far slower
 # Of the contenders, those that embed everything, or compute with the large model.
 LONG_RACE = ("starencoder", "sentence-transformers")  # how their names begin
 
