@@ -103,7 +103,8 @@ def test_embed_speed(small_corpus, tmp_path, monkeypatch):
     """All embed the same texts, and to the same vectors."""
     monkeypatch.setattr(embed_speed, "LARGE_TEXTS", 1)
     shutil.copy(os.path.join(small_corpus, "tokenizer.json"), tmp_path)
-    config = StarEncoderConfig(vocab_size=600, max_position_embeddings=64, **SHAPE)
+    sizes = dict(vocab_size=600, max_position_embeddings=64, pad_token_id=0)
+    config = StarEncoderConfig(**sizes, **SHAPE)
     StarEncoderForPreTraining(config).save_pretrained(str(tmp_path))
     path = tmp_path / "embed.json"
     embed_speed.bench_embed(str(path), str(tmp_path), size=20_000, sample=3_000, repetitions=2)
