@@ -303,29 +303,48 @@ def attention_reference(qkv, cu_seqlens, max_seqlen, *, dropout_p=0.0, seed=0):
 
 def attention_torch(qkv, cu_seqlens, dropout_p, seed):
     """`attention` in PyTorch: neighbouring sequences of equal length L make one batch."""
-    T, _, N, D = qkv.shape
-    head = torch.arange(N, device=qkv.device)  # (N,)
     # Runs of neighbours of one length, as (length, tokens in the run).
     runs = [(L, L * len(list(run))) for L, run in groupby(cu_seqlens.diff().tolist())]
     if not runs:  # no sequence at all
         return qkv[:, 0]
+    # PyTorch's own attention would draw another mask, and on a CPU its backward pass is slow in
+    # bf16: six times at L = 64.
+    fused = dropout_p == 0.0 and not qkv.requires_grad
     outputs = []
     start = 0
     for (L, tokens), packed in zip(runs, qkv.split([tokens for _, tokens in runs])):
         sequences = packed.unflatten(0, (-1, L)) if L else packed[None]  # (B, L, 3, N, D)
-        starts = start + L * torch.arange(len(sequences), device=qkv.device)[:, None]  # (B, 1)
+        if fused:
+            q, k, v = sequences.permute(2, 0, 3, 1, 4)  # each (B, N, L, D)
+            o = F.scaled_dot_product_attention(q, k, v)  # (B, N, L, D)
+            outputs.append(o.transpose(1, 2).flatten(0, 1))  # (B L, N, D)
+        else:
+            outputs += attention_step_by_step(sequences, start, dropout_p, seed)
         start += tokens
-        # The scores of more sequences would not stay in a CPU's cache.
-        at_once = max(1, 2**23 // max(1, N * L * L))
-        for some, some_starts in zip(sequences.split(at_once), starts.split(at_once)):
-            q, k, v = some.permute(2, 0, 3, 1, 4)  # each (B, N, L, D)
-            weights = ((q * D**-0.5) @ k.transpose(-1, -2)).softmax(-1)  # (B, N, L, L)
-            if dropout_p > 0.0:
-                keep = attention_keep(seed, dropout_p, head, some_starts, L, qkv.dtype)
-                weights = weights * keep
-                v = v * (1 / (1 - dropout_p))  # v, since it is smaller than the weights
-            outputs.append((weights @ v).transpose(1, 2).flatten(0, 1))  # (B L, N, D)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attention_step_by_step(sequences, start, dropout_p, seed):
+    """`attention_torch` for sequences (B, L, 3, N, D) of one length, from token `start` on.
+
+    Returns a list of (tokens, N, D).
+    """
+    B, L, _, N, D = sequences.shape
+    device = sequences.device
+    head = torch.arange(N, device=device)  # (N,)
+    starts = start + L * torch.arange(B, device=device)[:, None]  # (B, 1)
+    # The scores of more sequences would not stay in a CPU's cache.
+    at_once = max(1, 2**23 // max(1, N * L * L))
+    outputs = []
+    for some, some_starts in zip(sequences.split(at_once), starts.split(at_once)):
+        q, k, v = some.permute(2, 0, 3, 1, 4)  # each (B, N, L, D)
+        weights = ((q * D**-0.5) @ k.transpose(-1, -2)).softmax(-1)  # (B, N, L, L)
+        if dropout_p > 0.0:
+            keep = attention_keep(seed, dropout_p, head, some_starts, L, sequences.dtype)
+            weights = weights * keep
+            v = v * (1 / (1 - dropout_p))  # v, since it is smaller than the weights
+        outputs.append((weights @ v).transpose(1, 2).flatten(0, 1))  # (B L, N, D)
+    return outputs
 
 
 if HAS_TRITON:
@@ -743,9 +762,7 @@ def layer_norm(x, weight, bias, eps, *, residual=None, dropout_p=0.0, seed=0):
     check_layer_norm(x, weight, bias, residual)
     check_dropout(dropout_p, seed)
     if backend(x) == "torch":
-        return layer_norm_reference(
-            x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed
-        )
+        return layer_norm_torch(x, weight, bias, eps, residual, dropout_p, seed)
     check_triton_dtype("x", x)
     seed = seed_tensor(seed, x.device)
     return LayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed)
@@ -760,6 +777,21 @@ def layer_norm_reference(x, weight, bias, eps, *, residual=None, dropout_p=0.0, 
     if residual is not None:
         h = h + residual.to(wide)
     return F.layer_norm(h, h.shape[1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def layer_norm_torch(x, weight, bias, eps, residual, dropout_p, seed):
+    """`layer_norm` in PyTorch: the naive twin, except in bf16 on a CPU where nothing is trained.
+
+    There fp32 copies would take half the time. PyTorch computes in fp32 without them, but the sum
+    x + residual is rounded to bf16.
+    """
+    copies_needed = dropout_p > 0.0 or torch.is_grad_enabled() or not x.device.type == "cpu"
+    if copies_needed or x.dtype != torch.bfloat16 or weight.dtype != torch.float32:
+        return layer_norm_reference(
+            x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed
+        )
+    h = x if residual is None else x + residual  # fp32 if the residual is, as in the first layer
+    return F.layer_norm(h, h.shape[1:], weight, bias, eps).to(x.dtype)
 
 
 @outside_compile

@@ -43,6 +43,7 @@ from tqdm import tqdm
 import kernels
 from common import weights as weight_files
 from common.command_line import CommandLine, run_command
+from common.dtypes import multiplies_bfloat16
 from common.files import read_json, write_whole, written_whole
 
 # ---- the config ----------------------------------------------------------------------------------
@@ -783,7 +784,7 @@ class Window(NamedTuple):
     ids: list  # <cls>, tokens, <sep>
 
 
-def embed(model, tokenizer, texts):
+def embed(model, tokenizer, texts, dtype="auto"):
     """A unit vector for each text, so that a dot product is a cosine.
 
     It is the direction of the mean of the text's last hidden states. A text longer than the model's
@@ -791,31 +792,42 @@ def embed(model, tokenizer, texts):
     `<sep>` instead; the mean needs no fine-tuning. The windows of all texts are packed, those of a
     length side by side; a progress bar shows up after two seconds.
 
-    model: any of the models here; it runs on its own device. Returns (len(texts), H) fp32 on the
-    CPU. Raises ValueError for a single str.
+    model: any of the models here; it runs on its own device. dtype: "float32", or "bfloat16" for
+    autocast to it, whose vectors have a cosine of about 0.9999 to those in fp32, or more; "auto":
+    "bfloat16" on a GPU and on a CPU that is faster at it. Returns (len(texts), H) fp32 on the CPU.
+    Raises ValueError for a single str or another dtype.
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of str, got one str")
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"dtype must be auto, bfloat16 or float32, got {dtype!r}")
     model = getattr(model, "bert", model)
     windows = windows_of(texts, tokenizer, model.config.max_position_embeddings)
     windows.sort(key=lambda window: len(window.ids))  # equal lengths make one batch on a CPU
 
     device = model.word_embeddings.weight.device
-    tokens_at_once = 2**11 if device.type == "cpu" else 2**16  # that stay in a CPU's cache
+    tokens_at_once = 2**12 if device.type == "cpu" else 2**16  # that stay in a CPU's cache
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" or multiplies_bfloat16() else "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    vectors = torch.zeros(len(texts), model.config.hidden_size)
+    # The sum of a window's states has the direction of their mean.
+    sums = [torch.zeros(0, model.config.hidden_size)]
     bar = tqdm(total=len(windows), desc="embedding", unit="window", delay=2, leave=False)
-    with evaluating(model), torch.no_grad(), bar:
+    with evaluating(model), torch.no_grad(), autocast, bar:
         for batch in micro_batches(windows, tokens_at_once):
             lengths = [len(window.ids) for window in batch]
             input_ids = torch.tensor([token for window in batch for token in window.ids])  # (T,)
             cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
             h = model(input_ids.to(device), cu_seqlens.to(device))  # (T, H)
-
-            # The sum of the states has the direction of their mean.
-            sums = torch.stack([states.float().sum(0) for states in h.split(lengths)])  # (B, H)
-            vectors.index_add_(0, torch.tensor([window.text for window in batch]), sums.cpu())
+            of_batch = [states.float().sum(0) for states in h.split(lengths)]
+            sums.append(torch.stack(of_batch).cpu())  # (B, H)
             bar.update(len(batch))
+
+    # Once for all windows: `index_add_` has a high price for each call.
+    vectors = torch.zeros(len(texts), model.config.hidden_size)
+    texts_of_windows = torch.tensor([window.text for window in windows], dtype=torch.int64)
+    vectors.index_add_(0, texts_of_windows, torch.cat(sums))
     return F.normalize(vectors, dim=-1)
 
 
@@ -865,6 +877,10 @@ def main(argv=None):
     embed_parser.add_argument(
         "--out", metavar="PATH", help="write the vectors to this .npy file instead: (files, H) fp32"
     )
+    help = "compute dtype; auto: bfloat16 if the CPU is fast at it"
+    embed_parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=help
+    )
     arguments = parser.parse_args(argv)
 
     from corpus.tokenizer import Tokenizer  # only here: the model itself needs none
@@ -882,17 +898,17 @@ def main(argv=None):
                 print(f"{candidate['score']:7.2%}  {candidate['token_str']!r}")
             print()
     else:
-        embed_files(model, tokenizer, arguments.files, arguments.out)
+        embed_files(model, tokenizer, arguments.files, arguments.out, arguments.dtype)
 
 
-def embed_files(model, tokenizer, paths, out):
+def embed_files(model, tokenizer, paths, out, dtype):
     """Prints the vectors of files as JSON, or writes them to the .npy file `out`."""
     texts = []
     for path in paths:
         with open(path, encoding="utf-8", errors="replace") as f:
             texts.append(f.read())
     begin = time.perf_counter()
-    vectors = embed(model, tokenizer, texts)  # (files, H)
+    vectors = embed(model, tokenizer, texts, dtype)  # (files, H)
     seconds = time.perf_counter() - begin
     if out:
         with written_whole(out) as f:

@@ -5,6 +5,7 @@
     step_profile   where the time of that step goes
     data_speed     from tokens on disk to batches, beside tokenizing on the fly
     pii_speed      finding personal data and secrets, beside other detectors
+    embed_speed    vectors of source code beside sentence-transformers
     search         finding functions by their docstrings, beside BM25; search_data makes the pairs
     tasks          five tasks, fine-tuned from pretrained and from random weights; task_data
     kernel_speed   each Triton kernel beside its peers, on a GPU; the search for launch settings

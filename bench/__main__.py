@@ -1,4 +1,4 @@
-"""The command line: `python -m bench kernels|model|data|pii|search|tasks|speedrun|pictures`.
+"""The command line: `python -m bench kernels|model|data|pii|embed|search|tasks|...`.
 
 Each measurement prints a table and writes it, with the machine and the versions, to results/.
 """
@@ -25,6 +25,7 @@ def main(argv=None):
     pii = command("pii", "finding personal data in code, beside other detectors")
     search = command("search", "finding functions by their docstrings, beside BM25")
     tasks = command("tasks", "five tasks, fine-tuned from pretrained and from random weights")
+    embed = command("embed", "vectors of source code beside sentence-transformers")
     speedrun = command("speedrun", "a race to a held-out loss: your recipe beside the record's")
     pictures = command("pictures", "draw the front page's two pictures from a run")
 
@@ -53,7 +54,7 @@ def main(argv=None):
         measurement.add_argument("--seeds", type=int, default=3, metavar="N", help=help)
 
     # The flag that all measurements share.
-    for measurement in (kernels, model, data, pii, search, tasks, speedrun):
+    for measurement in (kernels, model, data, pii, embed, search, tasks, speedrun):
         help = "the JSON file to write (default: one in results/, named after the device)"
         measurement.add_argument("--out", metavar="FILE", help=help)
     pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
@@ -90,6 +91,10 @@ def run(arguments):
         from bench.tasks import bench_tasks
 
         bench_tasks(arguments.out, arguments.encoder, arguments.seeds)
+    elif arguments.what == "embed":
+        from bench.embed_speed import bench_embed
+
+        bench_embed(arguments.out)
     elif arguments.what == "speedrun":
         from bench import speedrun
 

@@ -5,5 +5,6 @@ arguments       the arguments of a program as a dataclass: flags, help and limit
 files           JSON that is checked, files that are written whole or not at all, locks
 ranges          ranges of numbers, shuffled without a list and shared out over ranks
 signals         asking a program to stop
+dtypes          whether a CPU is faster in bfloat16
 weights         the tensors in a directory of Hugging Face's layout
 """

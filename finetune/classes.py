@@ -19,16 +19,16 @@ class TextTask:
 
     model_class = StarEncoderForSequenceClassification
 
-    def __init__(self, training, validation, tokenizer, positions, config):
-        self.names = self.names_of(training)
+    def __init__(self, data, tokenizer, positions, config):
+        self.names = self.names_of(data.training)
         self.overrides = {  # fields of the model's config
             "id2label": dict(enumerate(self.names)),
             "problem_type": self.problem_type,
         }
-        self.sequences = sequences(training, tokenizer, positions)
-        self.held_out = sequences(validation, tokenizer, positions)
-        self.labels = self.numbers(training)  # (n,) or (n, C)
-        self.truth = self.numbers(validation)
+        self.sequences = sequences(data.training, tokenizer, positions)
+        self.held_out = sequences(data.validation, tokenizer, positions)
+        self.labels = self.numbers(data.training)  # (n,) or (n, C)
+        self.truth = self.numbers(data.validation)
 
     def __len__(self):
         return len(self.sequences)

@@ -155,7 +155,8 @@ def set_up(config, ranks, dtype, tasks):
 
     data = read_data(config.train, config.validation, ranks.say)
     try:
-        task = tasks[data.kind.target](data.training, data.validation, tokenizer, positions, config)
+        make_task = tasks[data.kind.target]
+        task = make_task(data, tokenizer, positions, replace(config, dtype=dtype))
     except ValueError as error:
         raise ValueError(f"{config.train}: {error}") from None
 

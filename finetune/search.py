@@ -43,13 +43,14 @@ class Search:
     model_class = StarEncoder
     overrides = {}
 
-    def __init__(self, training, validation, tokenizer, positions, config):
+    def __init__(self, data, tokenizer, positions, config):
         self.tokenizer = tokenizer
         self.temperature = config.temperature
-        self.held_out = [record.texts for record in validation]
-        columns = [tokenized(texts, tokenizer) for texts in zip(*(r.texts for r in training))]
-        # Equal texts have equal numbers.
-        self.numbers = np.stack([numbered(r.texts[side] for r in training) for side in (0, 1)])
+        self.dtype = config.dtype
+        self.held_out = [record.texts for record in data.validation]
+        queries_and_code = list(zip(*(record.texts for record in data.training)))
+        columns = [tokenized(texts, tokenizer) for texts in queries_and_code]
+        self.numbers = np.stack([numbered(texts) for texts in queries_and_code])  # (2, n)
         self.sequences = [
             [sequence_of([ids], tokenizer, positions) for ids in column] for column in columns
         ]
@@ -107,7 +108,7 @@ class Search:
         mine = self.held_out[ranks.rank :: ranks.world_size]
         columns = []
         for side in (0, 1):
-            vectors = embed(model, self.tokenizer, [pair[side] for pair in mine])
+            vectors = embed(model, self.tokenizer, [pair[side] for pair in mine], self.dtype)
             columns.append(of_all_ranks(ranks, vectors, len(self.held_out)))
         queries, code = columns  # both (n, H)
         parts = [place_of_right(queries[pool] @ code[pool].T) for pool in pools(len(queries))]

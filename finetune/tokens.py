@@ -113,13 +113,15 @@ class Fragments:
     model_class = StarEncoderForTokenClassification
     ignored = ()  # categories that neither teach nor count
 
-    def __init__(self, training, validation, tokenizer, positions, config):
+    def __init__(self, data, tokenizer, positions, config):
         self.tokenizer = tokenizer
-        self.validation = validation
-        self.categories = self.categories_of(training, validation)
+        self.validation = data.validation
+        self.categories = self.categories_of(data.training, data.validation)
         self.labels = labels_for(self.categories)
         self.overrides = {"id2label": dict(enumerate(self.labels))}  # fields of the model's config
-        self.windows = LabelledWindows(training, tokenizer, positions, self.labels, self.ignored)
+        self.windows = LabelledWindows(
+            data.training, tokenizer, positions, self.labels, self.ignored
+        )
 
     def categories_of(self, training, validation):
         """The names of the categories. Raises ValueError for one that only the validation has."""

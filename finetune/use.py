@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from common.dtypes import multiplies_bfloat16
 from common.files import read_json
 from common.weights import local_directory
 from corpus.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from starencoder import (
     StarEncoderForTokenClassification,
     embed,
 )
-from training.step import autocast_to, multiplies_bfloat16
+from training.step import autocast_to
 
 PREDICTING = {
     model_class.architecture: model_class

@@ -37,7 +37,6 @@ settings.register_profile(  # without shrinking the first failure
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-
 class TorchRandom:
     """PyTorch's generator, as hypothesis wants it: every example starts it at one seed."""
 

@@ -6,6 +6,7 @@ No speed is ever asserted.
 import doctest
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import train
 from bench import (
     bound,
     data_speed,
+    embed_speed,
     machine_code,
     measure,
     model_speed,
@@ -94,6 +96,33 @@ def test_data_speed(small_corpus, tmp_path, monkeypatch):
     torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "data.json").read_text())["rows"]
     assert len(rows) == 2 and all(number(row["tokens/s"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_embed_speed(small_corpus, tmp_path, monkeypatch):
+    """All embed the same texts, and to the same vectors."""
+    monkeypatch.setattr(embed_speed, "LARGE_TEXTS", 1)
+    shutil.copy(os.path.join(small_corpus, "tokenizer.json"), tmp_path)
+    sizes = dict(vocab_size=600, max_position_embeddings=64, pad_token_id=0)
+    config = StarEncoderConfig(**sizes, **SHAPE)
+    StarEncoderForPreTraining(config).save_pretrained(str(tmp_path))
+    path = tmp_path / "embed.json"
+    embed_speed.bench_embed(str(path), str(tmp_path), size=20_000, sample=3_000, repetitions=2)
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["texts"] for row in rows} >= {"functions", "files", "functions, all"}
+    for row in rows:
+        assert number(row["tokens/s"]) > 0
+        rounded = row["by"] == "starencoder" or "bf16" in row["by"]
+        assert float(row["1 - cosine"]) < (1e-3 if rounded else 1e-5), row
+
+
+def test_functions_of_a_source():
+    source = (
+        "import os\n\ndef f():\n    def g():\n        pass\n\nclass C:\n    def h(self): pass\n"
+    )
+    first, second = embed_speed.functions_of(source)
+    assert first == "def f():\n    def g():\n        pass\n" and second == "    def h(self): pass\n"
+    assert embed_speed.functions_of("def") == []
 
 
 def test_python_files_are_no_larger_than_asked():

@@ -218,7 +218,7 @@ def test_sentence_transformers_makes_the_same_vectors(trained):
     out, _ = trained["code"]
     texts = ["the abcde", "def f():\n    return x", "", "  é\t<mask>", "1234 " * 8]
     theirs = sentence_transformers.SentenceTransformer(out, device="cpu").encode(texts)
-    ours = embed(StarEncoder.from_pretrained(out), Tokenizer.from_pretrained(out), texts)
+    ours = embed(StarEncoder.from_pretrained(out), Tokenizer.from_pretrained(out), texts, "float32")
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -255,8 +255,8 @@ def test_two_passes_have_the_gradient_of_one(encoder, tokenizer, micro_batch):
     """GradCache, whatever the micro-batches; a query that is there twice is no negative."""
     texts = [(f"the {i % 7}", f"return {i}") for i in range(8)]  # queries 0 and 7 are equal
     pairs = [records.Record(pair, None) for pair in texts]
-    config = loop.FinetuneConfig(temperature=0.1)
-    task = search.Search(pairs, pairs, tokenizer, 48, config)
+    data = records.Data(None, pairs, pairs, {})
+    task = search.Search(data, tokenizer, 48, loop.FinetuneConfig(temperature=0.1))
     model = StarEncoder.from_pretrained(encoder)
     task.prepare(model)
     whole = task.batch(range(8), "cpu")

@@ -125,6 +125,15 @@ def test_attention_is_that_of_pytorch(lengths, heads, size, seed):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@given(lengths=lengths_strategy, heads=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_attention_is_the_same_where_nothing_is_trained(lengths, heads, seed):
+    """Then it is another path."""
+    qkv, cu_seqlens = packed_qkv(lengths, heads, 16, seed)
+    expected = kernels.attention_reference(qkv, cu_seqlens, 40)
+    out = kernels.attention(qkv, cu_seqlens, 40)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+
+
 @given(lengths=lengths_strategy, seed=st.integers(0, 2**62), p=st.sampled_from([0.1, 0.5]))
 def test_attention_dropout_multiplies_the_weights(lengths, seed, p):
     """With V = 1 the output is the weights: each is 0, or scaled by 1 / (1 - p)."""
@@ -188,6 +197,23 @@ def test_attention_refuses(change, words):
     with pytest.raises(ValueError) as error:
         kernels.attention(**sound | change)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("residual_dtype", [None, torch.bfloat16, torch.float32])
+def test_layer_norm_in_bfloat16_where_nothing_is_trained(residual_dtype):
+    """Then it is another path: beside the reference the sum with the residual is rounded, too."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 50, 64, generator=generator)
+    weight, bias = torch.randn(2, 64, generator=generator)
+    x = x.bfloat16()
+    residual = None if residual_dtype is None else residual.to(residual_dtype)
+    expected = kernels.layer_norm_reference(x, weight, bias, 1e-12, residual=residual)
+    with torch.no_grad():
+        out = kernels.layer_norm(x, weight, bias, 1e-12, residual=residual)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    # A rounding moves a number by 2^-9 of itself at most: that of the sum (up to 6 here, times a
+    # weight of up to 3.5), and that of the output.
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=6 * 3.5 * 2**-9)
 
 
 def test_layer_norm_refuses():

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+from bench.embed_speed import contenders_of
 from starencoder import (
     StarEncoder,
     StarEncoderConfig,
@@ -987,9 +988,12 @@ def test_embed_reads_the_whole_text(tokenizer):
         total += (
             model.eval()(window, torch.tensor([0, len(window)], dtype=torch.int32)).detach().sum(0)
         )
-    torch.testing.assert_close(embed(model, tokenizer, [text])[0], total / total.norm())
+    vector = embed(model, tokenizer, [text], dtype="float32")[0]
+    torch.testing.assert_close(vector, total / total.norm())
     with pytest.raises(ValueError, match="a list"):
         embed(model, tokenizer, "one str")
+    with pytest.raises(ValueError, match="auto, bfloat16 or float32, got 'half'"):
+        embed(model, tokenizer, [text], dtype="half")
     with pytest.raises(ValueError, match="2 positions leave no room"):
         embed(
             StarEncoder(small_config(vocab_size=600, max_position_embeddings=2)), tokenizer, [text]
@@ -1000,9 +1004,9 @@ def test_embed_packs_texts_of_all_lengths(tokenizer, tmp_path):
     """Each text has the vector that it has alone, whatever is packed beside it."""
     model = StarEncoder(small_config(vocab_size=600)).train()
     texts = ["x = 1\n" * n for n in (40, 0, 1, 300, 7)] + ["\u00e9"]
-    together = embed(model, tokenizer, texts)
+    together = embed(model, tokenizer, texts, dtype="float32")
     assert model.training  # as it was
-    alone = torch.cat([embed(model, tokenizer, [text]) for text in texts])
+    alone = torch.cat([embed(model, tokenizer, [text], dtype="float32") for text in texts])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(6))
     assert embed(model, tokenizer, []).shape == (0, 48)
@@ -1014,15 +1018,39 @@ def test_embed_packs_texts_of_all_lengths(tokenizer, tmp_path):
     for i, text in enumerate(texts):
         paths.append(str(tmp_path / f"{i}.py"))
         (tmp_path / f"{i}.py").write_text(text, encoding="utf-8")
-    printed = program("starencoder", "embed", str(tmp_path), *paths)
+    command = ["embed", str(tmp_path), *paths, "--dtype", "float32"]
+    printed = program("starencoder", *command)
     lines = [json.loads(line) for line in printed.stdout.splitlines()]
     assert [line["file"] for line in lines] == paths
     torch.testing.assert_close(torch.tensor([line["embedding"] for line in lines]), together)
     assert "6 files, " in printed.stderr and " MB/s" in printed.stderr
     out = str(tmp_path / "vectors")
-    written = program("starencoder", "embed", str(tmp_path), *paths, "--out", out)
+    written = program("starencoder", *command, "--out", out)
     assert written.returncode == 0 and not written.stdout
     torch.testing.assert_close(torch.from_numpy(np.load(out)), together)
+
+
+def test_embed_in_bfloat16_gives_nearly_the_same_vectors(tokenizer):
+    model = StarEncoder(small_config(vocab_size=600, initializer_range=0.05))
+    texts = ["x = 1\n" * n for n in (40, 0, 1, 300, 7)] + ["\u00e9"]
+    exact = embed(model, tokenizer, texts, dtype="float32")
+    vectors = embed(model, tokenizer, texts, dtype="bfloat16")
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(6))
+    assert (vectors * exact).sum(1).min() > 0.9999
+    # "auto" is one of the two, whatever this CPU is faster at.
+    chosen = embed(model, tokenizer, texts)
+    assert min((chosen - other).abs().max() for other in (exact, vectors)) < 1e-5
+
+
+def test_embed_gives_the_vectors_of_sentence_transformers(tokenizer, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    model = StarEncoder(small_config(vocab_size=600, pad_token_id=tokenizer.pad_id)).eval()
+    texts = ["", "x = 1", "  def f(a):\n    return a\n", "caf\u00e9", "a = [1, 2]\n" * 4]
+    assert max(len(tokenizer.encode(text)) for text in texts) <= 62  # a longer one is truncated
+    theirs = contenders_of(model, tokenizer, str(tmp_path))["sentence-transformers"](texts)
+    ours = embed(model, tokenizer, texts, dtype="float32")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_micro_batches_hold_every_window_once():

@@ -13,13 +13,12 @@ DistributedDataParallel takes the mean over the ranks instead of the sum: hence 
 
 import contextlib
 import functools
-import math
-import time
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from common.dtypes import multiplies_bfloat16
 from training.muon import Muon
 from training.run_directory import arguments_of
 
@@ -141,26 +140,6 @@ def optimizer_step(model, optimizer, max_grad_norm, learning_rate):
 
 
 # ---- the dtype -----------------------------------------------------------------------------------
-
-
-@functools.cache
-def multiplies_bfloat16():
-    """True if this CPU multiplies bfloat16 in at most 3/4 of float32's time.
-
-    Found by trial. A CPU's flags do not say what oneDNN makes of them: without the right
-    instructions it multiplies bfloat16 all the same, up to a hundred times slower.
-    """
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in seconds}
-    begin = time.perf_counter()
-    turns = 0
-    while turns < 4 or time.perf_counter() - begin < 0.3:  # the first turn warms up
-        for dtype, matrix in matrices.items():
-            start = time.thread_time()  # on a busy machine perf_counter counts others' work
-            matrix @ matrix
-            seconds[dtype] = min(seconds[dtype], time.thread_time() - start)
-        turns += 1
-    return seconds[torch.bfloat16] < 0.75 * seconds[torch.float32]
 
 
 def dtype_of(config, device):
