@@ -31,7 +31,7 @@ from starencoder import StarEncoder, StarEncoderConfig, embed
 
 DATA = "corpora/tasks/search"
 RUNS = "runs/search"  # and the number of the seed
-SETTINGS = dict(steps=1000, batch_size=128, micro_batch_size=128, eval_every=250)
+SETTINGS = dict(steps=600, batch_size=128, micro_batch_size=128, eval_every=200)
 
 
 def bench_search(path=None, encoder="runs/tiny", seeds=3):
