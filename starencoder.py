@@ -806,7 +806,6 @@ def embed(model, tokenizer, texts, dtype="auto"):
     windows.sort(key=lambda window: len(window.ids))  # equal lengths make one batch on a CPU
 
     device = model.word_embeddings.weight.device
-    tokens_at_once = 2**12 if device.type == "cpu" else 2**16  # that stay in a CPU's cache
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" or multiplies_bfloat16() else "float32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -815,7 +814,7 @@ def embed(model, tokenizer, texts, dtype="auto"):
     sums = [torch.zeros(0, model.config.hidden_size)]
     bar = tqdm(total=len(windows), desc="embedding", unit="window", delay=2, leave=False)
     with evaluating(model), torch.no_grad(), autocast, bar:
-        for batch in micro_batches(windows, tokens_at_once):
+        for batch in micro_batches(windows, tokens_at_once(device)):
             lengths = [len(window.ids) for window in batch]
             input_ids = torch.tensor([token for window in batch for token in window.ids])  # (T,)
             cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -844,6 +843,11 @@ def windows_of(texts, tokenizer, positions):
             piece = ids[start : start + room]
             windows.append(Window(i, [tokenizer.cls_id, *piece, tokenizer.sep_id]))
     return windows
+
+
+def tokens_at_once(device):
+    """How many tokens to compute at once: on a CPU, as many as stay in its cache."""
+    return 2**12 if device.type == "cpu" else 2**16
 
 
 def micro_batches(windows, tokens):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from starencoder import Window, evaluating, micro_batches
+from starencoder import Window, evaluating, micro_batches, tokens_at_once
 
 
 class Batch(NamedTuple):
@@ -62,7 +62,7 @@ def tokenized(texts, tokenizer):
     return [tokenizer.encode(text) for text in tqdm(texts, "tokenizing", leave=False, delay=2)]
 
 
-def through_model(model, sequences, autocast, description, tokens_at_once=16_384):
+def through_model(model, sequences, autocast, description):
     """Yields (numbers of sequences, their logits in fp32 on the CPU), a batch at a time.
 
     sequences: arrays of ids. The logits: (B, C), or (T, C) of a model that classifies tokens.
@@ -72,7 +72,7 @@ def through_model(model, sequences, autocast, description, tokens_at_once=16_384
     windows.sort(key=lambda window: len(window.ids))  # a progress that is even, and even batches
     bar = tqdm(total=len(windows), desc=description, delay=2, leave=False)
     with evaluating(model), torch.inference_mode(), bar:
-        for batch in micro_batches(windows, tokens_at_once):
+        for batch in micro_batches(windows, tokens_at_once(device)):
             with autocast():
                 logits = model(*pack([window.ids for window in batch], device)).logits
             yield [window.text for window in batch], logits.float().cpu()

@@ -56,6 +56,8 @@ from training.step import (
     wrap_ddp,
 )
 
+DEFAULT_ENCODER = "runs/tiny"
+
 
 @dataclass
 class FinetuneConfig:
@@ -64,7 +66,7 @@ class FinetuneConfig:
     train: str = option("train.jsonl", "examples, as JSON lines; see finetune/README.md")
     validation: str = option("", "examples to measure on; default: a tenth of those for training")
     encoder: str = option(
-        "runs/tiny", "the pretrained model: a run, any Bert directory, or a name on the hub"
+        DEFAULT_ENCODER, "the pretrained model: a run, any Bert directory, or a name on the hub"
     )
     out: str = option("runs/finetuned", "run directory; an unfinished run there is continued")
     random_weights: bool = option(False, "begin without the encoder's weights, for comparison")
@@ -142,6 +144,8 @@ class Setup(NamedTuple):
 
 def set_up(config, ranks, dtype, tasks):
     """Data, model and optimizer. Raises ValueError if they do not fit together."""
+    if config.encoder == DEFAULT_ENCODER and not os.path.isdir(DEFAULT_ENCODER):
+        raise ValueError(f"{DEFAULT_ENCODER}: no such run; `python train.py` makes it in minutes")
     encoder = local_directory(config.encoder)
     shape = StarEncoderConfig.load(encoder)
     positions = shape.max_position_embeddings
