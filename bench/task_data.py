@@ -19,7 +19,6 @@ import re
 import sysconfig
 import textwrap
 import tokenize
-import warnings
 from collections import Counter
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from common.files import write_whole
 from corpus.languages import SKIPPED_DIRECTORIES
 from corpus.store import SPLITS, open_parts, read_meta
 from corpus.tokenizer import Tokenizer
+from finetune.functions import parsed
 
 HELD_OUT = 1 / 7  # of the documents, files or packages
 MOST_CHARACTERS = 400  # of a text
@@ -104,19 +104,10 @@ def read_python(path):
     try:
         with tokenize.open(path) as f:
             source = f.read()
-        return source, parse(source)
-    except (SyntaxError, UnicodeDecodeError):  # an old Python, or a template
+    except (SyntaxError, UnicodeDecodeError):  # of its encoding
         return None
-
-
-def parse(source):
-    """The syntax tree of Python source. Raises SyntaxError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the parser's, about odd escapes in other people's strings
-        try:
-            return ast.parse(source)
-        except (ValueError, RecursionError, MemoryError) as error:  # null bytes, deep nesting
-            raise SyntaxError(str(error)) from None
+    tree = parsed(source)
+    return None if tree is None else (source, tree)
 
 
 # ---- the language of a few lines -----------------------------------------------------------------
@@ -328,13 +319,8 @@ def is_code(line):
     >>> is_code("x = f(y)"), is_code("elif x:"), is_code("see below")
     (True, True, False)
     """
-    for frame in FRAMES if line.endswith(":") else FRAMES[:1]:
-        try:
-            parse(frame.format(line))
-            return True
-        except SyntaxError:
-            pass
-    return False
+    frames = FRAMES if line.endswith(":") else FRAMES[:1]
+    return any(parsed(frame.format(line)) is not None for frame in frames)
 
 
 def statement_lines(source, tree):
