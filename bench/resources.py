@@ -222,11 +222,11 @@ def peers_variants(chip, installed, dtype=torch.bfloat16):
     return variants
 
 
-def bench_resources(path=None):
+def bench_resources(path=None, chips=CHIPS):
     """Compiles every kernel for each chip, and writes what the machine code takes."""
     installed = peers.installed_peers()
     variants = []
-    for chip in CHIPS:
+    for chip in chips:
         triton.runtime.driver.set_active(Chip(chip))  # there may be no driver at all
         variants += our_variants(chip)
         if chip in PEERS_CHIPS:
