@@ -7,8 +7,8 @@ Pairs from installed packages (search_data.py), held out by package, in pools of
     pretrained        the mean, the state of <cls>, that of the last <sep>
     fine-tuned        the mean, after `python -m finetune` on the other packages
 
-For each: the mean reciprocal rank, once more for the queries that share no word with their code,
-recall, and how alike the vectors of different functions are.
+For each: the mean reciprocal rank, once more for the queries that share no content word with their
+code, recall, and how alike the vectors of different functions are.
 """
 
 import json
