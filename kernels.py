@@ -307,8 +307,8 @@ def attention_torch(qkv, cu_seqlens, dropout_p, seed):
     runs = [(L, L * len(list(run))) for L, run in groupby(cu_seqlens.diff().tolist())]
     if not runs:  # no sequence at all
         return qkv[:, 0]
-    # PyTorch's own attention would draw another mask, and on a CPU its backward pass is slow in
-    # bf16: six times at L = 64.
+    # PyTorch's own attention would draw another mask, and on a CPU its backward pass in bf16 takes
+    # six times as long at L = 64.
     fused = dropout_p == 0.0 and not qkv.requires_grad
     outputs = []
     start = 0
@@ -785,7 +785,7 @@ def layer_norm_torch(x, weight, bias, eps, residual, dropout_p, seed):
     There fp32 copies would take half the time. PyTorch computes in fp32 without them, but the sum
     x + residual is rounded to bf16.
     """
-    copies_needed = dropout_p > 0.0 or torch.is_grad_enabled() or not x.device.type == "cpu"
+    copies_needed = dropout_p > 0.0 or torch.is_grad_enabled() or x.device.type != "cpu"
     if copies_needed or x.dtype != torch.bfloat16 or weight.dtype != torch.float32:
         return layer_norm_reference(
             x, weight, bias, eps, residual=residual, dropout_p=dropout_p, seed=seed

@@ -789,8 +789,8 @@ def embed(model, tokenizer, texts, dtype="auto"):
 
     It is the direction of the mean of the text's last hidden states. A text longer than the model's
     positions is read in windows, and all its tokens count. The original takes the state of the last
-    `<sep>` instead; the mean needs no fine-tuning. The windows of all texts are packed, those of a
-    length side by side; a progress bar shows up after two seconds.
+    `<sep>` instead; the mean needs no fine-tuning. The windows of all texts are packed, sorted by
+    length; a progress bar shows up after two seconds.
 
     model: any of the models here; it runs on its own device. dtype: "float32", or "bfloat16" for
     autocast to it, whose vectors have a cosine of about 0.9999 to those in fp32, or more; "auto":
@@ -831,7 +831,7 @@ def embed(model, tokenizer, texts, dtype="auto"):
 
 
 def windows_of(texts, tokenizer, positions):
-    """The texts in windows of at most `positions` tokens. Raises ValueError if none fits."""
+    """The texts in windows of at most `positions` tokens. Raises ValueError if that is too few."""
     room = positions - 2  # beside <cls> and <sep>
     if room < 1:
         raise ValueError(f"the model's {positions} positions leave no room for text")
@@ -870,7 +870,7 @@ def main(argv=None):
     parser = CommandLine(prog="starencoder.py", description="Use a trained model, on the CPU.")
     commands = parser.add_subparsers(dest="command", required=True)
     fill_parser = commands.add_parser("fill-mask", help="what the model would write at each <mask>")
-    embed_parser = commands.add_parser("embed", help="a unit vector for each file, one JSON a line")
+    embed_parser = commands.add_parser("embed", help="a unit vector for each file, as JSON lines")
     for command in (fill_parser, embed_parser):
         command.add_argument("run", help="a run, any Bert directory, or a name on the hub")
     fill_parser.add_argument("text", help='such as "def __init__(<mask>, name):"')

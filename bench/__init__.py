@@ -1,4 +1,4 @@
-"""Every speed that this project claims, measured beside its peers in one run: `python -m bench`.
+"""Every claim of speed or quality, measured beside its peers in one run: `python -m bench`.
 
     measure        contenders that take turns, and the table and JSON file of a measurement
     model_speed    a training step beside transformers' models

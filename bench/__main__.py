@@ -11,7 +11,7 @@ from common.command_line import CommandLine, run_command
 
 def main(argv=None):
     """The command line."""
-    parser = CommandLine(prog="python -m bench", description="Measure the speeds in results/.")
+    parser = CommandLine(prog="python -m bench", description="Measure the figures in results/.")
     commands = parser.add_subparsers(required=True, dest="what", metavar="WHAT")
 
     # Commands of their own, since each has its own flags.

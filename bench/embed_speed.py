@@ -1,12 +1,12 @@
 """How fast source code becomes vectors, beside sentence-transformers and transformers.
 
-All have the same weights and read the same texts, none longer than the model's positions: a longer
-text would be truncated there and read in windows here. So a text is cut before, and the pieces are
-the texts. The peers pad: sentence-transformers to the longest of 32 texts that it has sorted by
-length, transformers to the longest of 32 as they come, or sorted as well.
+All have the same weights and read the same texts, none longer than the model's positions: the peers
+would truncate a longer text, which is read in windows here. So texts are cut beforehand, and each
+piece is a text of its own. The peers pad: sentence-transformers to the longest of 32 texts that it
+has sorted by length, transformers to the longest of 32 as they come, or sorted as well.
 
-Everybody computes in the dtype that a user gets without asking, and in the other one, too. Here
-that is bf16 on a CPU which is fast at it, by autocast; the peers' is fp32.
+Each computes in the dtype that a user gets without asking, and in the other one. Here the default
+is bf16 by autocast, on a CPU that is fast at it; the peers' default is fp32.
 """
 
 import ast
@@ -28,8 +28,8 @@ from starencoder import StarEncoder, StarEncoderConfig, embed
 BATCH_SIZE = 32  # texts that the peers pad to one length; sentence-transformers' default
 SAMPLE = 300_000  # bytes of a workload that is embedded several times
 LARGE_TEXTS = 32  # for the model of the original's shape, which is far slower
-# Of the contenders, those that embed everything, or compute with the large model.
-LONG_RACE = ("starencoder", "sentence-transformers")  # how their names begin
+# How the names begin of those contenders that embed everything, and with the large model.
+LONG_RACE = ("starencoder", "sentence-transformers")
 
 
 class Workload(NamedTuple):

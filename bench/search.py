@@ -7,8 +7,8 @@ Pairs from installed packages (search_data.py), held out by package, in pools of
     pretrained        the mean, the state of <cls>, that of the last <sep>
     fine-tuned        the mean, after `python -m finetune` on the other packages
 
-Of each: the mean reciprocal rank, also of those queries alone whose words the code does not hold,
-recall, and how alike the vectors of different functions are.
+For each: the mean reciprocal rank, once more for the queries that share no content word with their
+code, recall, and how alike the vectors of different functions are.
 """
 
 import json
@@ -35,7 +35,7 @@ SETTINGS = dict(steps=600, batch_size=128, micro_batch_size=128, eval_every=200)
 
 
 def bench_search(path=None, encoder="runs/tiny", seeds=3):
-    """Figures of all contenders; of those with chance in them, by seed."""
+    """Figures of all contenders; several, by seed, of those that depend on chance."""
     make_pairs(DATA)
     with open(os.path.join(DATA, "test.jsonl")) as f:
         pairs = [json.loads(line) for line in f]
@@ -130,7 +130,7 @@ def row_of(name, of_seeds):
     """A row of the table: means over the seeds, and deviations if there are several."""
     row = {"contender": name}
     for key in ("mrr", "mrr, no word", "recall@1", "recall@10", "cosine"):
-        values = [figures[key] for figures in of_seeds if key in figures]
+        values = [of_seed[key] for of_seed in of_seeds if key in of_seed]
         row[key] = shown(values) if values else ""
     return row
 

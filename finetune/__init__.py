@@ -9,6 +9,7 @@ batches     sequences end to end; texts through a model
 scores      figures on held-out examples
 bm25        the baseline of search: words in common
 functions   the functions of source files, which search looks through
+export      what transformers and sentence-transformers need to open a model
 use         predict and search with what was trained
 
 A kind of task is a class with the methods that `loop` calls; `loop` lists them.

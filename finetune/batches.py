@@ -40,8 +40,9 @@ def sequence_of(pieces, tokenizer, positions):
     pieces: lists of ids, one or two. What is too long loses its end. Of a pair it is the longer
     piece that does, or both, as with transformers' "longest_first".
     """
-    room = positions - 1 - len(pieces)
+    room = positions - 1 - len(pieces)  # beside <cls> and each <sep>
     if len(pieces) == 2:
+        # The shorter piece stays whole, unless both are longer than half of the room.
         shorter = min(map(len, pieces))
         longer = max(shorter, room - shorter)
         if shorter + longer > room:
@@ -69,7 +70,7 @@ def through_model(model, sequences, autocast, description):
     """
     device = next(model.parameters()).device
     windows = [Window(number, sequence) for number, sequence in enumerate(sequences)]
-    windows.sort(key=lambda window: len(window.ids))  # a progress that is even, and even batches
+    windows.sort(key=lambda window: len(window.ids))  # equal lengths in one batch
     bar = tqdm(total=len(windows), desc=description, delay=2, leave=False)
     with evaluating(model), torch.inference_mode(), bar:
         for batch in micro_batches(windows, tokens_at_once(device)):
@@ -80,7 +81,10 @@ def through_model(model, sequences, autocast, description):
 
 
 def of_all_ranks(ranks, mine, count):
-    """The rows of all ranks, (count, columns) float64, of this rank's: rows rank, rank + W, ..."""
+    """Gathers rows from the ranks: (count, columns) float64, on every rank.
+
+    mine: this rank's, which are rows rank, rank + W, rank + 2 W, ... of all `count`; W ranks.
+    """
     rows = torch.zeros(count, mine.shape[1], dtype=torch.float64)
     rows[ranks.rank :: ranks.world_size] = mine.double()
     return torch.tensor(ranks.sum(rows), dtype=torch.float64).numpy()

@@ -43,7 +43,7 @@ class BM25:
         self._number_of = {}  # word -> its number
         words = []
         counts = []
-        distinct = []  # words, of each document
+        distinct = []  # how many different words each document has
         for document in documents:
             frequencies = Counter(document)
             for word, count in frequencies.items():

@@ -15,7 +15,10 @@ from starencoder import StarEncoderForSequenceClassification
 
 
 class TextTask:
-    """What the three have in common: <cls> A <sep>, and a vector of C logits for it."""
+    """What the three have in common: <cls> A <sep>, and a vector of C logits for it.
+
+    Each says its `names_of` the C, and its `numbers`: records' targets as the model takes them.
+    """
 
     model_class = StarEncoderForSequenceClassification
 
@@ -25,8 +28,8 @@ class TextTask:
             "id2label": dict(enumerate(self.names)),
             "problem_type": self.problem_type,
         }
-        self.sequences = sequences(data.training, tokenizer, positions)
-        self.held_out = sequences(data.validation, tokenizer, positions)
+        self.sequences = sequences_of(data.training, tokenizer, positions)
+        self.held_out = sequences_of(data.validation, tokenizer, positions)
         self.labels = self.numbers(data.training)  # (n,) or (n, C)
         self.truth = self.numbers(data.validation)
 
@@ -123,7 +126,7 @@ class ManyClasses(TextTask):
 
 
 class Number(TextTask):
-    """A number. The model is trained on numbers of mean 0 and variance 1, and written for all."""
+    """A number: learned with mean 0 and variance 1, published as it stands in the data."""
 
     measure = "spearman"
     problem_type = "regression"
@@ -168,7 +171,7 @@ class Number(TextTask):
         return numbers * self.deviation + self.mean
 
 
-def sequences(records, tokenizer, positions):
+def sequences_of(records, tokenizer, positions):
     """[(tokens,) int64, ...] of records, as the model reads them."""
     columns = [tokenized(texts, tokenizer) for texts in zip(*(record.texts for record in records))]
     return [sequence_of(pieces, tokenizer, positions) for pieces in zip(*columns)]

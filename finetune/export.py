@@ -1,4 +1,4 @@
-"""What other programs need to use a fine-tuned model: transformers, and sentence-transformers."""
+"""What transformers and sentence-transformers need to use a fine-tuned model."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from corpus.tokenizer import Tokenizer
 
 
 def framed(tokenizer, positions):
-    """The same `Tokenizer`, whose files make transformers read texts as they are read here.
+    """A copy of a `Tokenizer` whose files make transformers read texts as they are read here.
 
     A text becomes <cls> A <sep>, a pair <cls> A <sep> B <sep>, all of token type 0. What looks like
-    a special token is ordinary text. positions: to which a text is cut, if that is asked for.
+    a special token is ordinary text. positions: the tokens at which transformers truncates.
     """
     library = tokenizers.Tokenizer.from_str(tokenizer.json)
     special = [("<cls>", tokenizer.cls_id), ("<sep>", tokenizer.sep_id)]
@@ -31,7 +31,7 @@ def framed(tokenizer, positions):
 
 
 def write_modules(directory, config):
-    """The files by which sentence-transformers makes the vectors that `starencoder.embed` makes.
+    """Writes the files by which sentence-transformers makes the vectors of `starencoder.embed`.
 
     config: a `StarEncoderConfig`.
     """
@@ -45,7 +45,7 @@ def write_modules(directory, config):
         "pooling_mode_cls_token": False,
         "pooling_mode_mean_tokens": True,
     }
-    os.makedirs(os.path.join(directory, "2_Normalize"), exist_ok=True)
+    os.makedirs(os.path.join(directory, "2_Normalize"), exist_ok=True)  # it has no settings
     write_json(directory, "1_Pooling/config.json", pooling)
     write_json(
         directory, "sentence_bert_config.json", {"max_seq_length": config.max_position_embeddings}

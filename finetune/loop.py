@@ -1,11 +1,12 @@
 """Fine-tuning: one loop for every kind of task.
 
 As in train.py: the loss is a mean over the *global* batch, a run that was stopped goes on from its
-last checkpoint with the same bits, and torchrun starts it on several GPUs. The run directory's
-model is the one that did best on the validation so far.
+last checkpoint (on a CPU with the same bits), and torchrun starts it on several GPUs. The run
+directory's model is the one that did best on the validation so far.
 
 What the loop asks of a task, see classes.py, tokens.py and search.py:
 
+    Task(data, tokenizer, positions, config)    data: a `records.Data`; config: the run's
     measure                 the figure by which models are compared; more is better
     model_class, overrides  the class of the model, and fields of its config
     len(task)               the number of training examples
@@ -64,7 +65,7 @@ class FinetuneConfig:
     """All arguments of a fine-tuning."""
 
     train: str = option("train.jsonl", "examples, as JSON lines; see finetune/README.md")
-    validation: str = option("", "examples to measure on; default: a tenth of those for training")
+    validation: str = option("", "examples to measure on; if none, a tenth of TRAIN.jsonl")
     encoder: str = option(
         DEFAULT_ENCODER, "the pretrained model: a run, any Bert directory, or a name on the hub"
     )
@@ -95,7 +96,7 @@ class FinetuneConfig:
     keep_checkpoints: int = option(1, "how many of the newest checkpoints to keep")
     timeout: int = option(600, "seconds before an unresponsive rank ends the run")
     log_every: int = option(10, "steps between writes to metrics.jsonl (one line per step)")
-    keep_every = 2**62  # no field: no checkpoint is kept for good
+    keep_every = 2**62  # no checkpoint is kept for good; without a type, this is no field
 
     def __post_init__(self):
         check_fields(self)
@@ -124,7 +125,10 @@ def learning_rate(config, step):
 
 
 def usual_learning_rate(hidden_size):
-    """5e-5 for the published model, as is usual for BERT; 1.6e-3 for the tiny one, 192 wide."""
+    """5e-5 for the published model, as is usual for BERT; 1.6e-3 for the tiny one, 192 wide.
+
+    The power of 2.5 is the one that joins these two.
+    """
     return 5e-5 * (768 / hidden_size) ** 2.5
 
 
@@ -234,7 +238,7 @@ def training_loop(config, ranks, setup, run):
     autocast = setup.autocast
     device = ranks.device
     announce(config, ranks, setup)
-    baselines = task.baselines(model, autocast, ranks)  # before the model becomes another
+    baselines = task.baselines(model, autocast, ranks)  # of the encoder as it came
     first = run.resume(model, setup.optimizer)
     path = os.path.join(config.out, "metrics.jsonl")
     metrics = Metrics(path, first, ranks, plan.peak_flops(device), terms=("loss",))
@@ -247,7 +251,7 @@ def training_loop(config, ranks, setup, run):
 
     ddp_model = wrap_ddp(model, ranks, example_loss)
 
-    # A run that had ended before has no step to do.
+    # A run that has ended has no steps left.
     ended = best.evaluations_since >= config.patience
     steps = range(config.steps if ended else first, config.steps)
     bar = tqdm(
@@ -256,8 +260,8 @@ def training_loop(config, ranks, setup, run):
     done = first
     signals = []
     for step in noting_signals(steps, signals):
-        # This rank's micro-batches; as in pretraining, the count of the global batch, and whether
-        # to stop.
+        # This rank's micro-batches. The sum over the ranks gives the count of the global batch, and
+        # carries the stop flag.
         examples = examples_of(config, len(task), step)
         parts = share(0, len(examples), ranks.rank, ranks.world_size, config.micro_batch_size)
         batches = [task.batch(examples[part], device) for part in parts]
@@ -284,7 +288,7 @@ def training_loop(config, ranks, setup, run):
         metrics.add(done, losses, grad_norm, rate)
         bar.update()
 
-        # What is said, measured and saved.
+        # Report, evaluate and save.
         evaluating = done == config.steps or done % config.eval_every == 0
         if evaluating or stopping or done % config.log_every == 0:
             bar.set_postfix_str(progress(metrics.flush(), best))
@@ -335,7 +339,7 @@ class Best:
             with open(path) as f:
                 lines = [json.loads(line) for line in f]
             figures = [line[measure] for line in lines if measure in line]
-        # The other ranks are told.
+        # Only the first rank reads the file: the others add zeros.
         count = int(ranks.sum([len(figures)])[0])
         for figure in ranks.sum(figures or [0.0] * count):
             self.update(figure)
@@ -370,7 +374,7 @@ def described(figures):
 
 
 def say_result(config, ranks, best, baselines):
-    """Prints the last words of a run."""
+    """Prints how a run ended."""
     measured_on = config.validation or f"a tenth of {config.train}"
     beside = f" (baselines: {described(baselines)})" if baselines else ""
     ranks.say(

@@ -5,7 +5,7 @@
     {"text": "def f(): ...", "score": 0.7}                      a number
     {"text": "# Ada Lovelace", "fragments": [{"category": "NAME", "position": [2, 14]}]}
                                                                 pieces, in characters
-    {"query": "parse a date", "code": "def f(): ..."}           what to find, and where
+    {"query": "parse a date", "code": "def f(): ..."}           a query, and the code it asks for
 
 With {"text_a": ..., "text_b": ...} for "text", the first three are tasks on pairs. Other keys are
 ignored.
@@ -46,7 +46,7 @@ class Span(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A line."""
+    """A line, once checked."""
 
     texts: tuple  # one str, or two
     target: object  # by kind: str, frozenset of str, float, list of Span; None for search
@@ -223,9 +223,9 @@ def read_data(train, validation, say):
 
 
 def hold_out(records, path):
-    """(training, validation): a tenth of the records, by a hash of their text.
+    """(training, validation): a tenth is held out, by a hash of the first text.
 
-    Records of one text are on one side. Raises ValueError if one side is empty.
+    Records with the same first text are on one side. Raises ValueError if a side is empty.
     """
     training = []
     validation = []

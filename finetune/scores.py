@@ -1,7 +1,7 @@
-"""Figures on held-out examples, each between its baseline and 1.
+"""Figures on held-out examples: 1 is the best, but for the squared error.
 
-References: Järvelin & Kekäläinen, 2002, and Voorhees, 1999 (reciprocal ranks); Husain et al.,
-CodeSearchNet, 2019 (a function among 999 others); Nakayama, seqeval, 2018 (F1 of spans).
+References: Voorhees, 1999 (reciprocal ranks); Husain et al., CodeSearchNet, 2019 (a function among
+999 others); Nakayama, seqeval, 2018 (F1 of spans).
 """
 
 import numpy as np
@@ -62,17 +62,17 @@ def correlation(a, b):
 def span_counts(expected, found, categories):
     """(categories, 3) of exact spans: right, found and expected.
 
-    expected, found: a list of spans (start, end, category) for each text.
+    expected, found: a list of `records.Span` for each text.
     """
     counts = np.zeros((len(categories), 3))
     for row, category in zip(counts, categories):
-        want = spans_of(expected, category)
-        have = spans_of(found, category)
+        want = places_of(expected, category)
+        have = places_of(found, category)
         row += len(want & have), len(have), len(want)
     return counts
 
 
-def spans_of(texts, category):
+def places_of(texts, category):
     """{(number of the text, start, end), ...} of the spans of a category."""
     return {
         (number, span.start, span.end)
@@ -88,19 +88,19 @@ def span_scores(counts, categories):
     return {"f1": float(np.mean(list(values.values()))) if values else 0.0} | values
 
 
-def search_scores(ranks):
-    """Figures of search. ranks: (n,), the place of the right code for each query, from 1."""
+def search_scores(places):
+    """Figures of search. places: (n,), the place of the right code for each query, from 1."""
     return {
-        "mrr": float(np.mean(1 / ranks)),
-        "recall@1": float(np.mean(ranks <= 1)),
-        "recall@10": float(np.mean(ranks <= 10)),
+        "mrr": float(np.mean(1 / places)),
+        "recall@1": float(np.mean(places <= 1)),
+        "recall@10": float(np.mean(places <= 10)),
     }
 
 
 def pools(count):
     """Ranges of POOL candidates each, out of `count`; what is left over is in none.
 
-    With fewer there is one smaller pool.
+    With fewer than POOL there is one pool, of all.
     """
     if count < POOL:
         return [range(count)]

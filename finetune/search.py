@@ -30,7 +30,7 @@ from starencoder import StarEncoder, embed
 
 
 class Aim(NamedTuple):
-    """What a micro-batch of pairs has to do."""
+    """A micro-batch's part of the loss, and the gradient that its vectors get from it."""
 
     gradient: torch.Tensor  # (2, B, H) of the loss with respect to its vectors
     value: torch.Tensor  # () its part of the loss
@@ -59,7 +59,7 @@ class Search:
         return len(self.sequences[0])
 
     def prepare(self, model):
-        """Keeps the pooler as it is: files of a BertModel hold it, the mean has no use for it."""
+        """Freezes the pooler: a BertModel's files hold it, but the mean gives it no gradient."""
         model.pooler.requires_grad_(False)
 
     def publish(self, model, directory):
@@ -81,8 +81,7 @@ class Search:
         device = batches[0].input_ids.device
         G = len(examples)
         vectors = torch.zeros(2, G, model.config.hidden_size, device=device)  # of all ranks
-        places = [first, *(batch.count for batch in batches)]
-        places = list(itertools.accumulate(places))
+        places = list(itertools.accumulate((batch.count for batch in batches), initial=first))
         with torch.no_grad(), autocast():
             for batch, seed, start, end in zip(batches, seeds, places, places[1:]):
                 vectors[:, start:end] = vectors_of(model, batch, seed)
@@ -134,7 +133,7 @@ def vectors_of(model, batch, seed):
 
 
 def pair_losses(queries, code, equal, temperature):
-    """(G,) the loss of each pair. queries, code: (G, H). equal: (G, G), pairs with a text alike."""
+    """(G,) the loss of each pair. queries, code: (G, H). equal: (G, G), pairs that share a text."""
     G = len(queries)
     right = torch.arange(G, device=queries.device)
     logits = queries @ code.T / temperature  # (G, G)

@@ -35,8 +35,8 @@ def labels_for(categories):
 def token_labels(offsets, spans, labels, ignored=()):
     """(tokens,) int64: the number of each token's label, NO_LABEL in a span to be ignored.
 
-    offsets: (tokens, 2), where each token begins and ends, in characters. A token that shares but
-    one character with a span belongs to it. ignored: categories that are none of the labels'.
+    offsets: (tokens, 2), where each token begins and ends, in characters. A token that shares
+    even one character with a span belongs to it. ignored: categories without a label.
     """
     numbers = np.zeros(len(offsets), np.int64)
     for start, end, category in spans:
@@ -221,21 +221,22 @@ def token_probabilities(model, tokenizer, texts, autocast):
     texts: without halves of surrogate pairs.
     """
     room = model.config.max_position_embeddings - 2
-    # The parts of a text write into its result.
+    # The result of a part is a view of its text's result.
     results = []
     parts = []
     for text in texts:
         ids = np.array(tokenizer.encode(text), np.int64)
         result = np.zeros((len(ids), model.config.num_labels), np.float32)
         results.append(result)
-        for start, end, first, last in token_windows(len(ids), room) if len(ids) else []:
+        windows = token_windows(len(ids), room) if len(ids) else []
+        for start, end, first, last in windows:
             window = np.concatenate([[tokenizer.cls_id], ids[start:end], [tokenizer.sep_id]])
             parts.append(Part(window, 1 + first - start, result[first:last]))
 
     sequences = [part.ids for part in parts]
     for numbers, logits in through_model(model, sequences, autocast, "classifying"):
         of_batch = logits.softmax(-1).numpy()  # (T, C)
-        at = 0  # where the window begins
+        at = 0  # where the part begins in the batch
         for part in (parts[number] for number in numbers):
             begin = at + part.begin
             part.result[:] = of_batch[begin : begin + len(part.result)]

@@ -39,7 +39,10 @@ class Text(NamedTuple):
 
 
 def predict(directory, paths):
-    """Prints a line of JSON for each text of some files. Raises ValueError for a wrong model."""
+    """Prints a line of JSON for each text of some files.
+
+    Raises ValueError for a model that was not fine-tuned to classify texts or tokens.
+    """
     model, tokenizer = opened(directory, PREDICTING)
     texts = [text for path in paths for text in texts_of(path)]
     begin = time.perf_counter()
@@ -67,7 +70,7 @@ def opened(directory, classes):
     if not known:
         names = " or ".join(classes)
         found = ", ".join(map(str, architectures)) or "nothing"
-        raise ValueError(f"{directory}: holds {found}; needed is {names}")
+        raise ValueError(f"{directory}: holds {found}, not {names}")
     tokenizer = Tokenizer.from_pretrained(directory)
     model = classes[known[0]].from_pretrained(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -113,6 +116,7 @@ def classified(model, tokenizer, texts, autocast):
         for text in texts
     ]
     logits = all_logits(model, sequences, autocast)  # (n, C)
+    # transformers leaves the names of two classes out of its files if nobody gave them any.
     names = list((model.config.id2label or {0: "LABEL_0", 1: "LABEL_1"}).values())
     if model.config.problem_type == "regression":
         return [dict(zip(names, row)) for row in rounded(logits)]
@@ -123,7 +127,7 @@ def classified(model, tokenizer, texts, autocast):
             for row in rows
         ]
     return [
-        {"label": names[max(range(len(row)), key=row.__getitem__)], "scores": dict(zip(names, row))}
+        {"label": names[row.index(max(row))], "scores": dict(zip(names, row))}
         for row in rounded(logits.softmax(-1))
     ]
 

@@ -2,7 +2,7 @@
 
     __main__     the commands: python -m pii train | synthesize | detect | redact | eval
 
-    labels       categories; labelled documents as labels of tokens, in windows
+    labels       categories; labelled documents, and the labels of their tokens
     detector     what is found in a text, by a model, by rules or by both
     rules        what regular expressions know: addresses, known formats of keys
     text_files   files as texts, in any encoding and of any length

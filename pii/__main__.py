@@ -71,7 +71,7 @@ def add_train_flags(parser):
     help = f"with train.jsonl and validation.jsonl (default: {DEFAULT_DATA}, made if missing)"
     parser.add_argument("--data", metavar="DIR", default=DEFAULT_DATA, help=help)
     not_here = {"train", "validation", "temperature"}
-    add_flags(parser, FinetuneConfig, "default", leave_out=not_here)
+    add_flags(parser, FinetuneConfig, "unless the preset differs", leave_out=not_here)
 
 
 # The commands.
