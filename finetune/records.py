@@ -172,6 +172,8 @@ def parse_fragments(value):
     except (TypeError, KeyError, AttributeError):
         layout = '[{"category": "NAME", "position": [start, end]}, ...]'
         raise ValueError(f'"fragments" must be {layout}') from None
+    for span, _ in fragments:
+        check_text("category", span.category)
     return sorted(fragments, key=lambda fragment: fragment[0][:2])
 
 

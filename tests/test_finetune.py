@@ -436,6 +436,10 @@ def test_a_run_keeps_its_dtype_on_another_cpu(encoder, data, tmp_path, monkeypat
 GOOD = {"text": "a", "label": "x"}
 
 
+def fragment_of(category):
+    return {"text": "a", "fragments": [{"category": category, "position": [0, 1]}]}
+
+
 @pytest.mark.parametrize(
     "lines, words",
     [
@@ -460,6 +464,8 @@ GOOD = {"text": "a", "label": "x"}
         ([{"text": "a", "score": 10**400}], [":1:", "finite"]),
         ([{"text": "a", "score": -1e38}], [":1:", "1e+37"]),
         ([{"text": "a", "fragments": {"x": 1}}], [":1:", '"fragments" must be']),
+        ([fragment_of("")], [":1:", '"category" is empty']),
+        ([fragment_of("\ud800")], [":1:", '"category" holds half']),
         ([GOOD] * 40, ["hold out a tenth"]),
         ([{"text": str(i), "label": "x"} for i in range(60)], ["all lines", "'x'"]),
         ([{"text": str(i), "score": 0.5} for i in range(60)], ["all equal"]),
