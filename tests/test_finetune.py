@@ -314,6 +314,12 @@ def test_places_are_counted_one_by_one(drawn):
         assert places[i] == 1 + better + equal / 2  # the mean place, if equal ones are shuffled
 
 
+def test_a_diverged_model_finds_nothing():
+    similarities = np.eye(4)
+    similarities[1] = np.nan
+    assert scores.place_of_right(similarities).tolist() == [1, 4, 1, 1]
+
+
 def test_pools_of_candidates():
     assert scores.pools(999) == [range(999)]
     assert scores.pools(2999) == [range(1000), range(1000, 2000)]
