@@ -62,11 +62,14 @@ def opened(directory, classes):
     classes: {architecture: class}. Raises ValueError for a model of none of these.
     """
     directory = local_directory(directory)
-    architectures = read_json(os.path.join(directory, "config.json")).get("architectures") or []
+    architectures = read_json(os.path.join(directory, "config.json")).get("architectures")
+    if not isinstance(architectures, list):  # a file from elsewhere may hold anything
+        architectures = []
+    architectures = list(map(str, architectures))
     known = [name for name in architectures if name in classes]
     if not known:
         names = " or ".join(classes)
-        found = ", ".join(map(str, architectures)) or "nothing"
+        found = ", ".join(architectures) or "nothing"
         raise ValueError(f"{directory}: holds {found}; needed is {names}")
     tokenizer = Tokenizer.from_pretrained(directory)
     model = classes[known[0]].from_pretrained(directory)

@@ -517,6 +517,8 @@ def test_bad_arguments_are_refused(encoder, data, tmp_path):
     assert_refused(program("finetune", path, *flags, "nan"), "temperature")
     assert_refused(program("finetune", "predict", encoder, path), "holds BertForPreTraining")
     assert_refused(program("finetune", "predict", str(tmp_path), path), "config.json")
+    (tmp_path / "config.json").write_text('{"architectures": 5}')
+    assert_refused(program("finetune", "predict", str(tmp_path), path), "holds nothing")
 
 
 json_values = st.recursive(
