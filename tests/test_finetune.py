@@ -1,6 +1,7 @@
 """Fine-tuning: each kind of task learns, opens elsewhere, goes on with the same bits, and bad data
 is refused in one line."""
 
+import contextlib
 import json
 import os
 import random
@@ -21,11 +22,17 @@ from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 
 from corpus.tokenizer import Tokenizer
-from finetune import loop, records, scores, search
+from finetune import loop, records, scores, search, use
 from finetune.batches import sequence_of
 from finetune.export import framed
 from finetune.tokens import spans_of
-from starencoder import StarEncoder, StarEncoderConfig, StarEncoderForPreTraining, embed
+from starencoder import (
+    StarEncoder,
+    StarEncoderConfig,
+    StarEncoderForPreTraining,
+    StarEncoderForSequenceClassification,
+    embed,
+)
 from training import step
 from training.ranks import Ranks
 
@@ -182,6 +189,27 @@ def test_transformers_says_the_same(trained, data, tmp_path, kind):
         assert list(answer["scores"]) == names
         theirs = probabilities.tolist()  # bfloat16, where this CPU is fast at it, has 8 bits
         assert np.allclose(list(answer["scores"].values()), theirs, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "problem_type, bias, answer",
+    [
+        ("regression", [3.25e-7], {"score": 3.25e-7}),
+        ("multi_label_classification", [-1e-5, 1e-5], {"labels": ["b"]}),
+        ("single_label_classification", [0.0, 1e-5], {"label": "b"}),
+        ("single_label_classification", [0.0] * 30_000 + [1e-5], {"label": "30000"}),
+    ],
+)
+def test_rounding_does_not_choose(encoder, tokenizer, problem_type, bias, answer):
+    names = ["score"] if len(bias) == 1 else ["a", "b"]
+    names = names if len(bias) < 3 else list(map(str, range(len(bias))))
+    fields = {"id2label": dict(enumerate(names)), "problem_type": problem_type}
+    model = StarEncoderForSequenceClassification.from_pretrained(encoder, **fields)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor(bias))
+    (given,) = use.classified(model, tokenizer, [use.Text({}, ("a",))], contextlib.nullcontext)
+    assert {name: given[name] for name in answer} == answer
 
 
 def test_found_fragments(trained, data, tmp_path):
