@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 
+from bench import tasks
 from corpus.tokenizer import Tokenizer
 from finetune import loop, records, scores, search, use
 from finetune.batches import sequence_of
@@ -394,6 +396,24 @@ def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, data, tmp_path,
     weights = "model.safetensors"
     assert read(os.path.join(config.out, weights)) == read(os.path.join(out, weights))
     assert metrics_of(config.out) == metrics_of(out)
+
+
+def test_a_signal_stops_the_benchmark(encoder, data, tmp_path, monkeypatch):
+    for split in ("train", "validation"):
+        shutil.copy(f"{data}/label.jsonl", tmp_path / f"{split}.jsonl")
+    task = tasks.Task("of a test", str(tmp_path), None, "accuracy", "majority_accuracy")
+    rate = loop.learning_rate
+
+    def stopped(config, step):
+        if step == 3:  # once: the second would end anything
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(config, step)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "learning_rate", stopped)
+    monkeypatch.setitem(tasks.SETTINGS, "steps", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        tasks.run(task, encoder, "pretrained", 0)
 
 
 @pytest.mark.slow
