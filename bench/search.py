@@ -60,7 +60,9 @@ def bench_search(path=None, encoder="runs/tiny", seeds=3):
     for seed in range(seeds):
         out = os.path.join(RUNS, str(seed))
         splits = {split: os.path.join(DATA, f"{split}.jsonl") for split in ("train", "validation")}
-        train(FinetuneConfig(**splits, encoder=encoder, out=out, seed=seed, **SETTINGS))
+        config = FinetuneConfig(**splits, encoder=encoder, out=out, seed=seed, **SETTINGS)
+        if train(config) is None:  # a signal stopped it, and means all runs
+            raise KeyboardInterrupt
         tuned.append(by_mean(StarEncoder.from_pretrained(out), tokenizer, pairs, shares))
     contenders["fine-tuned, mean"] = tuned
 

@@ -89,13 +89,15 @@ def run(task, encoder, start, seed):
         encoder=encoder, out=out, seed=seed, random_weights=start == "random", **SETTINGS
     )
     if task.measure == "f1":
-        pii_training.train(pii_training.config_of(task.directory, **settings))
+        best = pii_training.train(pii_training.config_of(task.directory, **settings))
     else:
         paths = {
             split: os.path.join(task.directory, f"{split}.jsonl")
             for split in ("train", "validation")
         }
-        train(FinetuneConfig(**paths, **settings))
+        best = train(FinetuneConfig(**paths, **settings))
+    if best is None:  # a signal stopped it, and means all runs
+        raise KeyboardInterrupt
     with open(os.path.join(out, "metrics.jsonl")) as f:
         return json.loads(f.readlines()[-1])
 

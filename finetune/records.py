@@ -13,13 +13,13 @@ ignored.
 
 import hashlib
 import json
-import math
 from collections import Counter
 from typing import NamedTuple
 
 HELD_OUT = 0.1  # share of the lines, if there is no file for validation
 TEXTS = (("text",), ("text_a", "text_b"), ("query", "code"))
 TARGETS = ("label", "labels", "score", "fragments")
+LARGEST_SCORE = 1e37  # a model is written in float32, which ends at 3.4e38
 
 
 class Kind(NamedTuple):
@@ -121,8 +121,9 @@ def record_of(fields, kind, skipped):
             raise ValueError(f'"labels" must be a list, got {shown(value)}')
         target = frozenset(map(class_name, value))
     elif kind.target == "score":
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f'"score" must be a finite number, got {shown(value)}')
+        if type(value) not in (int, float) or not abs(value) <= LARGEST_SCORE:
+            words = f"a finite number, at most {LARGEST_SCORE:g}"
+            raise ValueError(f'"score" must be {words}, got {shown(value)}')
         target = float(value)
     elif kind.target == "fragments":
         target = usable_spans(texts[0], parse_fragments(value), skipped)
@@ -171,6 +172,8 @@ def parse_fragments(value):
     except (TypeError, KeyError, AttributeError):
         layout = '[{"category": "NAME", "position": [start, end]}, ...]'
         raise ValueError(f'"fragments" must be {layout}') from None
+    for span, _ in fragments:
+        check_text("category", span.category)
     return sorted(fragments, key=lambda fragment: fragment[0][:2])
 
 

@@ -110,9 +110,10 @@ def pools(count):
 def place_of_right(similarities):
     """(n,) the place of each query's own code, from 1. similarities: (n queries, n codes).
 
-    Code that is equally similar shares the places: half of it counts as better.
+    Code that is equally similar shares the places: half of it counts as better. A query whose own
+    similarity is NaN, as of a model that has diverged, has the last place.
     """
     own = np.diagonal(similarities)[:, None]
-    better = (similarities > own).sum(1)
-    equal = (similarities == own).sum(1) - 1
-    return 1 + better + equal / 2
+    worse = (similarities < own).sum(1)
+    equal = np.maximum((similarities == own).sum(1) - 1, 0)  # NaN does not even equal itself
+    return len(similarities) - worse - equal / 2

@@ -65,11 +65,14 @@ def opened(directory, classes):
     classes: {architecture: class}. Raises ValueError for a model of none of these.
     """
     directory = local_directory(directory)
-    architectures = read_json(os.path.join(directory, "config.json")).get("architectures") or []
+    architectures = read_json(os.path.join(directory, "config.json")).get("architectures")
+    if not isinstance(architectures, list):  # a file from elsewhere may hold anything
+        architectures = []
+    architectures = list(map(str, architectures))
     known = [name for name in architectures if name in classes]
     if not known:
         names = " or ".join(classes)
-        found = ", ".join(map(str, architectures)) or "nothing"
+        found = ", ".join(architectures) or "nothing"
         raise ValueError(f"{directory}: holds {found}, not {names}")
     tokenizer = Tokenizer.from_pretrained(directory)
     model = classes[known[0]].from_pretrained(directory)
@@ -118,23 +121,25 @@ def classified(model, tokenizer, texts, autocast):
     logits = all_logits(model, sequences, autocast)  # (n, C)
     # transformers leaves the names of two classes out of its files if nobody gave them any.
     names = list((model.config.id2label or {0: "LABEL_0", 1: "LABEL_1"}).values())
-    if model.config.problem_type == "regression":
-        return [dict(zip(names, row)) for row in rounded(logits)]
+    if model.config.problem_type == "regression":  # of any scale, so digits and not decimals
+        return [dict(zip(names, [float(f"{v:.6g}") for v in row])) for row in logits.tolist()]
+    # What is chosen is chosen by the logits, as in the evaluation: rounded, two may be equal.
     if model.config.problem_type == "multi_label_classification":
-        rows = rounded(logits.sigmoid())
         return [
-            {"labels": [n for n, p in zip(names, row) if p > 0.5], "scores": dict(zip(names, row))}
-            for row in rows
+            {"labels": [names[i] for i in row.nonzero().flatten()], "scores": scores}
+            for row, scores in zip(logits > 0, named(names, logits.sigmoid()))
         ]
     return [
-        {"label": names[row.index(max(row))], "scores": dict(zip(names, row))}
-        for row in rounded(logits.softmax(-1))
+        {"label": names[best], "scores": scores}
+        for best, scores in zip(logits.argmax(1), named(names, logits.softmax(-1)))
     ]
 
 
-def rounded(values):
-    """(n, C) as lists of numbers with four decimals."""
-    return [[round(value, 4) for value in row] for row in values.tolist()]
+def named(names, probabilities):
+    """(n, C) as dicts of numbers with four decimals."""
+    return [
+        {name: round(value, 4) for name, value in zip(names, row)} for row in probabilities.tolist()
+    ]
 
 
 def found_fragments(model, tokenizer, texts, autocast):

@@ -1,6 +1,7 @@
 """Fine-tuning: each kind of task learns, opens elsewhere, goes on with the same bits, and bad data
 is refused in one line."""
 
+import contextlib
 import json
 import os
 import random
@@ -22,12 +23,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 
+from bench import tasks
 from corpus.tokenizer import Tokenizer
-from finetune import loop, records, scores, search
+from finetune import loop, records, scores, search, use
 from finetune.batches import sequence_of
 from finetune.export import framed
 from finetune.tokens import spans_of
-from starencoder import StarEncoder, StarEncoderConfig, StarEncoderForPreTraining, embed
+from starencoder import (
+    StarEncoder,
+    StarEncoderConfig,
+    StarEncoderForPreTraining,
+    StarEncoderForSequenceClassification,
+    embed,
+)
 from training import step
 from training.ranks import Ranks
 
@@ -184,6 +192,27 @@ def test_transformers_says_the_same(trained, data, tmp_path, kind):
         assert np.allclose(list(answer["scores"].values()), theirs, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    "problem_type, bias, answer",
+    [
+        ("regression", [3.25e-7], {"score": 3.25e-7}),
+        ("multi_label_classification", [-1e-5, 1e-5], {"labels": ["b"]}),
+        ("single_label_classification", [0.0, 1e-5], {"label": "b"}),
+        ("single_label_classification", [0.0] * 30_000 + [1e-5], {"label": "30000"}),
+    ],
+)
+def test_rounding_does_not_choose(encoder, tokenizer, problem_type, bias, answer):
+    names = ["score"] if len(bias) == 1 else ["a", "b"]
+    names = names if len(bias) < 3 else list(map(str, range(len(bias))))
+    fields = {"id2label": dict(enumerate(names)), "problem_type": problem_type}
+    model = StarEncoderForSequenceClassification.from_pretrained(encoder, **fields)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor(bias))
+    (given,) = use.classified(model, tokenizer, [use.Text({}, ("a",))], contextlib.nullcontext)
+    assert {name: given[name] for name in answer} == answer
+
+
 def test_found_fragments(trained, data, tmp_path):
     out, _ = trained["fragments"]
     lines = read(os.path.join(data, "fragments.jsonl")).splitlines()[:20]
@@ -315,6 +344,12 @@ def test_places_are_counted_one_by_one(drawn):
         assert places[i] == 1 + better + equal / 2  # the mean place, if equal ones are shuffled
 
 
+def test_a_diverged_model_finds_nothing():
+    similarities = np.eye(4)
+    similarities[1] = np.nan
+    assert scores.place_of_right(similarities).tolist() == [1, 4, 1, 1]
+
+
 def test_pools_of_candidates():
     assert scores.pools(999) == [range(999)]
     assert scores.pools(2999) == [range(1000), range(1000, 2000)]
@@ -361,6 +396,24 @@ def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, data, tmp_path,
     weights = "model.safetensors"
     assert read(os.path.join(config.out, weights)) == read(os.path.join(out, weights))
     assert metrics_of(config.out) == metrics_of(out)
+
+
+def test_a_signal_stops_the_benchmark(encoder, data, tmp_path, monkeypatch):
+    for split in ("train", "validation"):
+        shutil.copy(f"{data}/label.jsonl", tmp_path / f"{split}.jsonl")
+    task = tasks.Task("of a test", str(tmp_path), None, "accuracy", "majority_accuracy")
+    rate = loop.learning_rate
+
+    def stopped(config, step):
+        if step == 3:  # once: the second would end anything
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(config, step)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "learning_rate", stopped)
+    monkeypatch.setitem(tasks.SETTINGS, "steps", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        tasks.run(task, encoder, "pretrained", 0)
 
 
 @pytest.mark.slow
@@ -442,6 +495,10 @@ def test_a_run_keeps_its_dtype_on_another_cpu(encoder, data, tmp_path, monkeypat
 GOOD = {"text": "a", "label": "x"}
 
 
+def fragment_of(category):
+    return {"text": "a", "fragments": [{"category": category, "position": [0, 1]}]}
+
+
 @pytest.mark.parametrize(
     "lines, words",
     [
@@ -463,10 +520,16 @@ GOOD = {"text": "a", "label": "x"}
         (['{"text": "a", "score": NaN}'], [":1:", "finite"]),
         (['{"text": "a", "score": 1e999}'], [":1:", "finite"]),
         ([{"text": "a", "score": "1"}], [":1:", "finite"]),
+        ([{"text": "a", "score": 10**400}], [":1:", "finite"]),
+        ([{"text": "a", "score": -1e38}], [":1:", "1e+37"]),
         ([{"text": "a", "fragments": {"x": 1}}], [":1:", '"fragments" must be']),
+        ([fragment_of("")], [":1:", '"category" is empty']),
+        ([fragment_of("\ud800")], [":1:", '"category" holds half']),
         ([GOOD] * 40, ["hold out a tenth"]),
         ([{"text": str(i), "label": "x"} for i in range(60)], ["all lines", "'x'"]),
         ([{"text": str(i), "score": 0.5} for i in range(60)], ["all equal"]),
+        ([{"text": str(i), "score": 0.1} for i in range(60)], ["all equal"]),  # a sum is rounded
+        ([{"text": str(i), "score": i * 1e-60} for i in range(60)], ["or nearly"]),
         ([{"text": str(i), "labels": []} for i in range(60)], ["no line for training has a class"]),
         ([{"text": str(i), "fragments": []} for i in range(60)], ["has a fragment"]),
     ],
@@ -507,6 +570,8 @@ def test_bad_arguments_are_refused(encoder, data, tmp_path):
     assert_refused(program("finetune", path, *flags, "nan"), "temperature")
     assert_refused(program("finetune", "predict", encoder, path), "holds BertForPreTraining")
     assert_refused(program("finetune", "predict", str(tmp_path), path), "config.json")
+    (tmp_path / "config.json").write_text('{"architectures": 5}')
+    assert_refused(program("finetune", "predict", str(tmp_path), path), "holds nothing")
 
 
 json_values = st.recursive(
