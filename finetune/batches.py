@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from starencoder import Window, evaluating, micro_batches, tokens_at_once
@@ -87,4 +88,6 @@ def of_all_ranks(ranks, mine, count):
     """
     rows = torch.zeros(count, mine.shape[1], dtype=torch.float64)
     rows[ranks.rank :: ranks.world_size] = mine.double()
-    return torch.tensor(ranks.sum(rows), dtype=torch.float64).numpy()
+    if ranks.world_size > 1:  # not `ranks.sum`, which makes a list of Python's numbers
+        dist.all_reduce(rows, group=ranks.control)
+    return rows.numpy()

@@ -111,9 +111,12 @@ class ManyClasses(TextTask):
 
     def numbers(self, records):
         """(n, C) float32, 1 for the classes of each."""
-        check_known(records, lambda record: record.target, self.names)
-        rows = [[name in record.target for name in self.names] for record in records]
-        return np.array(rows, np.float32)
+        number_of = {name: number for number, name in enumerate(self.names)}
+        check_known(records, lambda record: record.target, number_of)
+        rows = np.zeros((len(records), len(self.names)), np.float32)
+        for row, record in zip(rows, records):
+            row[[number_of[name] for name in record.target]] = 1
+        return rows
 
     def evaluate(self, model, autocast, ranks):
         """Accuracy (of all classes at once) and macro F1 of what is more probable than not."""
