@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import kernels
 from common import weights as weight_files
-from common.command_line import CommandLine, run_command
+from common.command_line import CommandLine, run_command, speed_of
 from common.dtypes import multiplies_bfloat16
 from common.files import read_json, write_whole, written_whole
 
@@ -81,7 +81,14 @@ class StarEncoderConfig:
     @property
     def num_labels(self):
         """Number of classes of a classification head."""
-        return 2 if self.id2label is None else len(self.id2label)
+        return len(self.label_names)
+
+    @property
+    def label_names(self):
+        """The names of the classes, by number."""
+        if self.id2label is None:
+            return ["LABEL_0", "LABEL_1"]  # transformers' default
+        return [self.id2label[number] for number in range(len(self.id2label))]
 
     def save(self, directory, architecture):
         """Writes config.json for the class `architecture` of transformers, such as BertModel."""
@@ -920,9 +927,7 @@ def embed_files(model, tokenizer, paths, out, dtype):
     else:
         for path, vector in zip(paths, vectors.tolist()):
             print(json.dumps({"file": path, "embedding": vector}))
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    speed = f"{megabytes:.2f} MB in {seconds:.1f} s, {megabytes / seconds:.2f} MB/s"
-    print(f"{len(paths):,} files, {speed}", file=sys.stderr)
+    print(f"{len(paths):,} files, {speed_of(texts, seconds)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

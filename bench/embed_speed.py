@@ -9,13 +9,10 @@ Each computes in the dtype that a user gets without asking, and in the other one
 is bf16 by autocast, on a CPU that is fast at it; the peers' default is fp32.
 """
 
-import ast
-import os
 import tempfile
 import time
 from typing import NamedTuple
 
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -23,6 +20,8 @@ from tqdm import tqdm
 
 from bench.measure import medians, python_files, report
 from corpus.tokenizer import Tokenizer
+from finetune.export import framed, write_modules
+from finetune.functions import functions_of
 from starencoder import StarEncoder, StarEncoderConfig, embed
 
 BATCH_SIZE = 32  # texts that the peers pad to one length; sentence-transformers' default
@@ -55,7 +54,7 @@ def bench_embed(path=None, run="runs/tiny", size=10_000_000, sample=SAMPLE, repe
     model = StarEncoder.from_pretrained(run)
     files, _ = python_files(2 * size)  # functions are half of it
     sources = [read(file) for file in files]
-    functions = [function for source in sources for function in functions_of(source)]
+    functions = [f.text for file, text in zip(files, sources) for f in functions_of(file, text)]
     positions = model.config.max_position_embeddings
 
     rows = []
@@ -97,24 +96,8 @@ def read(file):
         return f.read()
 
 
-def functions_of(source):
-    """The source of each top-level function and each method of a Python file; [] if it is none."""
-    try:
-        body = ast.parse(source).body
-    except (SyntaxError, ValueError):
-        return []
-    methods = [node for cls in body if isinstance(cls, ast.ClassDef) for node in cls.body]
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [node for node in body + methods if isinstance(node, kinds)]
-    lines = source.splitlines(keepends=True)
-    return ["".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes]
-
-
 def workload_of(name, texts, tokenizer, positions, size):
-    """`size` bytes of the texts, evenly spread, in pieces that fit the model.
-
-    What spells a special token is left out, since the peers would read it as one.
-    """
+    """`size` bytes of the texts, evenly spread, in pieces that fit the model."""
     room = positions - 2  # beside <cls> and <sep>
     whole = sum(len(text) for text in texts)
     pieces = []
@@ -124,8 +107,7 @@ def workload_of(name, texts, tokenizer, positions, size):
         for start in range(0, len(ids), room):
             piece = tokenizer.decode(ids[start : start + room])
             again = len(tokenizer.encode(piece))  # cut, a text may have other tokens
-            special = any(token in piece for token in tokenizer.special_tokens)
-            if again <= room and not special and size > 0:
+            if again <= room and size > 0:
                 pieces.append(piece)
                 total += again
                 size -= len(piece.encode())
@@ -138,7 +120,8 @@ def workload_of(name, texts, tokenizer, positions, size):
 def contenders_of(model, tokenizer, directory):
     """{name: function that takes texts and returns their unit vectors, (texts, H)}."""
     model.save_pretrained(directory)
-    save_tokenizer(tokenizer, directory, model.config.max_position_embeddings)
+    framed(tokenizer, model.config.max_position_embeddings).save_pretrained(directory)
+    write_modules(directory, model.config)
     bert = transformers.BertModel.from_pretrained(directory).eval()
     fast = transformers.AutoTokenizer.from_pretrained(directory)
 
@@ -187,38 +170,14 @@ def in_bfloat16(work):
     return call
 
 
-def save_tokenizer(tokenizer, directory, positions):
-    """Writes a tokenizer for transformers that puts <cls> and <sep> around a text."""
-    library = tokenizers.Tokenizer.from_str(tokenizer.json)
-    ends = [("<cls>", tokenizer.cls_id), ("<sep>", tokenizer.sep_id)]
-    library.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<cls> $A <sep>", special_tokens=ends
-    )
-    names = {f"{name}_token": f"<{name}>" for name in ("pad", "sep", "cls", "mask")}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=library, model_max_length=positions, **names
-    ).save_pretrained(directory)
-
-
 def sentence_transformer(directory):
     """A SentenceTransformer with mean pooling, or None, which one line says."""
     try:
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.sentence_transformer.modules import (
-            Normalize,
-            Pooling,
-            Transformer,
-        )
     except ImportError:
         print("sentence-transformers: not installed; pip install sentence-transformers")
         return None
-    # Saved and read again, as a user would have it.
-    transformer = Transformer(directory)
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
-    saved = os.path.join(directory, "sentence-transformers")
-    modules = [transformer, pooling, Normalize()]
-    SentenceTransformer(modules=modules, device="cpu").save(saved)
-    return SentenceTransformer(saved, device="cpu")
+    return SentenceTransformer(directory, device="cpu")
 
 
 @torch.inference_mode()

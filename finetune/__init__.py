@@ -2,6 +2,7 @@
 
 records     training data: JSON lines, whose keys say what kind of task it is
 loop        the training loop of all tasks, and its arguments
+task        what the loop asks of a task
 classes     tasks on whole texts: one class, several, or a number
 tokens      tasks on pieces of a text: which tokens are a name, a key, ...
 search      vectors of texts, such that a query is close to the code that it asks for
@@ -12,5 +13,5 @@ functions   the functions of source files, which search looks through
 export      what transformers and sentence-transformers need to open a model
 use         predict and search with what was trained
 
-A kind of task is a class with the methods that `loop` calls; `loop` lists them.
+A new kind of task is a new kind of line in `records`, and a subclass of `task.Task`.
 """

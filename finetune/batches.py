@@ -72,10 +72,10 @@ def through_model(model, sequences, autocast, description):
     device = next(model.parameters()).device
     windows = [Window(number, sequence) for number, sequence in enumerate(sequences)]
     windows.sort(key=lambda window: len(window.ids))  # equal lengths in one batch
-    bar = tqdm(total=len(windows), desc=description, delay=2, leave=False)
-    with evaluating(model), torch.inference_mode(), bar:
+    with tqdm(total=len(windows), desc=description, delay=2, leave=False) as bar:
         for batch in micro_batches(windows, tokens_at_once(device)):
-            with autocast():
+            # Not around the loop: what the caller does with a batch runs inside of it.
+            with evaluating(model), torch.no_grad(), autocast():
                 logits = model(*pack([window.ids for window in batch], device)).logits
             yield [window.text for window in batch], logits.float().cpu()
             bar.update(len(batch))

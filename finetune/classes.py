@@ -11,10 +11,11 @@ import torch
 
 from finetune.batches import batch_of, of_all_ranks, sequence_of, through_model, tokenized
 from finetune.scores import class_scores, number_scores, prefixed
+from finetune.task import Task
 from starencoder import StarEncoderForSequenceClassification
 
 
-class TextTask:
+class TextTask(Task):
     """What the three have in common: <cls> A <sep>, and a vector of C logits for it.
 
     Each says its `names_of` the C, and its `numbers`: records' targets as the model takes them.
@@ -24,7 +25,7 @@ class TextTask:
 
     def __init__(self, data, tokenizer, positions, config):
         self.names = self.names_of(data.training)
-        self.overrides = {  # fields of the model's config
+        self.overrides = {
             "id2label": dict(enumerate(self.names)),
             "problem_type": self.problem_type,
         }
@@ -36,27 +37,10 @@ class TextTask:
     def __len__(self):
         return len(self.sequences)
 
-    def prepare(self, model):
-        """Nothing."""
-
-    def publish(self, model, directory):
-        """Writes the model for use."""
-        model.save_pretrained(directory)
-
-    def compare(self, model, batches, *_):
-        """Nothing: each example has a loss of its own."""
-        return [None] * len(batches)
-
     def batch(self, examples, device):
         """A `Batch` of these examples, by their numbers."""
         sequences = [self.sequences[i] for i in examples]
         return batch_of(sequences, self.labels[examples], len(examples), device)
-
-    def loss(self, model, batch, total, seed, _):
-        """This micro-batch's part of the mean over the `total` labels of a global batch."""
-        out = model(batch.input_ids, batch.cu_seqlens, batch.labels, seed=seed)
-        loss = out.loss * (batch.count / total)
-        return loss, loss.detach()
 
     def logits(self, model, autocast, ranks):
         """(n, C) of the held-out examples, on every rank."""

@@ -4,19 +4,7 @@ As in train.py: the loss is a mean over the *global* batch, a run that was stopp
 last checkpoint (on a CPU with the same bits), and torchrun starts it on several GPUs. The run
 directory's model is the one that did best on the validation so far.
 
-What the loop asks of a task, see classes.py, tokens.py and search.py:
-
-    Task(data, tokenizer, positions, config)    data: a `records.Data`; config: the run's
-    measure                 the figure by which models are compared; more is better
-    model_class, overrides  the class of the model, and fields of its config
-    len(task)               the number of training examples
-    batch(examples, device)             a `Batch` of examples, by their numbers
-    prepare(model)                      what the task does to a new model
-    compare(model, batches, ...)        for each batch, what `loss` needs to know of the others
-    loss(model, batch, total, ...)      a scalar with the gradient, and the loss to report
-    evaluate(model, autocast, ranks)    figures on the validation, the same on all ranks
-    baselines(model, autocast, ranks)   the same of something simple
-    publish(model, directory)           writes the model for use
+What it asks of a task stands in task.py.
 """
 
 import functools
@@ -40,6 +28,7 @@ from finetune.classes import ManyClasses, Number, OneClass
 from finetune.export import framed
 from finetune.records import read_data
 from finetune.search import Search
+from finetune.task import Task
 from finetune.tokens import Fragments
 from starencoder import StarEncoderConfig
 from training import plan
@@ -85,7 +74,6 @@ class FinetuneConfig:
     max_grad_norm: float = option(1.0, "larger gradients are scaled down to it", least=1e-30)
     temperature: float = option(0.05, "search: by which cosines are divided", least=1e-3)
     eval_every: int = option(200, "steps between evaluations and checkpoints")
-    patience: int = option(10, "evaluations without a better figure after which the run ends")
     seed: int = option(0, "fixes the new weights, the order of examples and dropout", least=0)
     device: str = option("auto", "auto: cuda if available", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
@@ -138,7 +126,7 @@ def usual_learning_rate(hidden_size):
 class Setup(NamedTuple):
     """What the loop needs."""
 
-    task: object  # of one of the TASKS
+    task: Task
     tokenizer: Tokenizer
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -203,7 +191,7 @@ def train(config):
 def fine_tune(config, ranks, tasks=TASKS):
     """The body of `train`, once the ranks have joined.
 
-    tasks: {target of a `records.Kind`: the class of its task}.
+    tasks: {target of a `records.Kind`: a subclass of `Task`}.
     """
     dtype = dtype_of_run(config, ranks)
     with ranks.together():  # an error on one rank is an error on all
@@ -242,7 +230,7 @@ def training_loop(config, ranks, setup, run):
     first = run.resume(model, setup.optimizer)
     path = os.path.join(config.out, "metrics.jsonl")
     metrics = Metrics(path, first, ranks, plan.peak_flops(device), terms=("loss",))
-    best = Best(path, task.measure, ranks)
+    best = best_before(path, task.measure, ranks)
 
     def example_loss(ddp_model):
         batch = task.batch([0], device)
@@ -251,15 +239,12 @@ def training_loop(config, ranks, setup, run):
 
     ddp_model = wrap_ddp(model, ranks, example_loss)
 
-    # A run that has ended has no steps left.
-    ended = best.evaluations_since >= config.patience
-    steps = range(config.steps if ended else first, config.steps)
     bar = tqdm(
         total=config.steps, initial=first, unit="step", desc="fine-tuning", disable=not ranks.lead
     )
     done = first
     signals = []
-    for step in noting_signals(steps, signals):
+    for step in noting_signals(range(first, config.steps), signals):
         # This rank's micro-batches. The sum over the ranks gives the count of the global batch, and
         # carries the stop flag.
         examples = examples_of(config, len(task), step)
@@ -291,18 +276,17 @@ def training_loop(config, ranks, setup, run):
         # Report, evaluate and save.
         evaluating = done == config.steps or done % config.eval_every == 0
         if evaluating or stopping or done % config.log_every == 0:
-            bar.set_postfix_str(progress(metrics.flush(), best))
+            bar.set_postfix_str(progress(metrics.flush(), task.measure, best))
         if evaluating:
             figures = task.evaluate(model, autocast, ranks)
-            better = best.update(figures[task.measure])
             metrics.write({"step": done} | figures | baselines)
             if ranks.lead:
                 bar.write(f"step {done:6}: {described(figures)}", file=sys.stderr)
                 draw = functools.partial(draw_fine_tuning, figures, baselines, task.measure)
                 draw_curves(config.out, draw)
-                if better:
+                if figures[task.measure] > best:
                     task.publish(model, config.out)
-            ended = best.evaluations_since >= config.patience
+            best = max(best, figures[task.measure])
         if evaluating or stopping:
             run.save(
                 done,
@@ -310,46 +294,32 @@ def training_loop(config, ranks, setup, run):
                 setup.optimizer,
                 setup.tokenizer,
                 metrics,
-                must_succeed=stopping or ended or done == config.steps,
+                must_succeed=stopping or done == config.steps,
                 publish=False,
             )
             metrics.start_clock()
-        if stopping or ended:
+        if stopping:
             break
     bar.close()
 
-    if done < config.steps and not ended:
+    if done < config.steps:
         ranks.say(
             f"Stopped after step {done} of {config.steps}; the same command goes on from there."
         )
         return None
-    say_result(config, ranks, best, baselines)
-    return best.value
+    say_result(config, ranks, task.measure, best, baselines)
+    return best
 
 
-class Best:
-    """The best figure of a run, and the evaluations since then, read from its metrics.jsonl."""
-
-    def __init__(self, path, measure, ranks):
-        self.measure = measure
-        self.value = -math.inf
-        self.evaluations_since = 0
-        figures = []
+def best_before(path, measure, ranks):
+    """The best figure of the evaluations in a metrics.jsonl, on all ranks; -inf without one."""
+    best = -math.inf
+    with ranks.together():
         if ranks.lead:
             with open(path) as f:
                 lines = [json.loads(line) for line in f]
-            figures = [line[measure] for line in lines if measure in line]
-        # Only the first rank reads the file: the others add zeros.
-        count = int(ranks.sum([len(figures)])[0])
-        for figure in ranks.sum(figures or [0.0] * count):
-            self.update(figure)
-
-    def update(self, figure):
-        """Takes an evaluation's figure; returns True if it is the best so far."""
-        better = figure > self.value
-        self.evaluations_since = 0 if better else self.evaluations_since + 1
-        self.value = max(self.value, figure)
-        return better
+            best = max((line[measure] for line in lines if measure in line), default=best)
+    return ranks.sum([best if ranks.lead else 0.0])[0]
 
 
 def announce(config, ranks, setup):
@@ -362,10 +332,10 @@ def announce(config, ranks, setup):
     )
 
 
-def progress(line, best):
+def progress(line, measure, best):
     """A line of the metrics for the progress bar."""
     text = f"loss {line.get('loss', math.nan):.4f}, {line['tokens_per_second']:,.0f} tokens/s"
-    return text if best.value < 0 else f"{text}, best {best.measure} {best.value:.3f}"
+    return text if best == -math.inf else f"{text}, best {described({measure: best})}"
 
 
 def described(figures):
@@ -373,12 +343,12 @@ def described(figures):
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
 
 
-def say_result(config, ranks, best, baselines):
+def say_result(config, ranks, measure, best, baselines):
     """Prints how a run ended."""
     measured_on = config.validation or f"a tenth of {config.train}"
     beside = f" (baselines: {described(baselines)})" if baselines else ""
     ranks.say(
-        f"Best {best.measure.replace('_', ' ')} {best.value:.3f} on {measured_on}{beside}.\n"
+        f"Best {described({measure: best})} on {measured_on}{beside}.\n"
         f"The model is in {config.out} (a Hugging Face directory), its curves in "
         f"{config.out}/curves.png."
     )

@@ -26,7 +26,8 @@ from finetune.batches import batch_of, of_all_ranks, sequence_of, tokenized
 from finetune.bm25 import BM25, words_of
 from finetune.export import write_modules
 from finetune.scores import place_of_right, pools, prefixed, search_scores
-from starencoder import StarEncoder, embed
+from finetune.task import Task
+from starencoder import embed
 
 
 class Aim(NamedTuple):
@@ -36,12 +37,10 @@ class Aim(NamedTuple):
     value: torch.Tensor  # () its part of the loss
 
 
-class Search:
+class Search(Task):
     """Pairs of a query and the code that it asks for."""
 
     measure = "mrr"
-    model_class = StarEncoder
-    overrides = {}
 
     def __init__(self, data, tokenizer, positions, config):
         self.tokenizer = tokenizer
@@ -73,11 +72,7 @@ class Search:
         return batch_of(queries + code, None, len(examples), device)
 
     def compare(self, model, batches, seeds, examples, first, autocast, ranks):
-        """An `Aim` for each micro-batch.
-
-        examples: the numbers of all pairs of the global batch. first: the place among them of this
-        rank's first pair.
-        """
+        """An `Aim` for each micro-batch. The arguments: see `Task`."""
         device = batches[0].input_ids.device
         G = len(examples)
         vectors = torch.zeros(2, G, model.config.hidden_size, device=device)  # of all ranks

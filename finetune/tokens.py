@@ -13,6 +13,7 @@ from tqdm import tqdm
 from finetune.batches import batch_of, through_model
 from finetune.records import Span
 from finetune.scores import span_counts, span_scores
+from finetune.task import Task
 from starencoder import StarEncoderForTokenClassification
 
 NO_LABEL = -100  # of a token that neither teaches nor counts, for PyTorch's cross-entropy
@@ -106,7 +107,7 @@ class LabelledWindows:
         )
 
 
-class Fragments:
+class Fragments(Task):
     """Pieces of a text, each of a category."""
 
     measure = "f1"
@@ -118,7 +119,7 @@ class Fragments:
         self.validation = data.validation
         self.categories = self.categories_of(data.training, data.validation)
         self.labels = labels_for(self.categories)
-        self.overrides = {"id2label": dict(enumerate(self.labels))}  # fields of the model's config
+        self.overrides = {"id2label": dict(enumerate(self.labels))}
         self.windows = LabelledWindows(
             data.training, tokenizer, positions, self.labels, self.ignored
         )
@@ -138,28 +139,11 @@ class Fragments:
     def __len__(self):
         return len(self.windows)
 
-    def prepare(self, model):
-        """Nothing."""
-
-    def publish(self, model, directory):
-        """Writes the model for use."""
-        model.save_pretrained(directory)
-
-    def compare(self, model, batches, *_):
-        """Nothing: each token has a loss of its own."""
-        return [None] * len(batches)
-
     def batch(self, examples, device):
         """A `Batch` of these windows, by their numbers."""
         ids, labels = zip(*(self.windows[i] for i in examples))
         labels = np.concatenate(labels)  # (T,)
         return batch_of(ids, labels, int((labels >= 0).sum()), device)
-
-    def loss(self, model, batch, total, seed, _):
-        """This micro-batch's part of the mean over the `total` labels of a global batch."""
-        out = model(batch.input_ids, batch.cu_seqlens, batch.labels, seed=seed)
-        loss = out.loss * (batch.count / max(total, 1))
-        return loss, loss.detach()
 
     def evaluate(self, model, autocast, ranks):
         """F1 of exact spans: of each category and, "f1", their mean."""
@@ -168,14 +152,10 @@ class Fragments:
         counts = span_counts([record.target for record in mine], found, self.categories)
         return span_scores(ranks.sum(counts), self.categories)
 
-    def baselines(self, *_):
-        """None: who finds nothing has an F1 of 0."""
-        return {}
-
 
 def find_spans(model, tokenizer, texts, autocast):
     """[[Span, ...], ...] of each text, sorted, by the most probable label of each token."""
-    names = list(model.config.id2label.values())
+    names = model.config.label_names
     found = []
     for text, probabilities in zip(texts, token_probabilities(model, tokenizer, texts, autocast)):
         labels = [names[number] for number in probabilities.argmax(1)]

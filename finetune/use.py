@@ -4,10 +4,12 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
+from common.command_line import speed_of
 from common.dtypes import multiplies_bfloat16
 from common.files import read_json
 from common.weights import local_directory
@@ -54,9 +56,8 @@ def predict(directory, paths):
     seconds = time.perf_counter() - begin
     for text, answer in zip(texts, answers):
         print(json.dumps(text.place | answer))
-    megabytes = sum(len(piece.encode()) for text in texts for piece in text.pieces) / 1e6
-    speed = f"{megabytes:.2f} MB in {seconds:.1f} s, {megabytes / seconds:.2f} MB/s"
-    print(f"{len(texts):,} texts, {speed}", file=sys.stderr)
+    pieces = [piece for text in texts for piece in text.pieces]
+    print(f"{len(texts):,} texts, {speed_of(pieces, seconds)}", file=sys.stderr)
 
 
 def opened(directory, classes):
@@ -119,8 +120,7 @@ def classified(model, tokenizer, texts, autocast):
         for text in texts
     ]
     logits = all_logits(model, sequences, autocast)  # (n, C)
-    # transformers leaves the names of two classes out of its files if nobody gave them any.
-    names = list((model.config.id2label or {0: "LABEL_0", 1: "LABEL_1"}).values())
+    names = model.config.label_names
     if model.config.problem_type == "regression":  # of any scale, so digits and not decimals
         return [dict(zip(names, [float(f"{v:.6g}") for v in row])) for row in logits.tolist()]
     # What is chosen is chosen by the logits, as in the evaluation: rounded, two may be equal.
@@ -161,7 +161,8 @@ def search(directory, query, paths, top):
     check_text("query", query)
     encoders = dict.fromkeys(("BertModel", "BertForPreTraining"), StarEncoder)
     model, tokenizer = opened(directory, encoders)
-    functions = list(functions_under(paths))
+    skipped = Counter()
+    functions = list(functions_under(paths, skipped))
     if not functions:
         raise ValueError(f"{' '.join(paths)}: no source files")
     begin = time.perf_counter()
@@ -173,6 +174,7 @@ def search(directory, query, paths, top):
         function = functions[number]
         row = f"{similarity:5.2f}  {function.path}:{function.line}  {function.name}"
         print(row.encode(errors="replace").decode())  # half a surrogate pair cannot be printed
-    megabytes = sum(len(function.text.encode(errors="replace")) for function in functions) / 1e6
-    speed = f"{megabytes:.2f} MB in {seconds:.1f} s, {megabytes / seconds:.2f} MB/s"
-    print(f"{len(functions):,} functions, {speed}", file=sys.stderr)
+    speed = speed_of([function.text for function in functions], seconds)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
+    left_out = f"; files left out: {reasons}" if reasons else ""
+    print(f"{len(functions):,} functions, {speed}{left_out}", file=sys.stderr)

@@ -247,7 +247,7 @@ class Detector:
         tokenizer = Tokenizer.from_pretrained(directory)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{directory}: its tokenizer has more tokens than its model")
-        if list((model.config.id2label or {}).values()) != LABELS:
+        if model.config.label_names != LABELS:
             words = "no PII detector (it has other classes); `python -m pii train` makes one"
             raise ValueError(f"{directory}: {words}")
         if device == "cuda" and not torch.cuda.is_available():

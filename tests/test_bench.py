@@ -116,15 +116,6 @@ def test_embed_speed(small_corpus, tmp_path, monkeypatch):
         assert float(row["1 - cosine"]) < (1e-3 if rounded else 1e-5), row
 
 
-def test_functions_of_a_source():
-    source = (
-        "import os\n\ndef f():\n    def g():\n        pass\n\nclass C:\n    def h(self): pass\n"
-    )
-    first, second = embed_speed.functions_of(source)
-    assert first == "def f():\n    def g():\n        pass\n" and second == "    def h(self): pass\n"
-    assert embed_speed.functions_of("def") == []
-
-
 def test_python_files_are_no_larger_than_asked():
     files, total = measure.python_files(200_000)
     assert len(files) == len(set(files)) > 5 and 100_000 < total <= 200_000

@@ -111,12 +111,10 @@ def test_training_learns_and_opens_in_transformers(trained, labelled):
     assert transformers.AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
 
 
-def test_early_stopping_and_random_weights(encoder, labelled, tmp_path):
-    settings = dict(learning_rate=1e-30, patience=2)
+def test_random_weights_and_other_data_are_other_runs(encoder, labelled, tmp_path):
+    settings = dict(learning_rate=1e-30, steps=2, eval_every=2)
     config = config_of(encoder, labelled, tmp_path / "pii", random_weights=True, **settings)
     assert finetune.train(config) < 0.1
-    lines = read(os.path.join(config.out, "metrics.jsonl")).splitlines()
-    assert sum(b'"f1"' in line for line in lines) == 3
     with pytest.raises(ValueError, match="holds a run with random_weights True"):
         finetune.train(config_of(encoder, labelled, tmp_path / "pii", **settings))
     other = shutil.copytree(labelled, tmp_path / "other")
