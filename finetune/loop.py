@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from common.arguments import check_fields, option
+from common.command_line import first_line
 from common.ranges import permute, share
 from common.signals import noting_signals
 from common.weights import local_directory
@@ -297,7 +298,7 @@ def training_loop(config, ranks, setup, run):
                 draw = functools.partial(draw_fine_tuning, figures, baselines, task.measure)
                 draw_curves(config.out, draw)
                 if better:
-                    task.publish(model, config.out)
+                    publish(task, model, config.out)
             ended = best.evaluations_since >= config.patience
         if evaluating or stopping:
             run.save(
@@ -321,6 +322,15 @@ def training_loop(config, ranks, setup, run):
         return None
     say_result(config, ranks, best, baselines)
     return best.value
+
+
+def publish(task, model, out):
+    """Writes the best model so far. Raises OSError, which says what to do, on a full disk."""
+    try:
+        task.publish(model, out)
+    except OSError as error:
+        words = f"{out}: the model cannot be written ({first_line(error)}); make room"
+        raise OSError(f"{words}, and the same command goes on") from None
 
 
 class Best:

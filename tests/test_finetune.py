@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -395,6 +396,21 @@ def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, data, tmp_path,
     assert loop.train(config) == best == loop.train(config)  # the last has nothing to do
     weights = "model.safetensors"
     assert read(os.path.join(config.out, weights)) == read(os.path.join(out, weights))
+    assert metrics_of(config.out) == metrics_of(out)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(trained, encoder, data, tmp_path):
+    out, best = trained["label"]
+    config = config_of(encoder, data, "label", tmp_path / "run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = os.path.getsize(os.path.join(out, "model.safetensors")) - 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(OSError, match="run: the model cannot be written.*make room"):
+            loop.train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert loop.train(config) == best
     assert metrics_of(config.out) == metrics_of(out)
 
 
