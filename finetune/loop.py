@@ -208,7 +208,10 @@ def fine_tune(config, ranks, tasks=TASKS):
     if not config.learning_rate:
         rate = usual_learning_rate(setup.model.config.hidden_size)
         config = replace(config, learning_rate=rate)
-    resolved = asdict(config) | {"dtype": dtype} | setup.sha256
+    # The encoder's directory may hold another model by now: its weights are in the checkpoint, its
+    # tokenizer is not.
+    known = setup.sha256 | {"tokenizer_sha256": setup.tokenizer.sha256}
+    resolved = asdict(config) | {"dtype": dtype} | known
     with RunDirectory(config, ranks, resolved, MACHINE_FIELDS) as run:
         return training_loop(config, ranks, setup, run)
 

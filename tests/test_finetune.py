@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 
 from bench import tasks
-from corpus.tokenizer import Tokenizer
+from corpus.tokenizer import Tokenizer, train_tokenizer
 from finetune import loop, records, scores, search, use
 from finetune.batches import sequence_of
 from finetune.export import framed
@@ -397,6 +397,15 @@ def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, data, tmp_path,
     weights = "model.safetensors"
     assert read(os.path.join(config.out, weights)) == read(os.path.join(out, weights))
     assert metrics_of(config.out) == metrics_of(out)
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(encoder, data, tmp_path):
+    encoder = shutil.copytree(encoder, tmp_path / "encoder")
+    config = config_of(str(encoder), data, "label", tmp_path / "run", steps=2)
+    loop.train(config)
+    train_tokenizer(["another"], 300).save_pretrained(encoder)
+    with pytest.raises(ValueError, match="a run with tokenizer_sha256"):
+        loop.train(config)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(trained, encoder, data, tmp_path):
