@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from common.arguments import check_fields, option
+from common.command_line import first_line
 from common.ranges import permute, share
 from common.signals import noting_signals
 from common.weights import local_directory
@@ -199,7 +200,10 @@ def fine_tune(config, ranks, tasks=TASKS):
     if not config.learning_rate:
         rate = usual_learning_rate(setup.model.config.hidden_size)
         config = replace(config, learning_rate=rate)
-    resolved = asdict(config) | {"dtype": dtype} | setup.sha256
+    # The encoder's directory may hold another model by now: its weights are in the checkpoint, its
+    # tokenizer is not.
+    known = setup.sha256 | {"tokenizer_sha256": setup.tokenizer.sha256}
+    resolved = asdict(config) | {"dtype": dtype} | known
     with RunDirectory(config, ranks, resolved, MACHINE_FIELDS) as run:
         return training_loop(config, ranks, setup, run)
 
@@ -285,7 +289,7 @@ def training_loop(config, ranks, setup, run):
                 draw = functools.partial(draw_fine_tuning, figures, baselines, task.measure)
                 draw_curves(config.out, draw)
                 if figures[task.measure] > best:
-                    task.publish(model, config.out)
+                    publish(task, model, config.out)
             best = max(best, figures[task.measure])
         if evaluating or stopping:
             run.save(
@@ -309,6 +313,15 @@ def training_loop(config, ranks, setup, run):
         return None
     say_result(config, ranks, task.measure, best, baselines)
     return best
+
+
+def publish(task, model, out):
+    """Writes the best model so far. Raises OSError, which says what to do, on a full disk."""
+    try:
+        task.publish(model, out)
+    except OSError as error:
+        words = f"{out}: the model cannot be written ({first_line(error)}); make room"
+        raise OSError(f"{words}, and the same command goes on") from None
 
 
 def best_before(path, measure, ranks):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 
 from bench import tasks
-from corpus.tokenizer import Tokenizer
+from corpus.tokenizer import Tokenizer, train_tokenizer
 from finetune import loop, records, scores, search, use
 from finetune.batches import sequence_of
 from finetune.export import framed
@@ -395,6 +396,30 @@ def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, data, tmp_path,
     assert loop.train(config) == best == loop.train(config)  # the last has nothing to do
     weights = "model.safetensors"
     assert read(os.path.join(config.out, weights)) == read(os.path.join(out, weights))
+    assert metrics_of(config.out) == metrics_of(out)
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(encoder, data, tmp_path):
+    encoder = shutil.copytree(encoder, tmp_path / "encoder")
+    config = config_of(str(encoder), data, "label", tmp_path / "run", steps=2)
+    loop.train(config)
+    train_tokenizer(["another"], 300).save_pretrained(encoder)
+    with pytest.raises(ValueError, match="a run with tokenizer_sha256"):
+        loop.train(config)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(trained, encoder, data, tmp_path):
+    out, best = trained["label"]
+    config = config_of(encoder, data, "label", tmp_path / "run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = os.path.getsize(os.path.join(out, "model.safetensors")) - 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(OSError, match="run: the model cannot be written.*make room"):
+            loop.train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert loop.train(config) == best
     assert metrics_of(config.out) == metrics_of(out)
 
 
