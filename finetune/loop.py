@@ -152,6 +152,9 @@ def set_up(config, ranks, dtype, tasks):
 
     data = read_data(config.train, config.validation, ranks.say)
     try:
+        if data.kind.target not in tasks:
+            names = ", ".join(f'"{name}"' for name in tasks)
+            raise ValueError(f"lines of {data.kind}, not with {names}")
         make_task = tasks[data.kind.target]
         task = make_task(data, tokenizer, positions, replace(config, dtype=dtype))
     except ValueError as error:

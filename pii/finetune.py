@@ -68,7 +68,7 @@ def train(config):
     with ranks.watched():
         if not make_defaults(config, ranks):
             return None
-        return loop.fine_tune(config, ranks, loop.TASKS | {"fragments": PII})
+        return loop.fine_tune(config, ranks, {"fragments": PII})
 
 
 def make_defaults(config, ranks):

@@ -133,6 +133,13 @@ def test_an_unknown_category_is_refused(encoder, tmp_path):
         finetune.train(config_of(encoder, str(tmp_path), tmp_path / "pii"))
 
 
+def test_data_of_another_task_are_refused(encoder, tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "a", "label": "b"}')
+    with pytest.raises(ValueError, match='train.jsonl: lines of {"text", "label"}'):
+        finetune.train(finetune.config_of(str(tmp_path), encoder=encoder, out=str(tmp_path / "o")))
+
+
 def test_the_model_alone_is_no_slower_to_be_right_in_company(trained):
     """What is found in a text does not depend on the texts beside it."""
     detector = Detector.from_pretrained(trained[0], "cpu", threshold=0.0)
