@@ -253,17 +253,20 @@ class PretrainedModel(nn.Module):
         """Reads any Bert directory of transformers: safetensors or pickled, whole or in shards.
 
         directory: its path, or its name on the Hugging Face hub. overrides: fields of the config to
-        replace, such as the classes of a new head, `id2label={0: "O", ...}`. Returns the model in
-        evaluation mode, as transformers does.
+        replace; with other classes, `id2label={0: "O", ...}`, the classifier is a new one. Returns
+        the model in evaluation mode, as transformers does.
 
         A missing pooler, next-sentence head or classifier starts from random weights, and a line on
         stderr says so; a missing MLM head is an error. Raises ValueError if weights and config do
         not fit together, FileNotFoundError if there are none.
         """
         directory = weight_files.local_directory(directory)
-        config = replace(StarEncoderConfig.load(directory), **overrides)
+        saved = StarEncoderConfig.load(directory)
+        config = replace(saved, **overrides)
         weights = weight_files.read(directory)
         weights = {short_name(name): value for name, value in weights.items()}
+        if config.label_names != saved.label_names:
+            weights = {n: value for n, value in weights.items() if not n.startswith("classifier.")}
         try:
             config.tie_word_embeddings = decoder_is_tied(weights, config)
             rename_decoder(weights, config.tie_word_embeddings)

@@ -219,16 +219,18 @@ def read_data(train, validation, say):
         held_out = other.records
         sha256["validation_sha256"] = other.sha256
     else:
-        training, held_out = hold_out(training, train)
-    for reason, count in skipped.items():
+        training, held_out = hold_out(training, train, skipped)
+    for reason, count in (+skipped).items():  # those above 0
         say(f"left out: {count:,} {reason}")
     return Data(data.kind, training, held_out, sha256)
 
 
-def hold_out(records, path):
+def hold_out(records, path, skipped):
     """(training, validation): a tenth is held out, by a hash of the first text.
 
-    Records with the same first text are on one side. Raises ValueError if a side is empty.
+    Records with the same first text are on one side. A record whose class is in no other is for
+    training, and a query for code that is held out is left out, counted in `skipped`. Raises
+    ValueError if a side is empty.
     """
     training = []
     validation = []
@@ -236,7 +238,28 @@ def hold_out(records, path):
         digest = hashlib.sha256(record.texts[0].encode()).digest()
         held_out = int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
         (validation if held_out else training).append(record)
+
+    known = set().union(*map(classes_of, training))
+    training += [record for record in validation if not classes_of(record) <= known]
+    validation = [record for record in validation if classes_of(record) <= known]
+
+    if records[0].target is None:  # search
+        held_out_code = {record.texts[1] for record in validation}
+        kept = [record for record in training if record.texts[1] not in held_out_code]
+        skipped["queries whose code is held out"] += len(training) - len(kept)
+        training = kept
+
     if not training or not validation:
         words = "too few lines to hold out a tenth; give some in a file of their own"
         raise ValueError(f"{path}: {words}, by --validation")
     return training, validation
+
+
+def classes_of(record):
+    """The classes that a record teaches."""
+    target = record.target
+    if isinstance(target, str):
+        return {target}
+    if isinstance(target, frozenset):
+        return target
+    return {span.category for span in target} if isinstance(target, list) else set()

@@ -163,8 +163,10 @@ def search(directory, query, paths, top):
     model, tokenizer = opened(directory, encoders)
     skipped = Counter()
     functions = list(functions_under(paths, skipped))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
+    left_out = f"; files left out: {reasons}" if reasons else ""
     if not functions:
-        raise ValueError(f"{' '.join(paths)}: no source files")
+        raise ValueError(f"{' '.join(paths)}: no source files{left_out}")
     begin = time.perf_counter()
     vectors = embed(model, tokenizer, [query, *(function.text for function in functions)])
     similarities = vectors[1:] @ vectors[0]  # (functions,) cosines
@@ -175,6 +177,4 @@ def search(directory, query, paths, top):
         row = f"{similarity:5.2f}  {function.path}:{function.line}  {function.name}"
         print(row.encode(errors="replace").decode())  # half a surrogate pair cannot be printed
     speed = speed_of([function.text for function in functions], seconds)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-    left_out = f"; files left out: {reasons}" if reasons else ""
     print(f"{len(functions):,} functions, {speed}{left_out}", file=sys.stderr)

@@ -625,7 +625,36 @@ def test_any_file_is_read_or_refused(tmp_path, lines):
 
 def test_texts_alike_are_held_out_together():
     many = [records.Record((str(i % 200),), str(i % 2)) for i in range(1000)]
-    training, validation = records.hold_out(many, "a.jsonl")
+    training, validation = records.hold_out(many, "a.jsonl", Counter())
     assert {r.texts for r in training}.isdisjoint({r.texts for r in validation})
     assert 20 < len(validation) < 250
-    assert records.hold_out(many[::-1], "a.jsonl")[1] == validation[::-1]
+    assert records.hold_out(many[::-1], "a.jsonl", Counter())[1] == validation[::-1]
+
+
+def test_what_is_held_out_can_be_known_and_is_not_trained_on():
+    classes = [records.Record((f"text {i}",), f"class {i % 90}") for i in range(100)]
+    training, validation = records.hold_out(classes, "a.jsonl", Counter())
+    assert {r.target for r in validation} <= {r.target for r in training}
+    assert validation and len(training) + len(validation) == 100
+
+    pairs = [records.Record((f"query {i}", f"code {i % 50}"), None) for i in range(200)]
+    skipped = Counter()
+    training, validation = records.hold_out(pairs, "a.jsonl", skipped)
+    assert {r.texts[1] for r in training}.isdisjoint({r.texts[1] for r in validation})
+    assert skipped.total() == 200 - len(training) - len(validation) > 0
+    assert validation
+
+
+def test_an_encoder_that_was_fine_tuned_before(trained, data, tmp_path):
+    """Its classifier is of no use for other classes, and dropped; for the same ones it is kept."""
+    out, _ = trained["label"]  # three classes
+    config = config_of(out, data, "pair", tmp_path / "pair", steps=2, eval_every=2)
+    loop.train(config)  # two classes
+    model = StarEncoderForSequenceClassification.from_pretrained(config.out)
+    assert model.config.label_names == ["both low", "not"]
+    before = StarEncoderForSequenceClassification.from_pretrained(out)
+    names = before.config.id2label
+    kept = StarEncoderForSequenceClassification.from_pretrained(out, id2label=names)
+    assert torch.equal(kept.classifier.weight, before.classifier.weight)
+    other = StarEncoderForSequenceClassification.from_pretrained(out, id2label={0: "a", 1: "b"})
+    assert other.classifier.weight.shape == (2, 32)
