@@ -116,8 +116,8 @@ def data(tmp_path_factory):
 def config_of(encoder, data, kind, out, **fields):
     settings = dict(
         steps=60,
-        batch_size=32,
-        micro_batch_size=16,
+        batch_size=16,
+        micro_batch_size=8,
         eval_every=30,
         learning_rate=5e-3,
         warmup_steps=5,
@@ -135,7 +135,9 @@ def trained(encoder, data, tmp_path_factory):
     runs = {}
     for kind in KINDS:
         out = str(directory / kind)
-        runs[kind] = out, loop.train(config_of(encoder, data, kind, out))
+        # Of two evaluations one is halfway, for the run that is stopped between them.
+        fields = {} if kind == "code" else {"eval_every": 60}
+        runs[kind] = out, loop.train(config_of(encoder, data, kind, out, **fields))
     return runs
 
 
@@ -378,11 +380,10 @@ def test_f1_of_spans_is_seqevals(drawn):
 # ---- stopped, killed, shared -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["score", "code"])
-def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, data, tmp_path, monkeypatch, kind):
+def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, data, tmp_path, monkeypatch):
     """Ended by a signal between two evaluations."""
-    out, best = trained[kind]
-    config = config_of(encoder, data, kind, tmp_path / "run")
+    out, best = trained["code"]
+    config = config_of(encoder, data, "code", tmp_path / "run")
     rate = loop.learning_rate
 
     def stopped(config, step):
@@ -410,7 +411,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(encoder, data, tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(trained, encoder, data, tmp_path):
     out, best = trained["label"]
-    config = config_of(encoder, data, "label", tmp_path / "run")
+    config = config_of(encoder, data, "label", tmp_path / "run", eval_every=60)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     most = os.path.getsize(os.path.join(out, "model.safetensors")) - 1
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
