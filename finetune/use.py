@@ -8,6 +8,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from common.command_line import speed_of
 from common.dtypes import multiplies_bfloat16
@@ -117,7 +118,7 @@ def classified(model, tokenizer, texts, autocast):
     positions = model.config.max_position_embeddings
     sequences = [
         sequence_of([tokenizer.encode(piece) for piece in text.pieces], tokenizer, positions)
-        for text in texts
+        for text in tqdm(texts, "tokenizing", unit=" texts", delay=2, leave=False)
     ]
     logits = all_logits(model, sequences, autocast)  # (n, C)
     names = model.config.label_names
@@ -162,7 +163,8 @@ def search(directory, query, paths, top):
     encoders = dict.fromkeys(("BertModel", "BertForPreTraining"), StarEncoder)
     model, tokenizer = opened(directory, encoders)
     skipped = Counter()
-    functions = list(functions_under(paths, skipped))
+    reading = functions_under(paths, skipped)
+    functions = list(tqdm(reading, "reading", unit=" functions", delay=2, leave=False))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
     left_out = f"; files left out: {reasons}" if reasons else ""
     if not functions:
