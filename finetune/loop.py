@@ -285,15 +285,7 @@ def training_loop(config, ranks, setup, run):
         if evaluating or stopping or done % config.log_every == 0:
             bar.set_postfix_str(progress(metrics.flush(), task.measure, best))
         if evaluating:
-            figures = task.evaluate(model, autocast, ranks)
-            metrics.write({"step": done} | figures | baselines)
-            if ranks.lead:
-                bar.write(f"step {done:6}: {described(figures)}", file=sys.stderr)
-                draw = functools.partial(draw_fine_tuning, figures, baselines, task.measure)
-                draw_curves(config.out, draw)
-                if figures[task.measure] > best:
-                    publish(task, model, config.out)
-            best = max(best, figures[task.measure])
+            best = evaluate(config, ranks, setup, metrics, done, baselines, best)
         if evaluating or stopping:
             run.save(
                 done,
@@ -316,6 +308,20 @@ def training_loop(config, ranks, setup, run):
         return None
     say_result(config, ranks, task.measure, best, baselines)
     return best
+
+
+def evaluate(config, ranks, setup, metrics, step, baselines, best):
+    """Measures, reports, and publishes a model better than `best`. Returns the best figure."""
+    task = setup.task
+    figures = task.evaluate(setup.model, setup.autocast, ranks)
+    metrics.write({"step": step} | figures | baselines)
+    if ranks.lead:
+        tqdm.write(f"step {step:6}: {described(figures)}", file=sys.stderr)
+        draw = functools.partial(draw_fine_tuning, figures, baselines, task.measure)
+        draw_curves(config.out, draw)
+        if figures[task.measure] > best:
+            publish(task, setup.model, config.out)
+    return max(best, figures[task.measure])
 
 
 def publish(task, model, out):
