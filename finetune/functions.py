@@ -58,7 +58,8 @@ def functions_under(paths, skipped=None):
     """Yields each `Function` of files and of those in directories, in the order of their names.
 
     skipped: a Counter, to which is added what is left out, by reason. Left out are files of unknown
-    languages, over 1 MB or with a NUL byte, and directories that `corpus.sources` does not enter.
+    languages, of JSON, over 1 MB or with a NUL byte, and directories that `corpus.sources` does not
+    enter.
     Raises ValueError for a path that is missing.
     """
     skipped = Counter() if skipped is None else skipped
@@ -88,6 +89,8 @@ def _read(path, skipped):
         skipped[BINARY] += 1
     elif language_of(path, content) is None:
         skipped["no known extension"] += 1
+    elif language_of(path, content) == "json":
+        skipped["JSON, which has no functions"] += 1
     else:
         return content.decode("utf-8-sig", errors="replace")
     return None

@@ -272,12 +272,18 @@ def test_functions_under_files_and_directories(tmp_path):
     (tmp_path / "c.txt").write_text("no source")
     (tmp_path / "d.py").write_bytes(b"\0")
     (tmp_path / "e.py").write_text("x = 1\n" * 200_000)
+    (tmp_path / "g.json").write_text("{}")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "f.py").write_text("x = 1")
     skipped = Counter()
     found = list(functions_under([str(tmp_path), str(tmp_path / "a.py")], skipped))
     assert [f.name for f in found] == ["f", "int f()", "f"]
-    assert skipped == {"no known extension": 1, "binary (a NUL byte)": 1, "over 1 MB": 1}
+    assert skipped == {
+        "no known extension": 1,
+        "binary (a NUL byte)": 1,
+        "over 1 MB": 1,
+        "JSON, which has no functions": 1,
+    }
     with pytest.raises(ValueError, match="nowhere: no such file"):
         list(functions_under([str(tmp_path / "nowhere")]))
 
