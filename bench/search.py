@@ -24,9 +24,9 @@ from bench.measure import report
 from bench.search_data import make_pairs, words_found
 from corpus.tokenizer import Tokenizer
 from finetune.batches import pack, sequence_of, tokenized
-from finetune.bm25 import BM25, words_of
 from finetune.loop import FinetuneConfig, train
 from finetune.scores import place_of_right, pools, search_scores
+from finetune.search import bm25_similarities
 from starencoder import StarEncoder, StarEncoderConfig, embed
 
 DATA = "corpora/tasks/search"
@@ -43,7 +43,8 @@ def bench_search(path=None, encoder="runs/tiny", seeds=3):
     pairs = pairs[:kept]  # whole pools
     shares = np.array(words_found(pairs))  # (n,) of the query's words that are in the code
 
-    contenders = {"BM25": [figures(bm25_similarities(pairs), shares)]}
+    texts = [(pair["query"], pair["code"]) for pair in pairs]
+    contenders = {"BM25": [figures(bm25_similarities(texts), shares)]}
     tokenizer = Tokenizer.from_pretrained(encoder)
     model = StarEncoder.from_pretrained(encoder)
     untrained = [random_model(encoder, seed) for seed in range(seeds)]
@@ -75,13 +76,6 @@ def random_model(encoder, seed):
     """An encoder of the same shape with initial weights."""
     torch.manual_seed(seed)
     return StarEncoder(StarEncoderConfig.load(encoder)).eval()
-
-
-def bm25_similarities(pairs):
-    """Yields (queries, code) similarities of each pool."""
-    for pool in pools(len(pairs)):
-        index = BM25([words_of(pairs[i]["code"]) for i in pool])
-        yield np.stack([index.scores(words_of(pairs[i]["query"])) for i in pool])
 
 
 def by_mean(model, tokenizer, pairs, shares):

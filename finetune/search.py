@@ -140,11 +140,14 @@ def pair_losses(queries, code, equal, temperature):
 
 
 def bm25_scores(pairs):
-    """Figures of search by the words that query and code have in common."""
-    words = [[words_of(text) for text in texts] for texts in zip(*pairs)]
-    queries, code = words
-    places = []
-    for pool in pools(len(pairs)):
-        index = BM25([code[i] for i in pool])
-        places.append(place_of_right(np.stack([index.scores(queries[i]) for i in pool])))
+    """Figures of search by the words that query and code have in common. pairs: (query, code)."""
+    places = [place_of_right(similarities) for similarities in bm25_similarities(pairs)]
     return search_scores(np.concatenate(places))
+
+
+def bm25_similarities(pairs):
+    """Yields the BM25 scores of each pool, (queries, code)."""
+    for pool in pools(len(pairs)):
+        queries, code = zip(*(pairs[i] for i in pool))
+        index = BM25([words_of(text) for text in code])
+        yield np.stack([index.scores(words_of(query)) for query in queries])

@@ -145,6 +145,30 @@ def tokenizer(small_corpus):
 
 
 @pytest.fixture(scope="session")
+def encoder(small_corpus, tmp_path_factory):
+    """A directory with a pretrained encoder, as it were."""
+    # Not at the top: it imports the kernels, which are defined by then.
+    from starencoder import StarEncoderConfig, StarEncoderForPreTraining
+
+    out = str(tmp_path_factory.mktemp("encoder"))
+    tokenizer = Tokenizer.from_pretrained(small_corpus)
+    torch.manual_seed(0)
+    config = StarEncoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        pad_token_id=tokenizer.pad_id,
+        initializer_range=0.1,
+    )
+    StarEncoderForPreTraining(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def stdlib_corpus(tmp_path_factory):
     """The whole standard library, as `python train.py` prepares it."""
     out = str(tmp_path_factory.mktemp("corpora") / "stdlib")

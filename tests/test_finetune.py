@@ -32,8 +32,6 @@ from finetune.export import framed
 from finetune.tokens import spans_of
 from starencoder import (
     StarEncoder,
-    StarEncoderConfig,
-    StarEncoderForPreTraining,
     StarEncoderForSequenceClassification,
     embed,
 )
@@ -52,27 +50,6 @@ def metrics_of(out):
     """The lines of a run, without what depends on the clock."""
     lines = [json.loads(line) for line in read(os.path.join(out, "metrics.jsonl")).splitlines()]
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def encoder(small_corpus, tmp_path_factory):
-    """A pretrained encoder, as it were."""
-    out = str(tmp_path_factory.mktemp("encoder"))
-    tokenizer = Tokenizer.from_pretrained(small_corpus)
-    torch.manual_seed(0)
-    config = StarEncoderConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        pad_token_id=tokenizer.pad_id,
-        initializer_range=0.1,
-    )
-    StarEncoderForPreTraining(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
 
 
 def word(letters, generator):

@@ -10,41 +10,15 @@ import torch
 import transformers
 from conftest import assert_refused, program
 
-from corpus.tokenizer import Tokenizer
 from pii import finetune
 from pii.detector import Detector
 from pii.labels import LABELS, read_labelled
 from pii.scores import evaluate_detector
-from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 
 
 def read(path):
     with open(path, "rb") as f:
         return f.read()
-
-
-@pytest.fixture(scope="module")
-def encoder(small_corpus, tmp_path_factory):
-    """A pretrained encoder, as it were."""
-    out = str(tmp_path_factory.mktemp("encoder"))
-    tokenizer = Tokenizer.from_pretrained(small_corpus)
-    torch.manual_seed(0)
-    shape = dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=48,
-    )
-    config = StarEncoderConfig(
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad_id,
-        initializer_range=0.1,
-        **shape,
-    )
-    StarEncoderForPreTraining(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
 
 
 @pytest.fixture(scope="module")
