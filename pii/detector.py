@@ -27,11 +27,23 @@ import torch
 from corpus.tokenizer import Tokenizer
 from finetune.tokens import token_probabilities
 from pii.labels import CATEGORIES, LABELS, Entity
-from pii.rules import addresses, by_rules, candidates, join, mails
+from pii import look
+from pii.candidates import candidates, refused
+from pii.rules import addresses, by_rules, join, mails
+from pii.rules import candidates as rule_candidates
+from pii.scores import touches
 from starencoder import StarEncoderForTokenClassification
 from training.step import autocast_to, dtype_of
 
 SUSPICIOUS = 0.1  # without a label above this probability, as most code is, a text holds nothing
+SECRETS = ("KEY", "PASSWORD")
+
+# Accounts that are nobody's, and words that stand where a user name may stand.
+NOBODY = frozenset(
+    "root admin administrator user username users test guest nobody anonymous default postgres"
+    " ubuntu runner www-data string str none null true false required optional self this name"
+    " login owner author password token value key id type object the a an is not must".split()
+)
 SURE = 0.95  # the model overrules a rule's address if it is this sure that there is nothing
 
 # ---- step 1: words -----------------------------------------------------------------------------
@@ -186,14 +198,14 @@ def whole_address(text, start, end, category):
     return None
 
 
-def entity_of(text, words, phrase, stops, threshold):
+def entity_of(text, words, phrase, stops, thresholds):
     """The Entity of a phrase; None if there is none, or one of too low a probability."""
     inside = slice(phrase.first, phrase.end)
     probabilities = words.probabilities[inside, phrase.category + 1]
     score = float(np.average(probabilities, weights=words.tokens[inside]))
-    if score < threshold:
-        return None
     category = CATEGORIES[phrase.category]
+    if score < thresholds.get(category, 0.0):
+        return None
     start = int(words.start[phrase.first])
     end = int(words.end[phrase.end - 1])
     place = snap(text, start, end, category, stops)
@@ -203,37 +215,64 @@ def entity_of(text, words, phrase, stops, threshold):
     return Entity(*place, category, score) if place else None
 
 
-def entities_of(text, offsets, probabilities, threshold=0.0):
+def entities_of(text, offsets, probabilities, thresholds=None):
     """[Entity, ...] that the labels of the tokens of a text spell, sorted, without overlaps.
 
-    offsets: (tokens, 2) in characters. probabilities: (tokens, len(LABELS)).
+    offsets: (tokens, 2) in characters. probabilities: (tokens, len(LABELS)). thresholds: the least
+    score of each category; None for all.
     """
     words = words_of(text, offsets, probabilities)
     phrases = phrases_of(text, words)
     # Looked up there: to walk to the ends of a long password from each piece would be quadratic.
     stops = {category: stops_of(text, category) for category in INNER_SIGNS}
-    found = [entity_of(text, words, phrase, stops, threshold) for phrase in phrases]
+    found = [entity_of(text, words, phrase, stops, thresholds or {}) for phrase in phrases]
     return join([entity for entity in found if entity])
 
 
 # ---- the detector ------------------------------------------------------------------------------
 
 
+class Look(NamedTuple):
+    """What is known of a text before a model sees it."""
+
+    ruled: list  # of Entity, sorted: addresses and known formats of keys, by the rules
+    secrets: list  # of Candidate, sorted: what stands where a key or a password may stand
+    blocks: list  # of (start, end): what the model is to see, of `look.blocks`
+
+
+class Block(NamedTuple):
+    """A part of a text that the model sees."""
+
+    number: int  # of the text
+    start: int
+    end: int
+
+
 class Detector:
     """Finds entities by a fine-tuned model, by rules, or by both.
 
     model, tokenizer: None for the rules alone. rules: True to use the rules. threshold: the least
-    score of what the model finds. categories: all others are left out.
+    score of what the model finds, a number or one for each category. categories: all others are
+    left out. everywhere: True to show the model all of a text, not only where something may be.
     """
 
     def __init__(
-        self, model=None, tokenizer=None, rules=False, threshold=0.5, categories=CATEGORIES
+        self,
+        model=None,
+        tokenizer=None,
+        rules=False,
+        threshold=0.5,
+        categories=CATEGORIES,
+        everywhere=False,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.rules = rules
-        self.threshold = threshold
+        self.thresholds = threshold
+        if not isinstance(threshold, dict):
+            self.thresholds = dict.fromkeys(CATEGORIES, threshold)
         self.categories = set(categories)
+        self.everywhere = everywhere
         self.device = next(model.parameters()).device if model else None
         self.dtype = "auto"  # of the model's computation: bfloat16 if the device is fast at it
 
@@ -261,30 +300,67 @@ class Detector:
         if self.model:
             # A half of a surrogate pair, which no tokenizer takes, becomes a question mark.
             texts = [text.encode(errors="replace").decode() for text in texts]
-            found = map(self.find_in, texts, self.probabilities(texts))
+            found = self.find_by_model(texts)
         else:
             found = map(by_rules, texts)
         return [[e for e in entities if e.category in self.categories] for entities in found]
 
-    def find_in(self, text, probabilities):
-        """[Entity, ...] of a text whose tokens have these probabilities (tokens, len(LABELS))."""
-        ruled = candidates(text) if self.rules else []
-        suspicious = probabilities[:, 1:].max(initial=0) > SUSPICIOUS
-        if not ruled and not suspicious:
-            return []
-        offsets = np.array(self.tokenizer.offsets(text))  # (tokens, 2)
+    def find_by_model(self, texts):
+        """As `find`. All blocks of all texts go through the model together."""
+        looks = [self.look_at(text) for text in texts]
+        blocks = [Block(i, *place) for i, look in enumerate(looks) for place in look.blocks]
+        parts = [texts[block.number][block.start : block.end] for block in blocks]
 
-        kept = []
-        for entity in ruled:
-            first = np.searchsorted(offsets[:, 1], entity.start, side="right")
-            last = np.searchsorted(offsets[:, 0], entity.end)
-            nothing = probabilities[first:last, 0].mean()
-            # A key by its format is one, whatever the model says.
+        found = [[] for _ in texts]
+        for block, part, probabilities in zip(blocks, parts, self.probabilities(parts)):
+            look = looks[block.number]
+            inside = Look(within(look.ruled, block), within(look.secrets, block), [])
+            entities = self.find_in(part, probabilities, inside)
+            found[block.number] += [moved(entity, block.start) for entity in entities]
+        # What is longer than a block, such as a private key, is a key by its format.
+        for entities, look in zip(found, looks):
+            long = [entity for entity in look.ruled if entity.category == "KEY"]
+            entities[:] = join(long, entities)
+        return found
+
+    def look_at(self, text):
+        """The `Look` of a text."""
+        ruled = sorted(rule_candidates(text)) if self.rules else []
+        secrets = candidates(text)
+        pieces = look.blocks(text)
+        if not self.everywhere:
+            places = [found.start for found in (*ruled, *secrets)] + look.leads(text)
+            pieces = look.blocks_with(pieces, sorted(places))
+        return Look(ruled, secrets, pieces)
+
+    def find_in(self, text, probabilities, known):
+        """[Entity, ...] of a text whose tokens have these probabilities (tokens, len(LABELS)).
+
+        known: a `Look`, of what is known of this text already.
+        """
+        suspicious = probabilities[:, 1:].max(initial=0) > SUSPICIOUS
+        if not known.ruled and not suspicious:
+            return []
+        offsets = np.array(self.tokenizer.offsets(text)).reshape(-1, 2)  # (tokens, 2)
+
+        # A key by its format is one, whatever the model says.
+        ruled = []
+        for entity in known.ruled:
+            nothing = mean_over(entity, offsets, probabilities)[0]
             if entity.category == "KEY" or not nothing > SURE:
-                kept.append(entity)
+                ruled.append(entity)
         if not suspicious:
-            return join(kept)
-        return join(kept, entities_of(text, offsets, probabilities, self.threshold))
+            return join(ruled)
+
+        # Candidates are judged; elsewhere the model may see something that no rule leads to.
+        judged = []
+        for secret in known.secrets:
+            entity = judge(secret, mean_over(secret, offsets, probabilities))
+            if entity.score >= self.thresholds[entity.category]:
+                judged.append(entity)
+        own = entities_of(text, offsets, probabilities, self.thresholds)
+        own = [entity for entity in own if not touches(entity, known.secrets)]
+        return join(ruled, judged, [entity for entity in own if plausible(text, entity)])
 
     def probabilities(self, texts):
         """[(tokens, len(LABELS)) float32, ...] of what the model says of each token of each text.
@@ -293,3 +369,49 @@ class Detector:
         """
         autocast = autocast_to(dtype_of(self, self.device), self.device)
         return token_probabilities(self.model, self.tokenizer, texts, autocast)
+
+
+def plausible(text, entity):
+    """False for what cannot be of its category by its shape alone, whatever the model says."""
+    value = text[entity.start : entity.end]
+    if entity.category in SECRETS:
+        return not refused(value)
+    if entity.category == "NAME":
+        # A capital, or a letter of a script that has none; no part of a path or an identifier.
+        letters = any(char.isupper() or char.isalpha() and not char.isascii() for char in value)
+        return letters and not re.search(r"[\d_=/\\(){}<>$@]|\w\.\w\w", value)
+    if entity.category == "USERNAME":
+        return bool(re.fullmatch(r"[\w.-]{2,39}", value)) and value.lower() not in NOBODY
+    return True
+
+
+def within(spans, block):
+    """The spans, sorted, that lie in a block, as places in it."""
+    found = []
+    for span in spans[bisect.bisect_left(spans, (block.start,)) :]:
+        if span.start >= block.end:
+            break
+        if span.end <= block.end:
+            found.append(moved(span, -block.start))
+    return found
+
+
+def moved(span, by):
+    """A span so many characters further."""
+    return span._replace(start=span.start + by, end=span.end + by)
+
+
+def mean_over(span, offsets, probabilities):
+    """(len(LABELS),): the mean over the tokens of a span."""
+    first = np.searchsorted(offsets[:, 1], span.start, side="right")
+    last = np.searchsorted(offsets[:, 0], span.end)
+    return probabilities[first : max(last, first + 1)].mean(0)
+
+
+def judge(secret, mean):
+    """The Entity of a candidate for a secret. mean: (len(LABELS),), of its tokens.
+
+    The model says whether it is a secret, of either category; where it stands says of which.
+    """
+    score = sum(mean[LABELS.index(f"{tag}-{category}")] for tag in "BI" for category in SECRETS)
+    return Entity(secret.start, secret.end, secret.category, float(score))

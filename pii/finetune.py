@@ -10,9 +10,11 @@ import os
 
 import train as pretraining
 from finetune import loop
+from finetune.records import Span
 from finetune.tokens import Fragments
 from pii.detector import Detector
 from pii.labels import CATEGORIES, IGNORED, LabelledDocument, check_categories
+from pii.look import blocks
 from pii.scores import evaluate_detector
 from pii.synthesize import synthesize
 from training.ranks import Ranks
@@ -37,6 +39,11 @@ class PII(Fragments):
 
     ignored = IGNORED
 
+    def __init__(self, data, tokenizer, positions, config):
+        # The detector shows the model a block at a time: so it learns from blocks.
+        training = [part for record in data.training for part in in_blocks(record)]
+        super().__init__(data._replace(training=training), tokenizer, positions, config)
+
     def categories_of(self, training, validation):
         """CATEGORIES. Raises ValueError for a category neither known nor ignored."""
         for name, records in (("training", training), ("validation", validation)):
@@ -54,6 +61,21 @@ class PII(Fragments):
             if category != "macro":
                 f1[f"f1/{category}"] = row["f1"]
         return f1
+
+
+def in_blocks(record):
+    """The blocks of a labelled text, as records. A span in two of them is cut."""
+    (text,) = record.texts
+    parts = []
+    for start, end in blocks(text):
+        spans = [
+            Span(max(span.start, start) - start, min(span.end, end) - start, span.category)
+            for span in record.target
+            if span.start < end and span.end > start
+        ]
+        if text[start:end].strip():
+            parts.append(record._replace(texts=(text[start:end],), target=spans))
+    return parts
 
 
 def config_of(data, **fields):

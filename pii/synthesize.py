@@ -21,6 +21,9 @@ from tqdm import tqdm
 
 from common.files import write_whole
 from corpus.documents import documents, text_of
+from pii.candidates import candidates
+from pii.look import name_leads
+from pii.rules import candidates as rule_candidates
 from pii.templates import SPLITS, read_table, render, split_of, templates_of
 from pii.values import Values
 
@@ -33,12 +36,19 @@ COMMENT_SIGN = {
 MOST_FILES = 20_000  # to take excerpts from; more would only take memory
 GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] * 3  # by weight
 
-# What marks a line of a real file that may hold personal data.
-PERSONAL = re.compile(
-    r"author|copyright|\(c\)|written by|contribut|maintain|thanks|credit|[\w.]@\w|patch by|"
-    r"bug report|\b[A-Z][a-z]+ [A-Z][a-z]+\b|password|passwd|secret|token|api.?key|"
-    r"\d+\.\d+\.\d+\.\d+|/home/|github\.com/|-----BEGIN|[A-Za-z0-9+/]{40}",
+# A line of a real file that may hold personal data, beside what the rules and `candidates` find: an
+# account in a URL, a path or credits; a person's name near words such as "author".
+ACCOUNT = re.compile(
+    r"(?:github|gitlab|bitbucket|twitter)\.(?:com|org)[/:]\w|/(?:home|Users)/\w|(?:^|[\s(,])@[a-z]\S*[,.)]"
+    r"|(?:todo|fixme|xxx|hack)\s?\([@a-z]|\b(?:user|login|owner|account)(?:_?name)?[\"']?\s?[:=]+>?\s?"
+    r"[\"'][\w-]+[\"']|\$(?:Id|Author):",
     re.IGNORECASE,
+)
+
+# Excerpts are taken around such words more often than elsewhere: most false alarms stand there.
+LOOKALIKE = re.compile(
+    r"pass(?:w|ph)|\bpwd|secret|token|api.?key|auth|user|login|owner|author|licen[cs]e|copyright|by [A-Z]"
+    r"|[A-Z][a-z]+ [A-Z][a-z]+|version|https?://|[0-9a-f]{20}",
 )
 
 
@@ -56,15 +66,25 @@ class Planted(NamedTuple):
     group: str  # of GROUPS
 
 
+def personal(line):
+    """True if a line of a real file may hold personal data or a secret: nobody has labelled it."""
+    found = rule_candidates(line) or candidates(line) or ACCOUNT.search(line)
+    return bool(found) or any(True for _ in name_leads(line))
+
+
 def excerpt(text, generator):
     """Some neighbouring lines of a real file, without those that may hold personal data."""
     lines = text.split("\n")
     size = generator.randint(4, 24)  # lines
     begin = generator.randrange(max(1, len(lines) - size))
+    if generator.random() < 0.5:
+        alike = [number for number, line in enumerate(lines) if LOOKALIKE.search(line)]
+        if alike:
+            begin = max(0, generator.choice(alike) - generator.randrange(size))
     return [
         line
         for line in lines[begin : begin + size]
-        if len(line) < 200 and not PERSONAL.search(line)  # long lines are data
+        if len(line) < 200 and not personal(line)  # long lines are data
     ]
 
 
@@ -80,13 +100,15 @@ def plant(lines, generator, groups):
 
 
 def compose(host, values, groups):
-    """A document: an excerpt with some templates in it or, one time in four, templates alone.
+    """A document: an excerpt with some templates in it; or either of them alone.
 
     host: a `Host`. values: a `Values`, whose generator decides all. groups: of `templates_of`.
     """
     # Some documents have no code at all, as a table or a log has none.
-    lines = excerpt(host.text, values.random) if values.random.random() < 0.75 else []
-    plant(lines, values.random, groups)
+    form = values.random.random()
+    lines = excerpt(host.text, values.random) if form < 0.8 else []
+    if form >= 0.2 or not lines:  # and some have nothing but code
+        plant(lines, values.random, groups)
 
     sign = COMMENT_SIGN.get(host.language, "#")
     text = ""

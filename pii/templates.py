@@ -119,7 +119,9 @@ def templates_of(split):
     groups = {name: written(name, split) for name in WRITTEN}
     combined = []
     for name, words in read_table("assignment_names").items():
-        combined.append(combine(name, words, read_lines("assignment_styles")))
+        # Three times as often as another kind: secrets are assigned, and few are in the rest.
+        often = 3 if name in ("KEY", "PASSWORD") else 1
+        combined += [combine(name, words, read_lines("assignment_styles"))] * often
     combined += [rows()] * 3  # drawn three times as often as one kind of assignment
     for name, words in read_table("phrase_leads").items():
         combined.append(combine(name, words, read_lines("phrase_styles")))

@@ -38,6 +38,7 @@ ALPHABETS = {  # for the places {hex:32} of a pattern
     "alnum": ALNUM,
     "url": ALNUM + "-_",  # base64 as in a URL
     "base64": ALNUM + "+/",
+    "hashchars": ALNUM + "./",  # of crypt(3)
     "secret": ALNUM + "!#$%^&*-_=+.?",  # what a password may hold
 }
 
@@ -142,7 +143,9 @@ class Values:
                 return str(address)
 
     def PASSWORD(self):
-        """As programs choose them, and as people do: words, numbers and a sign."""
+        """As programs choose them, and as people do: words, numbers and a sign; or only a word."""
+        if self.random.random() < 0.4:  # most of those in code are weak
+            return self.draw("weak")
         form = self.random.randrange(5)
         if form == 0:  # k7$Wq=0rT_x
             return self.some("secret", 8, 20)
@@ -198,6 +201,10 @@ class Values:
         snake = "_".join([first, *rest])
         camel = first + "".join(map(str.capitalize, rest))
         return self.random.choice([snake, camel])
+
+    def surname(self):
+        """The last name of a person of somewhere, after whom a thing may be called."""
+        return self.faker[self.random.choice(LATIN)].last_name()
 
     def host(self):
         """The name of a host."""

@@ -1,0 +1,121 @@
+"""What the model gets to see of a text: blocks of lines in which there may be something.
+
+    blocks(text)                  [(start, end), ...]: all of it, whole lines, some 300 characters each
+    leads(text)                   where something may stand: cheap, and more often wrong than right
+    blocks_with(text, spots)      the blocks in which one of the spots lies
+
+Most code holds nothing, and a model takes fifty times as long as a regular expression. A block is
+the same whatever is looked for, and the model sees each on its own. So what the model says of a
+block does not depend on what else is looked at, and the loss is what stands in the other blocks:
+`python -m bench pii` measures it.
+"""
+
+import bisect
+import re
+
+BLOCK = 320  # characters, about a hundred tokens: a block fits into one window of the model
+
+# Two words with a capital, as a full name has, or letters that English lacks.
+NAMES = re.compile(
+    r"[A-Z][a-z]+(?: [A-Z]\.)? (?:[a-z]{2,3} )?[A-Z][a-zA-Z]|[A-Z]\. [A-Z][a-z]|[^\W\d_a-zA-Z]{2}"
+)
+
+# They may be a person's if one of these words stands near them,
+PERSON = re.compile(
+    r"author|copyright|\(c\)|©|\bby\b|contribut|maint|thank|credit|report|review|signed|name|mail"
+    r"|owner|contact|dear|from|patch|courtesy|inspired|@|person|user|regards|created|written|ported"
+    r"|credit|with|ask|talk|customer|patient|employee|manager|recipient|assign|login|, \d{4}",
+    re.IGNORECASE,
+)
+# or if they fill a field of a table, a list or a string.
+FIELD_BEGINS = frozenset("\"'`|>,;([{\t-*:")
+FIELD_ENDS = frozenset("\"'`|<,;)]}\t\n")
+
+# A user name may stand behind one of these words: {word, in lower case: what must follow it}. A word
+# is found by `str.find`, which is some twenty times as fast as an expression with alternatives.
+ASSIGNED = r"[\w.]{0,20}[\"'\])]{0,3}\s{0,3}(?:[:=]|=>)?\s{0,3}[\"'@]?[A-Za-z]"
+WORD = r"\W{0,3}\w"
+ACCOUNTS = {
+    **dict.fromkeys(["user", "login", "account", "owner", "nick", "handle", "assign"], ASSIGNED),
+    **dict.fromkeys(["todo", "fixme", "xxx", "hack"], r"\W{0,2}[(@]\s?\w"),
+    **dict.fromkeys(["/home/", "/users/", "\\users\\"], r"\w"),
+    **dict.fromkeys(["github.com", "gitlab.com", "bitbucket.org", "twitter.com"], r"[/:]\w"),
+    **dict.fromkeys(["created by ", "edited by ", "approved by ", "merged by "], r"@?[a-z]"),
+    **dict.fromkeys(["reported by ", "modified by ", "session of ", "chown ", "by @"], r"[a-z]"),
+    " @": r"[A-Za-z0-9]",
+    "(@": r"[A-Za-z0-9]",
+    "cc: ": r"",
+    "$id:": r"",
+}
+ACCOUNTS = {word: re.compile(follows, re.IGNORECASE) for word, follows in ACCOUNTS.items()}
+NO_ACCOUNT = re.compile(r"\s@(?:param|return|throws|see|since|code|link|type|prop|brief|dev|test|over)")
+
+
+def blocks(text, size=BLOCK):
+    """[(start, end), ...]: a text in pieces of whole lines, at most `size` characters each.
+
+    A piece ends behind a blank line if it is half full there. Only a line that is longer than
+    `size` is cut, behind a sign that ends a word if there is one.
+    """
+    ends = [match.end() for match in re.finditer(r"\n", text)]
+    if not ends or ends[-1] < len(text):
+        ends.append(len(text))
+    found = []
+    start = 0  # of the piece
+    before = 0  # the end of the line before
+    for end in ends:
+        if end - start > size and before > start:  # without this line
+            found.append((start, before))
+            start = before
+        while end - start > size:  # a long line
+            cut = max(text.rfind(sign, start + size // 2, start + size) for sign in " ,;&") + 1
+            cut = cut or start + size
+            found.append((start, cut))
+            start = cut
+        blank = not text[before:end].strip()
+        if blank and end - start > size // 2:
+            found.append((start, end))
+            start = end
+        before = end
+    if start < len(text):
+        found.append((start, len(text)))
+    return found
+
+
+def leads(text):
+    """[place, ...] in a text where a name or a user name may stand, sorted."""
+    return sorted([*account_leads(text), *name_leads(text)])
+
+
+def account_leads(text):
+    """Yields where one of ACCOUNTS stands."""
+    lowered = text.lower()
+    if len(lowered) != len(text):  # some letters become two
+        lowered = text
+    for word, follows in ACCOUNTS.items():
+        at = lowered.find(word)
+        while at >= 0:
+            if follows.match(text, at + len(word)) and not NO_ACCOUNT.match(text, at):
+                yield at
+            at = lowered.find(word, at + 1)
+
+
+def name_leads(text):
+    """Yields where NAMES stand that may be a person's."""
+    for match in NAMES.finditer(text):
+        start = match.start()
+        before = text[max(0, start - 60) : start]
+        behind = text[match.end() : match.end() + 60]
+        in_field = before[-1:] in FIELD_BEGINS or before[-2:-1] in FIELD_BEGINS
+        if in_field or PERSON.search(before) or PERSON.search(behind):
+            yield start
+
+
+def blocks_with(pieces, places):
+    """The pieces, of `blocks`, in which at least one of the places lies. places: sorted."""
+    kept = []
+    for start, end in pieces:  # a blank one has no place
+        at = bisect.bisect_left(places, start)
+        if at < len(places) and places[at] < end:
+            kept.append((start, end))
+    return kept
