@@ -375,7 +375,7 @@ def plausible(text, entity):
     """False for what cannot be of its category by its shape alone, whatever the model says."""
     value = text[entity.start : entity.end]
     if entity.category in SECRETS:
-        return not refused(value)
+        return not refused(value, entity.category)
     if entity.category == "NAME":
         # A capital, or a letter of a script that has none; no part of a path or an identifier.
         letters = any(char.isupper() or char.isalpha() and not char.isascii() for char in value)

@@ -17,14 +17,15 @@ BLOCK = 320  # characters, about a hundred tokens: a block fits into one window 
 
 # Two words with a capital, as a full name has, or letters that English lacks.
 NAMES = re.compile(
-    r"[A-Z][a-z]+(?: [A-Z]\.)? (?:[a-z]{2,3} )?[A-Z][a-zA-Z]|[A-Z]\. [A-Z][a-z]|[^\W\d_a-zA-Z]{2}"
+    r"[A-Z][a-z\u00df-\u024f]+(?: [A-Z]\.)? (?:[a-z]{2,3} )?[^\W\d_a-z][^\W\d_]|[A-Z]\. [A-Z][a-z]"
+    r"|[^\W\d_a-zA-Z]{2}"
 )
 
 # They may be a person's if one of these words stands near them,
 PERSON = re.compile(
     r"author|copyright|\(c\)|©|\bby\b|contribut|maint|thank|credit|report|review|signed|name|mail"
     r"|owner|contact|dear|from|patch|courtesy|inspired|@|person|user|regards|created|written|ported"
-    r"|credit|with|ask|talk|customer|patient|employee|manager|recipient|assign|login|, \d{4}",
+    r"|with|ask|talk|based|algorithm|see|thank|customer|patient|employee|manager|recipient|assign|login|, \d{4}",
     re.IGNORECASE,
 )
 # or if they fill a field of a table, a list or a string.
@@ -44,8 +45,10 @@ ACCOUNTS = {
     **dict.fromkeys(["reported by ", "modified by ", "session of ", "chown ", "by @"], r"[a-z]"),
     " @": r"[A-Za-z0-9]",
     "(@": r"[A-Za-z0-9]",
-    "cc: ": r"",
-    "$id:": r"",
+    **dict.fromkeys(["log in as ", "su - ", "fixed by ", "ping ", "blame "], r"[a-z]"),
+    **dict.fromkeys(["cc: ", "$id:", "actingas(", "uid"], r"."),
+    # A password that `candidates` does not see, as in prose.
+    **dict.fromkeys(["password", "passwd", "pwd", "pw="], r"[\w\"':=\])({.>-]{0,12}\s{0,3}[\"'(]?[\w.]*\d"),
 }
 ACCOUNTS = {word: re.compile(follows, re.IGNORECASE) for word, follows in ACCOUNTS.items()}
 NO_ACCOUNT = re.compile(r"\s@(?:param|return|throws|see|since|code|link|type|prop|brief|dev|test|over)")
