@@ -182,7 +182,8 @@ SEVERAL_WORDS = re.compile(
     r"[A-Za-z]+(?:[_.:-][A-Za-z]+)+|[a-z]+(?:[A-Z][a-z]+)+|(?:[A-Z][a-z]+){2,}"
 )
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
-ASSIGNED = re.compile(r"[A-Za-z_.]+[=+*]")
+ASSIGNED = re.compile(r"[A-Za-z_.]+[=+*][\w.]*$")
+SIGN_INSIDE = re.compile(r"\w[!#$%^&*+=@?~]+\w")
 
 
 def looks_random(value):
@@ -308,35 +309,67 @@ def trimmed(value, one_of_several):
     return value.rstrip(",;")
 
 
+def is_marked(value):
+    """True for what no word of a sentence and no plain identifier looks like: Kroep3, a#bc."""
+    if not any(map(str.isalpha, value)):
+        return False
+    digit = any(map(str.isdigit, value))
+    return digit or bool(SIGN_INSIDE.search(value)) or len(value) > 7 and is_mixed(value)
+
+
+def is_mixed(value):
+    """True if capitals stand as by chance: RPLCxrWoE, not as in words: userName, OpenBSD."""
+    return bool(value.isalpha() and re.search(r"[a-z][A-Z]{2,}[a-z]", value))
+
+
+def may_be_bare(value, category, line):
+    """True if a value without quotes is rather a word than a variable. line: a `Line`."""
+    has_digit = any(map(str.isdigit, value))
+    if category == "KEY" and not has_digit and not (line.is_tight and line.is_setting):
+        return False
+    if not IDENTIFIER.fullmatch(value):
+        return True
+    # password = pw, f(password=pw), password: Password; but Server=x;Password=word;
+    if line.behind[:1] in (",", ")", ";") and (line.begins or not has_digit):
+        return line.is_tight and line.behind[0] == ";"
+    if has_digit:
+        return category == "PASSWORD" or line.is_tight or looks_random(value)
+    ends = line.behind[:1] in ("", ";", "&")
+    return line.is_setting or (line.is_tight or line.is_option) and ends or is_mixed(value)
+
+
+class Line(NamedTuple):
+    """The line in which a name has a value without quotes."""
+
+    begins: bool  # with the name, apart from a sign of a comment, `export` and the like
+    is_option: bool  # --name
+    is_tight: bool  # no blank before the value
+    is_setting: bool  # nothing else is in the line
+    behind: str  # the value, without blanks at the ends
+
+
 def bare_value(text, start, match, kind):
     """(start, end) of a value without quotes, of a name that begins at `start`; or None."""
-    value = match["bare"]
-    first = match.start("bare")
-    before = line_before(text, start)
-    begins_line = bool(LINE_START.fullmatch(before))
+    group = "bare" if match.groupdict().get("bare") else "argument"
+    first = match.start(group)
+    begins = bool(LINE_START.fullmatch(line_before(text, start)))
     is_option = text[start : start + 1] == "-"
-    tight = "sign" not in match.re.groupindex or match.end("sign") == first
-    value = trimmed(value, one_of_several=not begins_line and not is_option)
+    value = trimmed(match[group], one_of_several=not begins and not is_option)
     end = first + len(value)
     behind = line_behind(text, end).strip()
-    alone = begins_line and (not behind or behind.startswith(("#", "//", "*/", "\\")))
-
+    line = Line(
+        begins=begins,
+        is_option=is_option,
+        is_tight=group == "bare" and text[first - 1 : first] in ("=", ":"),
+        is_setting=begins and (not behind or behind.startswith(("#", "//", "*/", "\\"))),
+        behind=behind,
+    )
     category = "PASSWORD" if kind == "PASSWORD" else "KEY"
+    if group == "argument" and not is_option:
+        return None
     if refused(value, category, bare=True) or behind[:1] in ("(", "[", "<"):
         return None
-    if kind == "KEY" and not any(map(str.isdigit, value)) and not (tight and alone):
-        return None
-    if IDENTIFIER.fullmatch(value):
-        # A variable rather than a word: password = pw, f(password=pw), password: Password;
-        has_digit = any(map(str.isdigit, value))
-        in_code = behind[:1] in (",", ")", ";") and (begins_line or not has_digit)
-        if in_code and not (tight and behind[:1] == ";"):
-            return None
-        if not has_digit and not (alone or (tight and (is_option or behind[:1] in ("", ";", "&")))):
-            return None
-        if kind_of(value) and not has_digit:
-            return None
-    return first, end
+    return (first, end) if may_be_bare(value, category, line) else None
 
 
 def spoken_value(text, match, category):
@@ -344,8 +377,7 @@ def spoken_value(text, match, category):
     value = match["spoken"].rstrip(".,;:)")
     first = match.start("spoken")
     # Not the next word of a sentence, nor `flags=x` behind "pass".
-    marked = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
-    if not marked or ASSIGNED.match(value) or refused(value, category, bare=True):
+    if not is_marked(value) or ASSIGNED.match(value) or refused(value, category, bare=True):
         return None
     return first, first + len(value)
 
@@ -354,7 +386,7 @@ def place_of(text, start, match, kind):
     """(start, end) of the value in a match of a lead that begins at `start`; None if it is none."""
     groups = match.groupdict()
     category = "PASSWORD" if kind == "PASSWORD" else "KEY"
-    if groups.get("bare"):
+    if groups.get("bare") or groups.get("argument"):
         place = bare_value(text, start, match, kind)
     elif groups.get("spoken"):
         place = spoken_value(text, match, category)
@@ -387,7 +419,7 @@ def named(text, start, end):
 # ---- leads, and no lead --------------------------------------------------------------------------
 
 # A long word between quotes, or behind one of the signs that lead to a value.
-RANDOM = re.compile(r"""["'`=:>\s](?P<value>[A-Za-z0-9+/_-]{20,}={0,2})(?![\w@.(\[:])""")
+RANDOM = re.compile(r"""["'`=:>\s](?P<value>[A-Za-z0-9+/_-]{20,}+={0,2})(?![\w@.(\[:])""")
 
 # A line that holds but one of them: of a picture or a certificate, if the lines around do too.
 DATA = re.compile(r"""\s*[\w(]{0,8}["'`]?[A-Za-z0-9+/_-]{16,}={0,2}(\\n)?["'`]?\s?[+,.&\\);]*\s*""")
