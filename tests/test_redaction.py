@@ -282,10 +282,10 @@ def test_detect(files):
     for left_out in ("1 binary", "1 empty", "1 directories as .git"):
         assert left_out in result.stderr
 
-    result = run("detect", files, "--json", "--show", "--fail", "--categories", "EMAIL")
+    result = run("detect", files, "--json", "--fail", "--categories", "EMAIL")
     assert result.returncode == 1
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {record["text"] for record in records} == {"bob@mail.org"}
+    assert {record["text"] for record in records} == {"bo…"}
     places = {(os.path.basename(r["file"]), r["line"], r["column"]) for r in records}
     assert places == {("a.py", 1, 3), ("latin.txt", 1, 7), ("line.json", 1, 2_100_003)}
 
