@@ -121,7 +121,10 @@ def scan(detector, paths, skipped, piece_size=PIECE_SIZE, gather=GATHER):
     """Yields a `Finding` for each entity in files and directories; `skipped` as for `files_of`."""
     batch = []
     characters = 0  # in the batch
-    for path, _ in tqdm(files_of(paths, skipped), desc="detecting", unit=" files", leave=False):
+    files = files_of(paths, skipped)
+    # The log of a hook, or of CI, is no place for a bar: None leaves it out.
+    bar = tqdm(files, desc="detecting", unit=" files", leave=False, disable=None)
+    for path, _ in bar:
         for piece in pieces_of(path, skipped, piece_size):
             batch.append(piece)
             characters += len(piece.text)
