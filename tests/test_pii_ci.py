@@ -3,13 +3,18 @@
 import json
 import os
 import re
+import shlex
+import shutil
+import subprocess
+import tomllib
 import urllib.parse
 from collections import Counter
 
 import pytest
-from conftest import assert_refused, program
+from conftest import ROOT, assert_refused, command, program
 from hypothesis import given
 from hypothesis import strategies as st
+from test_house import MAY_IMPORT
 
 from pii.baseline import fingerprint
 from pii.labels import CATEGORIES, Entity
@@ -303,3 +308,64 @@ def test_a_damaged_baseline_is_one_line(repository, content):
 def test_flags_that_cannot_be_are_one_line(repository, flags, words):
     assert_refused(detect("a.py", *flags), words)
     assert os.listdir(repository) == ["a.py"]
+
+
+# ---- the hook and the workflow -------------------------------------------------------------------
+
+
+def flags_in(file):
+    """The flags of the command `python -P -m pii detect` in a file of the project."""
+    with open(os.path.join(ROOT, file), encoding="utf-8") as f:
+        (command,) = re.findall(r"python -P -m pii detect\b(.*)", f.read())
+    return shlex.split(command)
+
+
+def test_the_hook_and_the_workflow_fail_on_what_is_new(repository):
+    hook = [*flags_in(".pre-commit-hooks.yaml"), "a.py"]
+    assert detect(*hook).returncode == 1
+    detect(".", "--write-baseline", ".pii-baseline.json")
+    workflow = flags_in("pii/workflow.yml")
+    assert "." in workflow
+    assert detect(*workflow).returncode == 0
+    (repository / "b.py").write_text(f"# {MAIL}\n")
+    assert detect(*workflow).returncode == 1
+    assert len(run_of(repository / "pii.sarif")["results"]) == 1
+
+
+def test_what_is_installed_is_what_detection_needs():
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+        settings = tomllib.load(file)
+    with open(os.path.join(ROOT, "requirements.txt"), encoding="utf-8") as file:
+        pins = file.read().split()
+    assert set(settings["project"]["dependencies"]) <= set(pins)
+    installed = settings["tool"]["setuptools"]
+    assert {*installed["packages"], *installed["py-modules"]} == {*MAY_IMPORT["pii"], "pii"} - {
+        "ptx",
+        "bench",
+    }
+
+
+@pytest.mark.slow
+def test_it_runs_where_it_is_installed(tmp_path):
+    """As the hook does: in a repository that has modules of the same names."""
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    for file in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+        if not file.startswith(("results/", "notebooks/", "tests/")):
+            (source / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(os.path.join(ROOT, file), source / file)
+    pip = ["-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+    installed = command(*pip, "--target", str(tmp_path / "site"), str(source))
+    assert installed.returncode == 0, installed.stderr
+
+    repository = tmp_path / "repository"
+    (repository / "common").mkdir(parents=True)
+    for name in ("data.py", "torch.py", "common/__init__.py"):
+        (repository / name).write_text(f"raise SystemExit('of the repository')  # {MAIL}\n")
+    result = command(
+        *("-P", "-m", "pii", "detect", ".", "--rules-only", "--fail"),
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )
+    assert result.returncode == 1, result.stderr
+    assert "found: 3 EMAIL" in result.stderr
