@@ -18,7 +18,7 @@ SIZE = 100_000_000  # bytes of text to look through
 def bench_pii(path=None, model="runs/pii"):
     """Looks through the same files with each detector. model: what `python -m pii train` made."""
     files, total = python_files(SIZE)
-    # Rules alone, and joined with the model, as `python -m pii detect --rules` joins them.
+    # Rules alone, and joined with the model, as `python -m pii detect` joins them.
     rules = Detector(rules=True)  # addresses and known formats of keys
     both = Detector.from_pretrained(model, rules=True)
     contenders = {

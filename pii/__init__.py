@@ -8,6 +8,8 @@
     text_files   files as texts, in any encoding and of any length
     scan         what is found in files and directories
     redact       files without it
+    sarif        what is found as a log for code scanning
+    baseline     what is known, so that only new findings are reported
 
     templates    where values stand in code and in prose (the texts: templates/*.txt)
     values       names, addresses and secrets that are nobody's

@@ -14,34 +14,36 @@ from common.command_line import CommandLine, run_command
 # PyTorch takes seconds to import, and `--help` needs none of it. So each command imports what it
 # uses when it runs.
 
+DEFAULT_MODEL = str(Path(__file__).with_name("tiny"))
+
 # What a new detector is shown on: nobody's data. The § keep scanners of this repository quiet.
 SAMPLE = Path(__file__).with_name("sample.txt").read_text(encoding="utf-8").replace("§", "")
 
 # Flags, as keyword arguments of `add_argument`. Those of `train` are the fields of FinetuneConfig.
 
 PATHS_HELP = "files, and directories with all in them but .git, venv, node_modules and the like"
-RULES_HELP = "join the model with rules for addresses and known formats of keys"
+MODEL_HELP = "a detector that `python -m pii train` made (default: pii/tiny, which is shipped)"
+RULES_HELP = "only the rules for addresses and known formats of keys, without a model"
 SCORE_HELP = "the least score of what the model finds (default: 0.5)"
 SOURCE_HELP = "as for python -m corpus (default: the standard library of this Python)"
 
 DETECTOR_FLAGS = {  # of detect, redact and eval
-    "--model": dict(default="runs/pii", metavar="RUN", help="the detector (default: runs/pii)"),
-    "--rules-only": dict(action="store_true", help="the rules without a model"),
+    "--model": dict(default=DEFAULT_MODEL, metavar="DIR", help=MODEL_HELP),
+    "--rules-only": dict(action="store_true", help=RULES_HELP),
     "--threshold": dict(type=float, default=0.5, metavar="P", help=SCORE_HELP),
 }
-SEARCH_FLAGS = {  # of detect and redact; eval measures with the rules and without, and all
+SEARCH_FLAGS = {  # of detect and redact; eval measures all categories
     "paths": dict(nargs="+", metavar="PATH", help=PATHS_HELP),
-    "--rules": dict(action="store_true", help=RULES_HELP),
     **DETECTOR_FLAGS,
     "--categories": dict(metavar="A,B", help="only these (default: all six)"),
 }
 DETECT_FLAGS = {
     **SEARCH_FLAGS,
     "--json": dict(action="store_true", help="print a line of JSON for each thing found"),
-    "--show": dict(action="store_true", help="print it whole, not only two characters"),
-    "--fail": dict(
-        action="store_true", help="exit with status 1 if something is found"
-    ),  # 2: error
+    "--sarif": dict(metavar="FILE", help="write what is found as a SARIF log, for code scanning"),
+    "--baseline": dict(metavar="FILE", help="leave out what this file knows"),
+    "--write-baseline": dict(metavar="FILE", help="write what is found as known, without values"),
+    "--fail": dict(action="store_true", help="exit with status 1 if something is found"),
 }
 REDACT_FLAGS = {
     **SEARCH_FLAGS,
@@ -90,7 +92,7 @@ def train_command(arguments):
         finished = train(config) is not None
         if finished and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes
             show_at_work(Detector.from_pretrained(config.out, config.device, rules=True))
-            print(f"Try: python -m pii detect --rules --model {config.out} PATH")
+            print(f"Try: python -m pii detect --model {config.out} PATH")
     finally:  # else PyTorch warns at exit
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -99,12 +101,13 @@ def train_command(arguments):
 def show_at_work(detector):
     """Prints what a detector finds in SAMPLE, and SAMPLE without it."""
     from pii.redact import redacted
+    from pii.scan import masked
 
     (entities,) = detector.find([SAMPLE])
     print(f"\nBefore:\n\n{SAMPLE}\nFound:\n")
     for start, end, category, score in entities:
         line = SAMPLE.count("\n", 0, start) + 1
-        print(f"  line {line:2}  {category:11} {score:4.0%}  {SAMPLE[start:end]}")
+        print(f"  line {line:2}  {category:11} {score:4.0%}  {masked(SAMPLE[start:end])}")
     print(f"\nAfter:\n\n{redacted(SAMPLE, entities, {})}")
 
 
@@ -117,30 +120,75 @@ def synthesize_command(arguments):
 
 
 def detect_command(arguments):
-    """Prints what is found."""
-    from pii.scan import scan
+    """Prints what is found; with a baseline, only what that does not know."""
+    from pii.baseline import write_baseline
+    from pii.sarif import write_log
 
+    check_detect_flags(arguments)
     found = Counter()
     skipped = Counter()
-    detector = detector_of(arguments, arguments.rules, arguments.categories)
-    for path, line, column, entity, value in scan(detector, arguments.paths, skipped):
-        found[entity.category] += 1
-        text = value.replace("\n", "\\n")
-        if not arguments.show:  # logs are read by many
-            text = text[:2] + "…"
-        if arguments.json:
-            # Programs read this: names stay, and numbers are numbers.
-            record = {"file": path, "line": line, "column": column, "category": entity.category}
-            print(json.dumps(record | {"text": text, "score": round(entity.score, 4)}))
-        else:
-            row = f"{entity.category:11} {entity.score:4.0%}  {path}:{line}:{column}  {text}"
-            # Half a surrogate pair, which UTF-16 and file names may hold, cannot be printed.
-            print(row.encode(errors="replace").decode())
+    kept = []  # for the files that are written at the end: whole, or not at all
+    for finding in new_findings(arguments, skipped):
+        found[finding.entity.category] += 1
+        print_finding(finding, arguments.json)
+        if arguments.sarif or arguments.write_baseline:
+            kept.append(finding)
+    if arguments.sarif:
+        write_log(arguments.sarif, kept)
+    if arguments.write_baseline:
+        write_baseline(arguments.write_baseline, kept)
 
     # Findings may be piped into a program; the summary is for people.
     left_out = f"; left out: {listed(skipped.items())}" if skipped else ""
     print(f"found: {listed(found.most_common())}{left_out}", file=sys.stderr)
     return 1 if found and arguments.fail else 0
+
+
+def new_findings(arguments, skipped):
+    """Yields each `Finding` that `detect` reports; what is left out is counted in `skipped`."""
+    from pii.baseline import Baseline
+    from pii.scan import scan
+
+    # A damaged baseline is said before a model is read.
+    baseline = None if arguments.baseline is None else Baseline(arguments.baseline)
+    detector = detector_of(arguments, arguments.categories)
+    own = {os.path.realpath(file) for file in own_files(arguments)}
+    for finding in scan(detector, arguments.paths, skipped):
+        # A name in a path that a baseline lists would be found anew in each of them.
+        if os.path.realpath(finding.path) in own:
+            continue
+        if baseline and baseline.knows(finding):
+            skipped["known"] += 1
+        else:
+            yield finding
+
+
+def own_files(arguments):
+    """The files that `detect` reads and writes for itself."""
+    files = (arguments.sarif, arguments.baseline, arguments.write_baseline)
+    return [file for file in files if file is not None]
+
+
+def print_finding(finding, as_json):
+    """Prints a `Finding` as a line for people or as JSON for programs, never its whole value."""
+    from pii.scan import masked
+
+    place = {"file": finding.path, "line": finding.line, "column": finding.column}
+    category = finding.entity.category
+    score = finding.entity.score
+    shown = masked(finding.value)
+    if as_json:  # names stay, and numbers are numbers
+        found = {"category": category, "text": shown, "score": round(score, 4)}
+        print(json.dumps(place | found))
+    else:
+        path, line, column = place.values()
+        print(printable(f"{category:11} {score:4.0%}  {path}:{line}:{column}  {shown}"))
+
+
+def printable(text):
+    """A text on one line: line ends, control characters and halves of pairs become escapes."""
+    # A file name may hold what moves the cursor, or bytes that are no UTF-8.
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def redact_command(arguments):
@@ -150,7 +198,7 @@ def redact_command(arguments):
     # There is no default: a model that is wrong must not destroy anything unasked.
     if (arguments.out is None) != arguments.in_place:
         raise ValueError("redact needs one of --out DIR and --in-place")
-    detector = detector_of(arguments, arguments.rules, arguments.categories)
+    detector = detector_of(arguments, arguments.categories)
     counts, skipped = redact(detector, arguments.paths, arguments.out)
     print(f"redacted: {listed(counts.most_common())}")
     if skipped:
@@ -169,7 +217,7 @@ def listed(counts):
     return ", ".join(f"{count:,} {name}" for name, count in counts) or "nothing"
 
 
-def detector_of(arguments, rules=False, categories=None):
+def detector_of(arguments, categories=None):
     """The `Detector` that the flags ask for. categories: separated by commas; None for all."""
     from pii.detector import Detector
     from pii.labels import CATEGORIES
@@ -179,7 +227,28 @@ def detector_of(arguments, rules=False, categories=None):
     options = {"threshold": arguments.threshold, "categories": chosen}
     if arguments.rules_only:
         return Detector(rules=True, **options)
-    return Detector.from_pretrained(arguments.model, rules=rules, **options)
+    return Detector.from_pretrained(arguments.model, rules=True, **options)
+
+
+def check_detect_flags(arguments):
+    """Raises ValueError for flags that contradict each other, and for files that cannot be."""
+    if arguments.write_baseline is not None and (arguments.baseline is not None or arguments.fail):
+        words = "makes all that is found known; leave out --baseline and --fail"
+        raise ValueError(f"--write-baseline {words}")
+    own = [os.path.realpath(file) for file in own_files(arguments)]
+    if len(set(own)) < len(own):
+        raise ValueError("--sarif would overwrite the baseline; name another file")
+
+    # Said now rather than after minutes of work. An empty name comes from an unset variable.
+    for file in (arguments.sarif, arguments.write_baseline):
+        if file is not None and not may_be_written(file):
+            raise ValueError(f"{file!r}: no file can be written there")
+
+
+def may_be_written(path):
+    """True if a file can be made at `path`, or replaced."""
+    folder = os.path.dirname(path) or "."
+    return bool(path) and not os.path.isdir(path) and os.access(folder, os.W_OK)
 
 
 def check_detector_flags(arguments, categories):

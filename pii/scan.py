@@ -35,8 +35,21 @@ class Finding(NamedTuple):
     path: str
     line: int  # from 1
     column: int  # from 1, in characters
+    end_line: int  # of its last character
+    end_column: int  # behind its last character
     entity: Entity
-    value: str  # what stands there
+    value: str  # what stands there; see `masked`
+
+
+def masked(value):
+    """What may be shown of a value: two characters at most, and at most a third of it.
+
+    Logs are read by many, and are kept for long.
+
+    >>> masked("hunter2"), masked("toor"), masked("me")
+    ('hu…', 't…', '…')
+    """
+    return value[: min(2, len(value) // 3)] + "…"
 
 
 def line_starts(text):
@@ -85,22 +98,33 @@ def pieces_of(path, skipped, piece_size):
 def find_in(detector, batch):
     """Yields a `Finding` for each entity in a list of `Piece`s; the detector sees them together."""
     found = detector.find([piece.text for piece in batch])
-    for (path, line, column, text), entities in zip(batch, found):
+    for piece, entities in zip(batch, found):
         # Most pieces hold nothing.
-        starts = line_starts(text) if entities else []
-        for entity in not_allowed(text, entities):
-            number = bisect.bisect(starts, entity.start)  # of its line within the piece, from 1
-            place = entity.start - starts[number - 1] + 1
-            if number == 1:  # the line began in a piece before
-                place += column
-            yield Finding(path, line + number, place, entity, text[entity.start : entity.end])
+        starts = line_starts(piece.text) if entities else []
+        for entity in not_allowed(piece.text, entities):
+            line, column = place_of(piece, starts, entity.start)
+            end_line, last_column = place_of(piece, starts, entity.end - 1)
+            value = piece.text[entity.start : entity.end]
+            yield Finding(piece.path, line, column, end_line, last_column + 1, entity, value)
+
+
+def place_of(piece, starts, at):
+    """(line, column) of a character of a `Piece`, from 1 in its file. starts: its `line_starts`."""
+    number = bisect.bisect(starts, at)  # of its line within the piece, from 1
+    column = at - starts[number - 1] + 1
+    if number == 1:  # the line began in a piece before
+        column += piece.column
+    return piece.line + number, column
 
 
 def scan(detector, paths, skipped, piece_size=PIECE_SIZE, gather=GATHER):
     """Yields a `Finding` for each entity in files and directories; `skipped` as for `files_of`."""
     batch = []
     characters = 0  # in the batch
-    for path, _ in tqdm(files_of(paths, skipped), desc="detecting", unit=" files", leave=False):
+    files = files_of(paths, skipped)
+    # The log of a hook, or of CI, is no place for a bar: None leaves it out.
+    bar = tqdm(files, desc="detecting", unit=" files", leave=False, disable=None)
+    for path, _ in bar:
         for piece in pieces_of(path, skipped, piece_size):
             batch.append(piece)
             characters += len(piece.text)

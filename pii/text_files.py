@@ -118,7 +118,7 @@ def place_to_cut(text, size):
 
     # A private key stays whole, up to a size that no key has: nothing is found of half a key.
     key = text.rfind("-----BEGIN")
-    if key >= 0 and len(text) - key < 50_000 and "-----END" not in text[key:]:
+    if key >= 0 and len(text) - key < 50_000 and "-----END" not in text[key:cut]:
         cut = min(cut, key)
 
     # A line without end is cut behind a word, or anywhere if it has none, to bound the memory.
