@@ -26,12 +26,13 @@ import torch
 
 from corpus.tokenizer import Tokenizer
 from finetune.tokens import token_probabilities
-from pii.labels import CATEGORIES, LABELS, Entity
 from pii import look
 from pii.candidates import candidates, refused
+from pii.labels import CATEGORIES, LABELS, Entity
 from pii.rules import addresses, by_rules, join, mails
 from pii.rules import candidates as rule_candidates
 from pii.scores import touches
+from pii.thresholds import read_thresholds
 from starencoder import StarEncoderForTokenClassification
 from training.step import autocast_to, dtype_of
 
@@ -277,8 +278,11 @@ class Detector:
         self.dtype = "auto"  # of the model's computation: bfloat16 if the device is fast at it
 
     @classmethod
-    def from_pretrained(cls, directory, device="auto", **options):
+    def from_pretrained(cls, directory, device="auto", recall=None, **options):
         """Reads a directory that `python -m pii train` wrote. options: as of the class.
+
+        recall: the share of entities that the thresholds are to keep; None for those by which
+        ordinary code has few findings (see thresholds.py). Without effect beside a `threshold`.
 
         Raises ValueError for a model with other classes, and for a device that is not there.
         """
@@ -293,6 +297,8 @@ class Detector:
             raise ValueError("device cuda was asked for, and torch sees none; use --device cpu")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if "threshold" not in options:
+            options["threshold"] = read_thresholds(directory, recall)
         return cls(model.to(device).eval(), tokenizer, **options)
 
     def find(self, texts):

@@ -8,15 +8,18 @@ References: Li et al., StarCoder, 2023, section 4. Hyperparameters: the model ca
 
 import os
 
+from tqdm import tqdm
+
 import train as pretraining
 from finetune import loop
 from finetune.records import Span
 from finetune.tokens import Fragments
-from pii.detector import Detector
-from pii.labels import CATEGORIES, IGNORED, LabelledDocument, check_categories
+from pii.detector import SECRETS, Detector
+from pii.labels import CATEGORIES, IGNORED, LabelledDocument, check_categories, read_labelled
 from pii.look import blocks
-from pii.scores import evaluate_detector
+from pii.scores import evaluate_detector, touches
 from pii.synthesize import synthesize
+from pii.thresholds import write_thresholds
 from training.ranks import Ranks
 
 DEFAULT_ENCODER = "runs/tiny"  # pretrained if it is missing
@@ -90,7 +93,11 @@ def train(config):
     with ranks.watched():
         if not make_defaults(config, ranks):
             return None
-        return loop.fine_tune(config, ranks, {"fragments": PII})
+        best = loop.fine_tune(config, ranks, {"fragments": PII})
+        with ranks.together():
+            if ranks.lead and best is not None:
+                calibrate(config)
+        return best
 
 
 def make_defaults(config, ranks):
@@ -107,3 +114,78 @@ def make_defaults(config, ranks):
             print(f"No data at {DEFAULT_DATA} yet: making it from Python's standard library.")
             synthesize([], DEFAULT_DATA)
     return True
+
+
+# ---- thresholds ----------------------------------------------------------------------------------
+
+MOST_FINDINGS = 2.0  # in 1,000 lines of ordinary code
+LEAST_THRESHOLD = 0.5  # below it the model rather says that there is nothing
+
+
+def calibrate(config):
+    """Writes thresholds.json into the run directory, from the validation data.
+
+    Beside it may lie ordinary.jsonl, with code as it is: the thresholds are such that at most
+    MOST_FINDINGS are reported in 1,000 lines of that.
+    """
+    detector = Detector.from_pretrained(config.out, config.device, rules=True, threshold=0.0)
+    documents = read_labelled(config.validation)
+    found = find_in_batches(detector, [document.text for document in documents], "calibrating")
+    scores = scores_of_true(documents, found)
+
+    thresholds = dict.fromkeys(CATEGORIES, LEAST_THRESHOLD)
+    ordinary = os.path.join(os.path.dirname(config.validation), "ordinary.jsonl")
+    if os.path.exists(ordinary):
+        texts = [document.text for document in read_labelled(ordinary)]
+        lines = sum(text.count("\n") for text in texts)
+        found = find_in_batches(detector, texts, "counting in ordinary code")
+        thresholds = thresholds_for(found, int(MOST_FINDINGS * lines / 1000))
+    write_thresholds(config.out, thresholds, scores)
+
+
+def find_in_batches(detector, texts, description):
+    """What `detector.find` gives for many texts, with a progress bar."""
+    found = []
+    for begin in tqdm(range(0, len(texts), 64), description, leave=False):
+        found += detector.find(texts[begin : begin + 64])
+    return found
+
+
+def scores_of_true(documents, found):
+    """{category: [score, ...]} of the entities of labelled documents; 0 for one not found."""
+    scores = {category: [] for category in CATEGORIES}
+    for document, entities in zip(documents, found):
+        for span in document.spans:
+            if span.category in CATEGORIES:
+                same = [entity for entity in entities if same_kind(entity, span)]
+                over = [entity.score for entity in same if touches(entity, [span])]
+                scores[span.category].append(round(max(over, default=0.0), 4))
+    return scores
+
+
+def same_kind(entity, span):
+    """True if both are of one category; a key and a password are both secrets."""
+    return entity.category == span.category or {entity.category, span.category} <= set(SECRETS)
+
+
+def thresholds_for(found, most):
+    """{category: threshold}, so that at most `most` of all that was found stays.
+
+    A category with few findings keeps them all; the others have equally many left.
+    """
+    scores = {category: [] for category in CATEGORIES}
+    for entities in found:
+        for entity in entities:
+            if entity.score >= LEAST_THRESHOLD:
+                scores[entity.category].append(entity.score)
+    # The largest number of findings that each category may have.
+    each = most
+    while each and sum(min(len(of_one), each) for of_one in scores.values()) > most:
+        each -= 1
+    thresholds = {}
+    for category, of_one in scores.items():
+        of_one.sort(reverse=True)
+        # Just above the best one that is too many.
+        above = [of_one[each] + 1e-4] if len(of_one) > each else []
+        thresholds[category] = round(max([LEAST_THRESHOLD, *above]), 4)
+    return thresholds

@@ -1,8 +1,8 @@
 """What the model gets to see of a text: blocks of lines in which there may be something.
 
-    blocks(text)                  [(start, end), ...]: all of it, whole lines, some 300 characters each
+    blocks(text)                  [(start, end), ...]: all of it, some lines each
     leads(text)                   where something may stand: cheap, and more often wrong than right
-    blocks_with(text, spots)      the blocks in which one of the spots lies
+    blocks_with(blocks, places)   those in which one of the places lies
 
 Most code holds nothing, and a model takes fifty times as long as a regular expression. A block is
 the same whatever is looked for, and the model sees each on its own. So what the model says of a
@@ -23,35 +23,42 @@ NAMES = re.compile(
 
 # They may be a person's if one of these words stands near them,
 PERSON = re.compile(
-    r"author|copyright|\(c\)|©|\bby\b|contribut|maint|thank|credit|report|review|signed|name|mail"
-    r"|owner|contact|dear|from|patch|courtesy|inspired|@|person|user|regards|created|written|ported"
-    r"|with|ask|talk|based|algorithm|see|thank|customer|patient|employee|manager|recipient|assign|login|, \d{4}",
+    r"author|copyright|\(c\)|©|\bby\b|contribut|maint|thank|credit|review|signed|\bname|mail|@"
+    r"|owner|contact|dear|patch|courtesy|inspired|person|regards|created|written|ported|assign"
+    r"|\bask|\btalk|patient|employee|recipient|based on|algorithm|[12]\d{3}",
     re.IGNORECASE,
 )
-# or if they fill a field of a table, a list or a string.
-FIELD_BEGINS = frozenset("\"'`|>,;([{\t-*:")
-FIELD_ENDS = frozenset("\"'`|<,;)]}\t\n")
+# or if they fill a field of a table, a list or a string. (?: the rest of it)
+FIELD_BEGIN = re.compile(r"[\"'`|>,;(\[{\t][ ]?$|(?:^|\n)[ ]*(?:[-*] )?$")
+FIELD_END = re.compile(r"[\w'.-]*(?: [\w'.-]+)? ?(?:[\"'`|<,;)\]}\t\r\n]|$)")
 
-# A user name may stand behind one of these words: {word, in lower case: what must follow it}. A word
-# is found by `str.find`, which is some twenty times as fast as an expression with alternatives.
-ASSIGNED = r"[\w.]{0,20}[\"'\])]{0,3}\s{0,3}(?:[:=]|=>)?\s{0,3}[\"'@]?[A-Za-z]"
-WORD = r"\W{0,3}\w"
+# A user name may stand behind one of these words: {word, in lower case: what must follow it}. Words
+# are found by `str.find`, which is some twenty times as fast as an expression with alternatives.
+ASSIGNED = r"[\w.]{0,20}[\"'\])]{0,3}\s{0,3}(?:(?:[:=]>?|:=|=>)\s{0,3})?\\?[\"'][A-Za-z]"
+BARE = r"[\w.-]{0,20}(?: |: |=| = |>)[\w.-]*[a-z][\w.-]*\s*?(?:$|[\n\r,;&<])"
+SPOKEN = r" @?[a-z]+[\d_-]"
 ACCOUNTS = {
-    **dict.fromkeys(["user", "login", "account", "owner", "nick", "handle", "assign"], ASSIGNED),
+    **dict.fromkeys(["user", "login", "owner"], f"{ASSIGNED}|{BARE}|{SPOKEN}"),
+    **dict.fromkeys(["account", "nick", "handle", "assign", "uid", "creat"], ASSIGNED),
     **dict.fromkeys(["todo", "fixme", "xxx", "hack"], r"\W{0,2}[(@]\s?\w"),
     **dict.fromkeys(["/home/", "/users/", "\\users\\"], r"\w"),
     **dict.fromkeys(["github.com", "gitlab.com", "bitbucket.org", "twitter.com"], r"[/:]\w"),
     **dict.fromkeys(["created by ", "edited by ", "approved by ", "merged by "], r"@?[a-z]"),
     **dict.fromkeys(["reported by ", "modified by ", "session of ", "chown ", "by @"], r"[a-z]"),
-    " @": r"[A-Za-z0-9]",
-    "(@": r"[A-Za-z0-9]",
-    **dict.fromkeys(["log in as ", "su - ", "fixed by ", "ping ", "blame "], r"[a-z]"),
-    **dict.fromkeys(["cc: ", "$id:", "actingas(", "uid"], r"."),
+    **dict.fromkeys(["log in as ", "su - ", "fixed by ", "cc: ", "$id:", "actingas("], r"."),
+    **dict.fromkeys([" @", "(@", "[@"], r"[A-Za-z0-9]"),
     # A password that `candidates` does not see, as in prose.
-    **dict.fromkeys(["password", "passwd", "pwd", "pw="], r"[\w\"':=\])({.>-]{0,12}\s{0,3}[\"'(]?[\w.]*\d"),
+    **dict.fromkeys(
+        ["password", "passwd", "pwd", "pw="], r"[\w\"':=\])({.>-]{0,12}\s{0,3}[\"'(]?[\w.]*\d"
+    ),
 }
 ACCOUNTS = {word: re.compile(follows, re.IGNORECASE) for word, follows in ACCOUNTS.items()}
-NO_ACCOUNT = re.compile(r"\s@(?:param|return|throws|see|since|code|link|type|prop|brief|dev|test|over)")
+# What stands behind an @, or at the start of a line, is an annotation or a decorator.
+NO_ACCOUNT = re.compile(
+    r"[ (]@(?:param|return|throw|exception|see|since|code|link|type|prop|brief|dev|test|over"
+    r"|private|public|inherit|deprecat|example|var|internal|method|class|template|extends|default"
+    r"|ignore|note)"
+)
 
 
 def blocks(text, size=BLOCK):
@@ -98,9 +105,16 @@ def account_leads(text):
     for word, follows in ACCOUNTS.items():
         at = lowered.find(word)
         while at >= 0:
-            if follows.match(text, at + len(word)) and not NO_ACCOUNT.match(text, at):
+            if follows.match(text, at + len(word)) and not is_annotation(text, at):
                 yield at
             at = lowered.find(word, at + 1)
+
+
+def is_annotation(text, at):
+    """True for an @ that begins a line or a word of documentation such as @param."""
+    if text[at : at + 2] not in (" @", "(@"):
+        return False
+    return bool(NO_ACCOUNT.match(text, at)) or text[at - 1 : at] in ("", " ", "\t", "\n")
 
 
 def name_leads(text):
@@ -108,9 +122,12 @@ def name_leads(text):
     for match in NAMES.finditer(text):
         start = match.start()
         before = text[max(0, start - 60) : start]
-        behind = text[match.end() : match.end() + 60]
-        in_field = before[-1:] in FIELD_BEGINS or before[-2:-1] in FIELD_BEGINS
-        if in_field or PERSON.search(before) or PERSON.search(behind):
+        near = (
+            before[before.rfind("\n") + 1 :] + text[match.end() : match.end() + 60].split("\n")[0]
+        )
+        if PERSON.search(near):
+            yield start
+        elif FIELD_BEGIN.search(before) and FIELD_END.match(text, match.end()):
             yield start
 
 

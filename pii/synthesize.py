@@ -13,18 +13,17 @@ import json
 import os
 import random
 import re
-import sysconfig
-from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from common.files import write_whole
-from corpus.documents import documents, text_of
 from pii.candidates import candidates
+from pii.hosts import read_hosts
 from pii.look import name_leads
 from pii.rules import candidates as rule_candidates
-from pii.templates import SPLITS, read_table, render, split_of, templates_of
+from pii.templates import SPLITS, read_table, render, templates_of
 from pii.values import Values
 
 # {language: the sign that begins a comment}; "#" for all others.
@@ -33,7 +32,9 @@ COMMENT_SIGN = {
     for sign, languages in read_table("comment_signs").items()
     for language in languages
 }
-MOST_FILES = 20_000  # to take excerpts from; more would only take memory
+REAL = Path(__file__).with_name("real.jsonl")
+REAL_TIMES = {"train": 4, "validation": 1}  # how often a block that was labelled by hand is there
+ORDINARY = 1000  # files
 GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] * 3  # by weight
 
 # A line of a real file that may hold personal data, beside what the rules and `candidates` find: an
@@ -47,16 +48,9 @@ ACCOUNT = re.compile(
 
 # Excerpts are taken around such words more often than elsewhere: most false alarms stand there.
 LOOKALIKE = re.compile(
-    r"pass(?:w|ph)|\bpwd|secret|token|api.?key|auth|user|login|owner|author|licen[cs]e|copyright|by [A-Z]"
+    r"pass(?:w|ph)|\bpwd|secret|token|api.?key|auth|user|login|owner|licen[cs]e|copyright|by [A-Z]"
     r"|[A-Z][a-z]+ [A-Z][a-z]+|version|https?://|[0-9a-f]{20}",
 )
-
-
-class Host(NamedTuple):
-    """A real file."""
-
-    text: str
-    language: str  # as corpus/languages calls it
 
 
 class Planted(NamedTuple):
@@ -110,9 +104,9 @@ def compose(host, values, groups):
     if form >= 0.2 or not lines:  # and some have nothing but code
         plant(lines, values.random, groups)
 
-    sign = COMMENT_SIGN.get(host.language, "#")
+    sign = COMMENT_SIGN.get(host.kind, "#")
     text = ""
-    fragments = []
+    found = []  # spans
     indent = ""  # of the last line of the file that has one
     for line in lines:
         if isinstance(line, str):
@@ -126,28 +120,45 @@ def compose(host, values, groups):
         if line.group != "data":
             text += indent
         for start, end, category in spans:
-            position = [len(text) + start, len(text) + end]
-            value = rendered[start:end]
-            fragments.append({"category": category, "position": position, "value": value})
+            found.append((len(text) + start, len(text) + end, category))
         text += rendered + "\n"
-    return {"text": text, "fragments": fragments}
+    return {"text": text, "fragments": fragments_of(text, found)}
 
 
-def read_hosts(sources):
-    """{split: [Host, ...]} of the text files of `sources`. Raises ValueError if some have none."""
-    hosts = {split: [] for split in SPLITS}
-    for _, _, document in documents(sources, Counter(), description="reading"):
-        pieces, reason = text_of(document)
-        # Skip commits and issues, which have several pieces or begin with a special token.
-        if not reason and len(pieces) == 1 and not pieces[0][0]:
-            text = pieces[0][1]
-            hosts[split_of(text)].append(Host(text, document.language))
-        if sum(map(len, hosts.values())) >= MOST_FILES:  # in all splits
-            break
-    if not all(hosts.values()):
-        names = ", ".join(sources)
-        raise ValueError(f"too few files in {names}: train, validation and test need some each")
-    return hosts
+# ---- blocks of real files, labelled by hand ------------------------------------------------------
+
+
+def read_real():
+    """{the first 16 digits of a file's SHA-256: its blocks} of real.jsonl.
+
+    A block: (start, end) or, if something is in it, (start, end, [(start, end, category), ...]), in
+    characters of the file and of the block. The files are those of packages.txt.
+    """
+    found = {}
+    with open(REAL, encoding="utf-8") as lines:
+        for line in lines:
+            found |= json.loads(line)["files"]
+    return found
+
+
+def fragments_of(text, spans):
+    """The spans of a text in the layout of a labelled document."""
+    return [
+        {"category": category, "position": [start, end], "value": text[start:end]}
+        for start, end, category in spans
+    ]
+
+
+def real_documents(text, blocks):
+    """The labelled blocks of a real file, each a document."""
+    found = []
+    for start, end, *spans in blocks:
+        block = text[start:end]
+        found.append({"text": block, "fragments": fragments_of(block, spans[0] if spans else [])})
+    return found
+
+
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def synthesize(sources, out, count=16_000, seed=0):
@@ -164,7 +175,8 @@ def synthesize(sources, out, count=16_000, seed=0):
             raise ValueError(f"{path}: exists already; choose another directory or remove it")
     if not all(sizes.values()):
         raise ValueError(f"{count} documents are too few: each split needs some")
-    hosts = read_hosts(sources or [sysconfig.get_paths()["stdlib"]])  # after the quick checks
+    real = read_real()
+    hosts, known = read_hosts(sources, wanted=real)  # after the quick checks
 
     # Each split has its own generator, so it stays the same if another changes. All is made before
     # anything is written: stopped meanwhile, it leaves nothing behind.
@@ -176,9 +188,17 @@ def synthesize(sources, out, count=16_000, seed=0):
         for _ in tqdm(range(size), desc=f"writing {split}", unit=" documents"):
             host = values.random.choice(hosts[split])
             lines.append(json.dumps(compose(host, values, groups)) + "\n")
+        # The test is synthetic alone: those who made the labels have seen the files.
+        if split != "test":
+            for digest, host in known[split].items():
+                made = map(json.dumps, real_documents(host.text, real[digest]))
+                lines += [line + "\n" for line in made] * REAL_TIMES[split]
         contents[split] = "".join(lines)
+    # Files as they are, unlabelled, to count what a detector reports in ordinary code.
+    lines = [json.dumps({"text": host.text, "fragments": []}) for host in hosts["validation"]]
+    contents["ordinary"] = "".join(line + "\n" for line in lines[:ORDINARY])
 
     os.makedirs(out, exist_ok=True)
-    for split, content in contents.items():
-        write_whole(paths[split], content)
+    for name, content in contents.items():
+        write_whole(os.path.join(out, f"{name}.jsonl"), content)
     return sizes
