@@ -13,6 +13,7 @@ encode.py       documents to tokens, on all cores
 store.py        the files of a corpus directory: their writer and their reader
 build.py        `prepare`: all of this together, restartable and divisible
 report.py       what is in a corpus, for people to read
+packages.py     fetches sources: the packages of a list, from PyPI, npm and Debian
 """
 
 from corpus.build import prepare

@@ -1,10 +1,14 @@
-"""python -m corpus: makes a corpus of tokens from source code, or says what is in one."""
+"""python -m corpus: makes a corpus of tokens from source code, or says what is in one.
+
+With --fetch it downloads source code instead.
+"""
 
 import argparse
 import time
 
 from common.command_line import CommandLine, run_command
 from corpus.build import prepare
+from corpus.packages import fetch, read_packages
 from corpus.report import summary
 from corpus.sources import KINDS
 from corpus.store import read_meta
@@ -20,7 +24,7 @@ def shard(text):
 
 
 def command_line():
-    """The arguments of `prepare`, and --report."""
+    """The arguments of `prepare`, --report and --fetch."""
     parser = CommandLine(
         prog="python -m corpus",
         description="Makes a corpus of tokens from source code.",
@@ -31,6 +35,8 @@ def command_line():
     add("sources", nargs="*", metavar="SOURCE", help=sources)
     add("--out", metavar="DIR", help="the corpus directory to make, or to go on with")
     add("--report", metavar="DIR", help="print what is in this corpus, and do nothing else")
+    listed = "download the packages of this list into --out, and do nothing else"
+    add("--fetch", metavar="LIST", help=listed)
 
     # The tokenizer: a new one, or one that is there.
     either = parser.add_mutually_exclusive_group()
@@ -65,6 +71,12 @@ def main(argv=None):
         return
     if "out" not in arguments:
         parser.error("the following arguments are required: --out")
+    if "fetch" in arguments:
+        packages = read_packages(arguments["fetch"])
+        paths = fetch(packages, arguments["out"])
+        megabytes = sum(path.stat().st_size for path in paths) / 1e6
+        print(f"{len(paths)} of {len(packages)} packages, {megabytes:.1f} MB: {arguments['out']}")
+        return
     begin = time.perf_counter()
     meta = prepare(**arguments)  # every other flag has the name of one of its arguments
     seconds = time.perf_counter() - begin
