@@ -3,12 +3,15 @@
 The files come from 49 packages of PyPI, npm and Debian (pii_packages.txt): open to all, in some
 twenty languages. No package was chosen for what is in it, and no detector may be trained on one. Of
 a package's text files of 500 bytes to 60 kB, without licences, translations, generated and minified
-ones, those are taken whose paths have the smallest SHA-256: up to 38 kB of tests, examples,
-configurations and documents; up to 20 kB of the rest; and up to 26 kB more of the first kind whose
-paths speak of users, mail, configurations or secrets.
+ones, those are taken whose paths have the smallest SHA-256, a dozen of one ending at most: up to
+38,000 characters of tests, examples, configurations and documents; 58,000 with the rest; and 26,000
+more of the first kind whose paths speak of users, mail, configurations or secrets. These last were
+added when the others turned out to hold under a hundred secrets; by their paths, not their content.
 
-All that any contender found in them has been judged by hand in its context, and beside it each line
-with a word such as password, token or author and a value. A line of pii_labels.jsonl is a file:
+All that any contender found in them has been read in its context and judged, once; and beside it
+lines with a word such as password, token or author and a value. What none of these showed is
+missing, so recall is an upper bound. The same line in several files of a package has one verdict. A
+line of pii_labels.jsonl is a file:
 
     {"file": "pypi-name-1.0/path/in/archive", "sha256": ..., "judged": [[start, end, "KEY"], ...]}
 
@@ -20,9 +23,14 @@ one category, as tools name them differently. Pieces of one span count once. A f
 nothing judged is wrong, is counted as unjudged, and goes to runs/pii-unjudged.jsonl; `python -m
 bench.pii_judge` takes the verdict. A tool is scored only on the categories that it looks for.
 
-pii_before.json has what could not be found again: by the detector at commit 2a00f84, trained on
-16,000 synthetic documents from random weights, and by the rules of gitleaks 8.30, read from its
-program and applied with Python's regular expressions.
+pii_before.json has what could not be found again: by the detector at commit 2a00f84, fine-tuned for
+300 steps from a tiny pretrained encoder; and by the rules of gitleaks 8.30, which are read from its
+program as a package of PyPI ships it, and applied with Python's regular expressions. That comes
+near to gitleaks, but has not been compared with it.
+
+KEY and PASSWORD together are 144 spans of 73 different values in 26 packages, half of the names
+stand in two lists of credits, and 60 of the 68 IP addresses in two files. Differences of a few
+percent say nothing.
 """
 
 import hashlib
