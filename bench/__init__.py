@@ -4,7 +4,7 @@
     model_speed    a training step beside transformers' models
     step_profile   where the time of that step goes
     data_speed     from tokens on disk to batches, beside tokenizing on the fly
-    pii_speed      finding personal data and secrets, beside other detectors
+    pii_real       personal data and secrets in real code, beside other detectors; pii_judge
     embed_speed    vectors of source code beside sentence-transformers
     search         finding functions by their docstrings, beside BM25; search_data makes the pairs
     tasks          five tasks, fine-tuned from pretrained and from random weights; task_data

@@ -22,7 +22,7 @@ def main(argv=None):
     kernels = command("kernels", "Triton kernels beside their peers (GPU)")
     model = command("model", "a training step beside transformers' models")
     data = command("data", "from tokens on disk to batches, beside tokenizing on the fly")
-    pii = command("pii", "finding personal data in code, beside other detectors")
+    pii = command("pii", "personal data and secrets in real code, beside other detectors")
     search = command("search", "finding functions by their docstrings, beside BM25")
     tasks = command("tasks", "five tasks, fine-tuned from pretrained and from random weights")
     embed = command("embed", "vectors of source code beside sentence-transformers")
@@ -53,6 +53,9 @@ def main(argv=None):
         help = "fine-tunings of each kind (default: 3)"
         measurement.add_argument("--seeds", type=int, default=3, metavar="N", help=help)
 
+    help = "the detector (default: runs/pii)"
+    pii.add_argument("--model", default="runs/pii", metavar="RUN", help=help)
+
     # The flag that all measurements share.
     for measurement in (kernels, model, data, pii, embed, search, tasks, speedrun):
         help = "the JSON file to write (default: one in results/, named after the device)"
@@ -80,9 +83,9 @@ def run(arguments):
 
         bench_data(arguments.out)
     elif arguments.what == "pii":
-        from bench.pii_speed import bench_pii
+        from bench.pii_real import bench_pii
 
-        bench_pii(arguments.out)
+        bench_pii(arguments.out, arguments.model)
     elif arguments.what == "search":
         from bench.search import bench_search
 

@@ -58,27 +58,33 @@ def category_of(kind):
 # The peers. Each is imported when it is used: they are not among the requirements.
 
 
-def scan_with_detect_secrets(paths):
-    """Yields a `Report` of all that detect-secrets finds in files, on all cores."""
+def scan_with_detect_secrets(paths, processes=None):
+    """Yields a `Report` of all that detect-secrets finds in files.
+
+    processes: how many share the work; None for one on each core.
+    """
     from detect_secrets.core.secrets_collection import SecretsCollection
     from detect_secrets.settings import default_settings
 
     with default_settings():  # its plugins and filters as they come
         secrets = SecretsCollection()
-        secrets.scan_files(*paths, num_processors=os.cpu_count())
+        secrets.scan_files(*paths, num_processors=processes or os.cpu_count())
         for path, secret in secrets:
             category = category_of(secret.type)
             yield Report(path, secret.line_number, secret.secret_value, category)
 
 
-def scan_with_credsweeper(paths):
-    """Yields a `Report` of all that credsweeper finds in files, on all cores."""
+def scan_with_credsweeper(paths, processes=None):
+    """Yields a `Report` of each secret that credsweeper finds in files, as the other does."""
     from credsweeper import CredSweeper
     from credsweeper.file_handler.files_provider import FilesProvider
 
-    sweeper = CredSweeper(pool_count=os.cpu_count())  # with its rules, filters and model
+    # With its rules, filters and model.
+    sweeper = CredSweeper(pool_count=processes or os.cpu_count())
     sweeper.run(content_provider=FilesProvider(paths))
     for candidate in sweeper.credential_manager.get_credentials():
+        if candidate.rule_name in NO_SECRETS:
+            continue
         category = category_of(candidate.rule_name)
         for line in candidate.line_data_list:  # a user name and its password make one candidate
             yield Report(line.path, line.line_num, line.value, category)
@@ -95,15 +101,23 @@ def find_by_scanning(texts, scan):
                 file.write(text)
         reports = list(scan(paths))
 
-    for path, number, value, category in reports:
-        index = int(os.path.basename(path)[:6])
-        lines = texts[index].split("\n")
-        # A report gives a line and a value; assume the first place in that line.
-        if value and 1 <= number <= len(lines) and value in lines[number - 1]:
-            before = sum(len(line) + 1 for line in lines[: number - 1])  # characters
-            start = before + lines[number - 1].index(value)
-            found[index].add(Entity(start, start + len(value), category, 1.0))
+    for report in reports:
+        index = int(os.path.basename(report.path)[:6])
+        found[index].update(entities_reported(report, texts[index]))
     return [sorted(entities) for entities in found]
+
+
+def entities_reported(report, text):
+    """[Entity] of a `Report` on a file with this text; [] if the value is not in that line."""
+    lines = text.split("\n")
+    if not report.value or not 1 <= report.line <= len(lines):
+        return []
+    # A report gives a line and a value; assume the first place in that line.
+    place = lines[report.line - 1].find(report.value)
+    if place < 0:
+        return []
+    start = sum(len(line) + 1 for line in lines[: report.line - 1]) + place  # characters
+    return [Entity(start, start + len(report.value), report.category, 1.0)]
 
 
 def find_by_presidio(texts):
