@@ -97,7 +97,7 @@ def kind_of(path, content=b""):
 # ---- which files ---------------------------------------------------------------------------------
 
 
-def _choice_of(source):
+def _choice_of(source, wanted):
     """What the readers of `corpus.sources` take of a source: hosts, as `Document`s of a kind."""
 
     def kind(name, content=b""):
@@ -105,26 +105,33 @@ def _choice_of(source):
         return kind_of(name.removeprefix(source), content)
 
     def may_be(name, is_file, size, skipped):
-        return is_file and size <= LARGEST and kind(name) != LEFT_OUT
+        return is_file and size <= LARGEST and (wanted or kind(name) != LEFT_OUT)
 
     def made_of(name, content, skipped):
-        found = kind(name, content)
-        if found in (None, LEFT_OUT) or not SMALLEST <= len(content) <= LARGEST:
+        found = kind(name, content) or LEFT_OUT
+        if digest_of(content) in wanted:
+            return Document(found, content)
+        if found == LEFT_OUT or len(content) < SMALLEST:
             return None
         return Document(found, content)
 
     return Choice(may_be, made_of)
 
 
-def _host_files(source):
-    """Yields the `Document` of each file of a source that may be a host."""
+def digest_of(content):
+    """The first 16 digits of the SHA-256 of a file's bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _host_files(source, wanted):
+    """Yields the `Document` of each file of a source that may be a host, or is wanted."""
 
     def progress(size, absolute=False):
         pass  # the bar counts sources
 
     for path, reader, _ in readers(source):
         if not path.endswith(TABLES):  # whose rows say themselves what they are
-            reader = functools.partial(reader, choice=_choice_of(source))
+            reader = functools.partial(reader, choice=_choice_of(source, wanted))
         for document in read(path, reader, Counter(), progress):
             if isinstance(document.content, bytes):  # not a commit or an issue
                 yield document
@@ -178,8 +185,11 @@ def default_sources():
     return sorted(glob.glob(f"{PACKAGES}/*-*.*")) or [sysconfig.get_paths()["stdlib"]]
 
 
-def read_hosts(sources):
-    """{split: [Host, ...]} of the text files of `sources`, in an order that hashes decide.
+def read_hosts(sources, wanted=frozenset()):
+    """({split: [Host, ...]}, {split: {digest: Host}}): files to be hosts, and those that are wanted.
+
+    The hosts are in an order that hashes decide. wanted: the first 16 digits of the SHA-256 of files
+    that are labelled; whatever they are, they are taken.
 
     A source is one of `corpus.sources`; [] stands for `default_sources`. If there are too few to
     give each split a project, every file counts as a project. Raises ValueError if a split has no
@@ -190,19 +200,24 @@ def read_hosts(sources):
     most = MOST_OF_PROJECT if by_project else MOST_OF_KIND
 
     chosen = _Smallest(MOST_OF_KIND)
+    known = {split: {} for split in SPLITS}
     seen = set()  # digests: a file that several projects have is in one split only
     for source in tqdm(sources, "reading", unit=" sources"):
         of_project = _Smallest(most)
-        for kind, content in _host_files(source):
-            digest = int.from_bytes(hashlib.sha256(content).digest()[:8])
-            if digest in seen or not of_project.takes(kind, digest):
+        for kind, content in _host_files(source, wanted):
+            digest = digest_of(content)
+            if digest in wanted:
+                host = Host(content.decode(), kind, _project_of(source))
+                known[split_of(host.project)].setdefault(digest, host)
+            number = int(digest, 16)
+            if kind == LEFT_OUT or number in seen or not of_project.takes(kind, number):
                 continue
             text = _text_of(content)
             if text is not None:
-                seen.add(digest)
-                of_project.add(digest, Host(text, kind, _project_of(source)))
-        for digest, host in of_project:
-            chosen.add(digest, host)
+                seen.add(number)
+                of_project.add(number, Host(text, kind, _project_of(source)))
+        for number, host in of_project:
+            chosen.add(number, host)
 
     hosts = {split: [] for split in SPLITS}
     for _, host in sorted(chosen):
@@ -210,4 +225,4 @@ def read_hosts(sources):
     if not all(hosts.values()):
         names = ", ".join(sources[:3])
         raise ValueError(f"too few files in {names}: train, validation and test need some each")
-    return hosts
+    return hosts, known

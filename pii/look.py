@@ -17,15 +17,16 @@ BLOCK = 320  # characters, about a hundred tokens: a block fits into one window 
 
 # Two words with a capital, as a full name has, or letters that English lacks.
 NAMES = re.compile(
-    r"[A-Z][a-z\u00df-\u024f]+(?: [A-Z]\.)? (?:[a-z]{2,3} )?[^\W\d_a-z][^\W\d_]|[A-Z]\. [A-Z][a-z]"
-    r"|[^\W\d_a-zA-Z]{2}"
+    r"[A-Z\u00c0-\u00de\u0100-\u024f][a-z\u00df-\u024f]+(?: [A-Z]\.)?"
+    r" (?:[a-z]{2,3} )?[^\W\d_a-z][^\W\d_]"
+    r"|[A-Z]\. [A-Z][a-z]|[^\W\d_a-zA-Z]{2}"
 )
 
 # They may be a person's if one of these words stands near them,
 PERSON = re.compile(
     r"author|copyright|\(c\)|©|\bby\b|contribut|maint|thank|credit|review|signed|\bname|mail|@"
     r"|owner|contact|dear|patch|courtesy|inspired|person|regards|created|written|ported|assign"
-    r"|\bask|\btalk|patient|employee|recipient|based on|algorithm|[12]\d{3}",
+    r"|\bask|\btalk|patient|employee|recipient|based on|algorithm|作者|автор|[12]\d{3}",
     re.IGNORECASE,
 )
 # or if they fill a field of a table, a list or a string. (?: the rest of it)
