@@ -275,20 +275,22 @@ LINE_START = re.compile(
 )
 
 
-def name_around(text, at):
+def name_around(text, at, stem):
     """(start, end) of the identifier around a stem; it may go on beyond NAME_LENGTH."""
     before = text[max(0, at - NAME_LENGTH) : at]
-    after = text[at : at + NAME_LENGTH]
+    after = text[at + len(stem) : at + NAME_LENGTH]
     start = at - len(before) + len(before.rstrip(NAME_SIGNS))
-    # rstrip() gives how much is left when the identifier is gone.
-    end = at + len(after) - len(after.lstrip(NAME_SIGNS))
-    return start, end
+    if text[start - 1 : start] == "\\" and start < at:  # the n of a line break in a string
+        start += 1
+    return start, at + len(stem) + len(after) - len(after.lstrip(NAME_SIGNS))
 
 
 def line_before(text, at):
-    """What stands before a place in its line, at most LOOK_BACK characters."""
-    begin = max(0, at - LOOK_BACK)
-    return text[max(begin, text.rfind("\n", begin, at) + 1) : at]
+    r"""What stands before a place in its line, at most LOOK_BACK characters.
+
+    In a string a line ends with a literal \n.
+    """
+    return re.split(r"\n|\\n", text[max(0, at - LOOK_BACK) : at])[-1]
 
 
 def line_behind(text, at):
@@ -320,7 +322,7 @@ def trimmed(value, one_of_several):
     """A bare value without what ends it."""
     if one_of_several:
         value = NEXT.split(value, maxsplit=1)[0]
-    return value.rstrip(",;")
+    return value.rstrip(",;.")
 
 
 def is_marked(value):
@@ -347,7 +349,8 @@ def may_be_bare(value, category, line):
     if line.behind[:1] in (",", ")", ";") and (line.begins or not has_digit):
         return line.is_tight and line.behind[0] == ";"
     if has_digit:
-        return category == "PASSWORD" or line.is_tight or looks_random(value)
+        sure = line.is_tight or line.is_option or line.behind[:1] in ('"', "'")
+        return category == "PASSWORD" or sure or looks_random(value) or line.is_setting
     return line.is_setting or line.ends_here or is_mixed(value)
 
 
@@ -377,7 +380,7 @@ def bare_value(text, start, match, kind):
         is_option=is_option,
         is_tight=is_tight,
         is_setting=begins and (not behind or behind.startswith(("#", "//", "*/", "\\", '"', "'"))),
-        ends_here=(is_tight or is_option) and behind[:1] in ENDS,
+        ends_here=behind[:1] == "}" or (is_tight or is_option) and behind[:1] in ENDS,
         behind=behind,
     )
     category = "PASSWORD" if kind == "PASSWORD" else "KEY"
@@ -426,8 +429,8 @@ def place_of(text, start, match, kind):
 SPOKEN = ("apart", "phrase", "prose", "pair", "parentheses")
 PLAIN_WORDS = ("pass", "Pass", "auth", "token", "tokens", "credential", "pin")
 
-# Before a quote: another string and a comma, as in a list.
-IN_LIST = re.compile(r"""["'`]\s*,\s*["'`]$""")
+# Before a string: another one and a comma, as in a list, or what has it as its value.
+IN_LIST = re.compile(r"""(?:["'`]\s*,|[:=])\s*["'`]$""")
 
 
 def named(text, start, end):
@@ -455,7 +458,7 @@ def named(text, start, end):
 
 # A long word between quotes, or behind one of the signs that lead to a value; not a key of a dict.
 RANDOM = re.compile(
-    r"""["'`=:>\s](?P<value>[A-Za-z0-9+/][A-Za-z0-9+/_-]{19,}+={0,2})(?!["'`]?\s?[\w@.(\[:])"""
+    r"""["'`=:>\s](?P<value>[A-Za-z0-9+/][A-Za-z0-9+/_-]{19,}+={0,2})(?![\w@(\[:]|\.\w|["'`]\s?[:(])"""
 )
 
 # A line that holds but one of them: of a picture or a certificate, if the lines around do too.
@@ -493,9 +496,9 @@ def led(text, start, end):
             if place:
                 by_phrase.append(Candidate(*place, phrase.category, phrase.name))
         if stem in NAME_STEMS and at >= done:
-            first, last = name_around(text, at)
+            first, last = name_around(text, at, stem)
             found = named(text, first, last)
-            done = max(last, at + 1)
+            done = last
             if found:
                 by_name.append(found)
     return by_phrase, by_name
@@ -518,9 +521,10 @@ def unled(text, start, end):
     found = []
     for match in RANDOM.finditer(text, start, end):
         value = match["value"]
-        if len(value) > 512 or not looks_random(value):
+        if len(value) > 512 or not looks_random(value) or is_data(text, *match.span("value")):
             continue
-        if is_data(text, *match.span("value")):
+        # Numbers of objects and commits are hexadecimal, in quotes or not.
+        if HEX.fullmatch(value) and (match[0][0].isspace() or len(value) in (24, 40)):
             continue
         before = line_before(text, match.start("value"))[-40:]
         if CHECKSUMS.isdisjoint(re.findall(r"[a-z]+\d*", CAMEL.sub("_", before).lower())):
