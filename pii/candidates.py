@@ -136,8 +136,9 @@ def name_pattern(words):
     Its group `rest` is what comes behind: of password_2_field, `_2_field`.
     """
     # A long word may be glued to what is before it, a short one only to some words.
-    long_words = "|".join(word.replace("_", "_?") for word in words if len(word) > 5)
-    short_words = "|".join(word.replace("_", "_?") for word in words if len(word) <= 5)
+    longest_first = sorted(words, key=len, reverse=True)
+    long_words = "|".join(word.replace("_", "_?") for word in longest_first if len(word) > 5)
+    short_words = "|".join(word.replace("_", "_?") for word in longest_first if len(word) <= 5)
     glued = "|".join(sorted(WORDS["GLUED"], key=len, reverse=True))
     return re.compile(
         rf"(?P<before>.*?) (?: {long_words} | (?: (?<![a-z]) | (?:(?<![a-z])(?:{glued})) )"
@@ -190,12 +191,19 @@ def looks_random(value):
     """True if letters and digits, capitals and small letters change as often as by chance."""
     if UUID.fullmatch(value) or SERIES.search(value) or value.startswith("0x"):
         return False
-    digits = sum(map(str.isdigit, value))
     if HEX.fullmatch(value):
-        return len(value) >= 16 and 0.2 < digits / len(value) < 0.95 and len(set(value)) > 7
-    # A run is a word of an identifier, or what chance puts together: two characters on average.
-    runs = RUNS.findall(value)
-    return digits > 0 and len(set(value)) > 7 and sum(map(len, runs)) < 3 * len(runs)
+        digits = sum(map(str.isdigit, value))
+        return len(value) >= 16 and 0.35 < digits / len(value) < 0.9 and len(set(value)) > 7
+
+    # Base64 may have a few signs inside; words that are joined by them are short.
+    part = max(re.split(r"[^A-Za-z\d]", value), key=len)
+    runs = RUNS.findall(part)
+    if len(part) < 10 or len(set(part)) < 8 or not any(map(str.isdigit, part)):
+        return False
+    # A run is a word of an identifier, or what chance puts together: two characters on average,
+    # and four without small letters and few digits, as in base32.
+    one_case = part.isupper() or part.islower()
+    return len(runs) > 4 and len(part) < (4.6 if one_case else 3) * len(runs)
 
 
 def says_it_is_none(value):
@@ -209,10 +217,12 @@ def names_a_thing(value, category):
     if not SEVERAL_WORDS.fullmatch(value):
         return False
     words = CAMEL.sub("_", value).replace(":", "_").lower().split("_")
-    # Random letters look like words of a camel: kaIRyxbIaU.
+    # Random letters look like words of a camel: kaIRYxbIaU.
     if len(value) < 3.5 * len(words):
         return False
-    return category == "KEY" or value.isupper() or not THINGS.isdisjoint(words)
+    if not value.islower() and (category == "KEY" or value.isupper()):
+        return True
+    return not THINGS.isdisjoint(words)
 
 
 def is_sentence(value, category):
@@ -265,20 +275,22 @@ LINE_START = re.compile(
 )
 
 
-def name_around(text, at):
+def name_around(text, at, stem):
     """(start, end) of the identifier around a stem; it may go on beyond NAME_LENGTH."""
     before = text[max(0, at - NAME_LENGTH) : at]
-    after = text[at : at + NAME_LENGTH]
+    after = text[at + len(stem) : at + NAME_LENGTH]
     start = at - len(before) + len(before.rstrip(NAME_SIGNS))
-    # rstrip() gives how much is left when the identifier is gone.
-    end = at + len(after) - len(after.lstrip(NAME_SIGNS))
-    return start, end
+    if text[start - 1 : start] == "\\" and start < at:  # the n of a line break in a string
+        start += 1
+    return start, at + len(stem) + len(after) - len(after.lstrip(NAME_SIGNS))
 
 
 def line_before(text, at):
-    """What stands before a place in its line, at most LOOK_BACK characters."""
-    begin = max(0, at - LOOK_BACK)
-    return text[max(begin, text.rfind("\n", begin, at) + 1) : at]
+    r"""What stands before a place in its line, at most LOOK_BACK characters.
+
+    In a string a line ends with a literal \n.
+    """
+    return re.split(r"\n|\\n", text[max(0, at - LOOK_BACK) : at])[-1]
 
 
 def line_behind(text, at):
@@ -299,14 +311,18 @@ def closes(text, start, match):
 
 
 # Ends a value that is one of several in a line: user=x;password=y, ?key=x&page=2
-NEXT = re.compile(r"[;,|)]|&[\w.%-]*=|&amp;")
+NEXT = re.compile(r"[;,|)\]}]|&[\w.%-]*=|&amp;")
+
+
+# What may follow a value without quotes, in a string, a URL, a connection string, a command.
+ENDS = ("", ";", "&", '"', "'", "`", "\\", "<", "-", "}")
 
 
 def trimmed(value, one_of_several):
     """A bare value without what ends it."""
     if one_of_several:
         value = NEXT.split(value, maxsplit=1)[0]
-    return value.rstrip(",;")
+    return value.rstrip(",;.")
 
 
 def is_marked(value):
@@ -333,9 +349,9 @@ def may_be_bare(value, category, line):
     if line.behind[:1] in (",", ")", ";") and (line.begins or not has_digit):
         return line.is_tight and line.behind[0] == ";"
     if has_digit:
-        return category == "PASSWORD" or line.is_tight or looks_random(value)
-    ends = line.behind[:1] in ("", ";", "&")
-    return line.is_setting or (line.is_tight or line.is_option) and ends or is_mixed(value)
+        sure = line.is_tight or line.is_option or line.behind[:1] in ('"', "'")
+        return category == "PASSWORD" or sure or looks_random(value) or line.is_setting
+    return line.is_setting or line.ends_here or is_mixed(value)
 
 
 class Line(NamedTuple):
@@ -345,7 +361,8 @@ class Line(NamedTuple):
     is_option: bool  # --name
     is_tight: bool  # no blank before the value
     is_setting: bool  # nothing else is in the line
-    behind: str  # the value, without blanks at the ends
+    ends_here: bool  # the value of an option, or without blanks around it
+    behind: str  # what is behind the value, without blanks at the ends
 
 
 def bare_value(text, start, match, kind):
@@ -357,17 +374,20 @@ def bare_value(text, start, match, kind):
     value = trimmed(match[group], one_of_several=not begins and not is_option)
     end = first + len(value)
     behind = line_behind(text, end).strip()
+    is_tight = group == "bare" and text[first - 1 : first] in ("=", ":")
     line = Line(
         begins=begins,
         is_option=is_option,
-        is_tight=group == "bare" and text[first - 1 : first] in ("=", ":"),
-        is_setting=begins and (not behind or behind.startswith(("#", "//", "*/", "\\"))),
+        is_tight=is_tight,
+        is_setting=begins and (not behind or behind.startswith(("#", "//", "*/", "\\", '"', "'"))),
+        ends_here=behind[:1] == "}" or (is_tight or is_option) and behind[:1] in ENDS,
         behind=behind,
     )
     category = "PASSWORD" if kind == "PASSWORD" else "KEY"
     if group == "argument" and not is_option:
         return None
-    if refused(value, category, bare=True) or behind[:1] in ("(", "[", "<"):
+    in_code = behind[:1] in ("(", "[", "<") and behind[:2] != "</"
+    if in_code or refused(value, category, bare=True):
         return None
     return (first, end) if may_be_bare(value, category, line) else None
 
@@ -378,6 +398,8 @@ def spoken_value(text, match, category):
     first = match.start("spoken")
     # Not the next word of a sentence, nor `flags=x` behind "pass".
     if not is_marked(value) or ASSIGNED.match(value) or refused(value, category, bare=True):
+        return None
+    if category == "KEY" and not looks_random(value):
         return None
     return first, first + len(value)
 
@@ -403,26 +425,46 @@ def place_of(text, start, match, kind):
     return place
 
 
+# Syntaxes in which a plain word such as "pass" most often is no name.
+SPOKEN = ("apart", "phrase", "prose", "pair", "parentheses")
+PLAIN_WORDS = ("pass", "Pass", "auth", "token", "tokens", "credential", "pin")
+
+# Before a string: another one and a comma, as in a list, or what has it as its value.
+IN_LIST = re.compile(r"""(?:["'`]\s*,|[:=])\s*["'`]$""")
+
+
 def named(text, start, end):
     """The Candidate of the value that the name text[start:end] has; None if there is none."""
-    kind = kind_of(text[start:end]) if end - start < NAME_LENGTH else None
+    name = text[start:end]
+    kind = kind_of(name) if end - start < NAME_LENGTH else None
     if not kind:
         return None
     for rule, pattern in SYNTAXES.items():
         match = pattern.match(text, end)
         place = match and place_of(text, start, match, kind)
-        if place:
-            return Candidate(*place, "PASSWORD" if kind == "PASSWORD" else "KEY", rule)
+        if not place:
+            continue
+        if rule == "pair" and IN_LIST.search(text[max(0, start - 40) : start]):
+            continue
+        if rule in SPOKEN and name in PLAIN_WORDS and not is_marked(text[slice(*place)]):
+            continue
+        if rule == "parentheses" and kind != "PASSWORD":
+            continue
+        return Candidate(*place, "PASSWORD" if kind == "PASSWORD" else "KEY", rule)
     return None
 
 
 # ---- leads, and no lead --------------------------------------------------------------------------
 
-# A long word between quotes, or behind one of the signs that lead to a value.
-RANDOM = re.compile(r"""["'`=:>\s](?P<value>[A-Za-z0-9+/_-]{20,}+={0,2})(?![\w@.(\[:])""")
+# A long word between quotes, or behind one of the signs that lead to a value; not a key of a dict.
+RANDOM = re.compile(
+    r"""["'`=:>\s](?P<value>[A-Za-z0-9+/][A-Za-z0-9+/_-]{19,}+={0,2})(?![\w@(\[:]|\.\w|["'`]\s?[:(])"""
+)
 
 # A line that holds but one of them: of a picture or a certificate, if the lines around do too.
-DATA = re.compile(r"""\s*[\w(]{0,8}["'`]?[A-Za-z0-9+/_-]{16,}={0,2}(\\n)?["'`]?\s?[+,.&\\);]*\s*""")
+DATA = re.compile(
+    r"""\s*[*#/]{0,2}\s?[\w(]{0,8}["'`]?[A-Za-z0-9+/_-]{16,}={0,2}(\\n)?["'`]?\s?[+,.&\\);]*\s*"""
+)
 
 
 def stems_in(lowered):
@@ -454,9 +496,9 @@ def led(text, start, end):
             if place:
                 by_phrase.append(Candidate(*place, phrase.category, phrase.name))
         if stem in NAME_STEMS and at >= done:
-            first, last = name_around(text, at)
+            first, last = name_around(text, at, stem)
             found = named(text, first, last)
-            done = max(last, at + 1)
+            done = last
             if found:
                 by_name.append(found)
     return by_phrase, by_name
@@ -479,11 +521,12 @@ def unled(text, start, end):
     found = []
     for match in RANDOM.finditer(text, start, end):
         value = match["value"]
-        if len(value) > 200 or not looks_random(value):
+        if len(value) > 512 or not looks_random(value) or is_data(text, *match.span("value")):
             continue
-        if is_data(text, *match.span("value")):
+        # Numbers of objects and commits are hexadecimal, in quotes or not.
+        if HEX.fullmatch(value) and (match[0][0].isspace() or len(value) in (24, 40)):
             continue
-        before = line_before(text, match.start("value"))
+        before = line_before(text, match.start("value"))[-40:]
         if CHECKSUMS.isdisjoint(re.findall(r"[a-z]+\d*", CAMEL.sub("_", before).lower())):
             found.append(Candidate(*match.span("value"), "KEY", "random"))
     return found
