@@ -24,13 +24,15 @@ SAMPLE = Path(__file__).with_name("sample.txt").read_text(encoding="utf-8").repl
 PATHS_HELP = "files, and directories with all in them but .git, venv, node_modules and the like"
 MODEL_HELP = "a detector that `python -m pii train` made (default: pii/tiny, which is shipped)"
 RULES_HELP = "only the rules for addresses and known formats of keys, without a model"
-SCORE_HELP = "the least score of what the model finds (default: 0.5)"
+SCORE_HELP = "the least score of what the model finds (default: one for each category)"
+RECALL_HELP = "such scores that this share of all that is there is found, as in the validation"
 SOURCE_HELP = "as for python -m corpus (default: the standard library of this Python)"
 
 DETECTOR_FLAGS = {  # of detect, redact and eval
     "--model": dict(default=DEFAULT_MODEL, metavar="DIR", help=MODEL_HELP),
     "--rules-only": dict(action="store_true", help=RULES_HELP),
-    "--threshold": dict(type=float, default=0.5, metavar="P", help=SCORE_HELP),
+    "--threshold": dict(type=float, metavar="P", help=SCORE_HELP),
+    "--recall": dict(type=float, metavar="P", help=RECALL_HELP),
 }
 SEARCH_FLAGS = {  # of detect and redact; eval measures all categories
     "paths": dict(nargs="+", metavar="PATH", help=PATHS_HELP),
@@ -224,10 +226,12 @@ def detector_of(arguments, categories=None):
 
     chosen = CATEGORIES if categories is None else categories.split(",")
     check_detector_flags(arguments, set(chosen))
-    options = {"threshold": arguments.threshold, "categories": chosen}
+    options = {"rules": True, "categories": chosen}
     if arguments.rules_only:
-        return Detector(rules=True, **options)
-    return Detector.from_pretrained(arguments.model, rules=True, **options)
+        return Detector(**options)
+    if arguments.threshold is not None:
+        options["threshold"] = arguments.threshold
+    return Detector.from_pretrained(arguments.model, recall=arguments.recall, **options)
 
 
 def check_detect_flags(arguments):
@@ -259,8 +263,12 @@ def check_detector_flags(arguments, categories):
     unknown = categories.difference(CATEGORIES)
     if unknown:
         raise ValueError(f"unknown category {min(unknown)}; known: {', '.join(CATEGORIES)}")
-    if not 0 <= arguments.threshold <= 1:
-        raise ValueError(f"--threshold must lie between 0 and 1, got {arguments.threshold}")
+    for flag in ("threshold", "recall"):
+        value = getattr(arguments, flag)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"--{flag} must lie between 0 and 1, got {value}")
+    if arguments.recall is not None and (arguments.threshold is not None or arguments.rules_only):
+        raise ValueError("--recall says which scores count: no --threshold or --rules-only with it")
     if arguments.rules_only and categories.isdisjoint(RULE_CATEGORIES):
         known = ", ".join(RULE_CATEGORIES)
         raise ValueError(f"the rules find only {known}; without --rules-only the model finds all")

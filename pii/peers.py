@@ -152,8 +152,8 @@ def contenders(detector, peers):
     found = {"rules": Contender(Detector(rules=True).find, RULE_CATEGORIES)}
     if detector.model:
         parts = (detector.model, detector.tokenizer)
-        model = Detector(*parts, rules=False, threshold=detector.threshold)
-        both = Detector(*parts, rules=True, threshold=detector.threshold)
+        model = Detector(*parts, rules=False, threshold=detector.thresholds)
+        both = Detector(*parts, rules=True, threshold=detector.thresholds)
         found = {"model": Contender(model.find, CATEGORIES)} | found  # as the table has them
         found["model + rules"] = Contender(both.find, CATEGORIES)
     # A missing peer is reported, and the others are still measured.
@@ -260,7 +260,7 @@ def compare(detector, path, peers=False, out=None):
 
     if out:
         data = os.path.basename(os.path.normpath(path))
-        facts = {"data": data, "documents": len(documents), "threshold": detector.threshold}
+        facts = {"data": data, "documents": len(documents), "thresholds": detector.thresholds}
         write_whole(out, json.dumps(facts | {"scores": results}, indent=1) + "\n")
     return markdown(results)
 

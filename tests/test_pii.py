@@ -23,6 +23,7 @@ from pii import (
     values,
 )
 from pii.detector import entities_of
+from pii.hosts import Host
 from pii.labels import (
     CATEGORIES,
     LABELS,
@@ -59,7 +60,7 @@ def test_synthetic_labels_are_true_and_come_back_from_tokens(small_corpus, seed)
     """What is labelled is there, and the true labels of the tokens spell it, to the character."""
     generator = random.Random(seed)
     language = generator.choice(["python", "c", "html"])
-    host = synthesize.Host("def f(x):\n    return x\n" * 5, language)
+    host = Host("def f(x):\n    return x\n" * 5, language)
     drawn = values_of("train")
     drawn.random = generator
     document = synthesize.compose(host, drawn, templates_of("train"))

@@ -29,11 +29,11 @@ def labelled(tmp_path_factory):
         lines = []
         for _ in range(count):
             words = ["".join(generator.choices("abcdefgh", k=5)) for _ in range(6)]
-            name = "".join(generator.choices("uvwxyz", k=5))
-            text = "".join(f"x = {word}\n" for word in words) + f"name = {name}\n"
+            name = "U" + "".join(generator.choices("uvwxyz", k=5))
+            text = "".join(f"x = {word}\n" for word in words) + f"author = {name}\n"
             fragment = {
                 "category": "NAME",
-                "position": [len(text) - 6, len(text) - 1],
+                "position": [len(text) - 7, len(text) - 1],
                 "value": name,
             }
             lines.append(json.dumps({"text": text, "fragments": [fragment]}))
