@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 
 from corpus.languages import SKIPPED_DIRECTORIES
-from corpus.records import LARGEST, Damaged, file_document, may_be_document
+from corpus.records import LARGEST, SOURCE_FILES, Damaged
 
 DESCRIPTION = 1_000_000  # bytes that may describe a member of a .tar: its name, its attributes
 XZ_MEMORY = 200_000_000  # bytes that unpacking may take; `xz -9` needs 65 MB
@@ -31,7 +31,7 @@ def is_skipped(name):
 # ---- .tar ----------------------------------------------------------------------------------------
 
 
-def read_tar(source, skipped, progress):
+def read_tar(source, skipped, progress, choice=SOURCE_FILES):
     """The documents of a .tar archive; a reader (see `sources.Source`)."""
     # tarfile can unpack these itself, but then nothing could stand between it and the content.
     unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": XzStream, ".bz2": bz2.open}
@@ -47,10 +47,10 @@ def read_tar(source, skipped, progress):
             progress(packed.tell(), absolute=True)
             unseen = member.isdir() or is_skipped(member.name)
             is_file = member.isfile()  # not a link or a device
-            if not unseen and may_be_document(member.name, is_file, member.size, skipped):
+            if not unseen and choice.may_be(member.name, is_file, member.size, skipped):
                 stream.left = LARGEST  # enough for the content, whose size has been checked
                 content = archive.extractfile(member).read()
-                if document := file_document(member.name, content, skipped):
+                if document := choice.made_of(member.name, content, skipped):
                     yield document
             stream.left = DESCRIPTION
         stream.check_end()
@@ -132,7 +132,7 @@ class XzStream:
 # ---- .zip ----------------------------------------------------------------------------------------
 
 
-def read_zip(source, skipped, progress):
+def read_zip(source, skipped, progress, choice=SOURCE_FILES):
     """The documents of a .zip archive; a reader (see `sources.Source`)."""
     with open(source, "rb") as file, zipfile.ZipFile(file) as archive:
         check_count(file, len(archive.infolist()))
@@ -141,7 +141,7 @@ def read_zip(source, skipped, progress):
             is_file = not stat.S_ISLNK(member.external_attr >> 16)  # the mode in Unix
             if member.is_dir() or is_skipped(member.filename):
                 continue
-            if not may_be_document(member.filename, is_file, member.file_size, skipped):
+            if not choice.may_be(member.filename, is_file, member.file_size, skipped):
                 continue
             if member.flag_bits & 1:  # needs a password
                 skipped["encrypted"] += 1
@@ -151,7 +151,7 @@ def read_zip(source, skipped, progress):
             else:
                 with archive.open(member) as f:  # gives no more than the size that was checked
                     content = f.read(LARGEST)
-                if document := file_document(member.filename, content, skipped):
+                if document := choice.made_of(member.filename, content, skipped):
                     yield document
 
 

@@ -11,6 +11,7 @@ of repositories and files.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from corpus.languages import language_named, language_of, may_be_source
@@ -59,6 +60,16 @@ def file_document(name, content, skipped):
     if language is None:
         skipped["no known extension"] += 1
     return language and Document(language, content)
+
+
+class Choice(NamedTuple):
+    """Which files a reader takes from a directory or an archive, and what it makes of them."""
+
+    may_be: Callable  # by its (name, is_file, size, skipped): is a file worth reading?
+    made_of: Callable  # what is yielded of its (name, content, skipped); None to leave it out
+
+
+SOURCE_FILES = Choice(may_be_document, file_document)
 
 
 # ---- notebooks -----------------------------------------------------------------------------------

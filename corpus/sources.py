@@ -25,7 +25,7 @@ from typing import NamedTuple
 from corpus.archives import read_tar, read_zip
 from corpus.git_history import read_commits
 from corpus.languages import SKIPPED_DIRECTORIES, may_be_source
-from corpus.records import LARGEST, TOO_LARGE, file_document, may_be_document
+from corpus.records import LARGEST, SOURCE_FILES, TOO_LARGE
 from corpus.tables import read_jsonl, read_parquet
 
 # ---- directories ---------------------------------------------------------------------------------
@@ -62,11 +62,11 @@ def files_in(directory, skipped):
             yield os.path.join(folder, name)
 
 
-def read_directory(source, skipped, progress):
+def read_directory(source, skipped, progress, choice=SOURCE_FILES):
     """The documents of the files in a directory; a reader (see `Source`)."""
     for path in files_in(source, skipped):
         # A link to nothing or to itself is no file. Nor is a pipe: reading it would never end.
-        if not may_be_document(path, os.path.isfile(path), 0, skipped):
+        if not choice.may_be(path, os.path.isfile(path), 0, skipped):
             continue
         try:
             with open(path, "rb") as f:
@@ -77,7 +77,7 @@ def read_directory(source, skipped, progress):
         progress(len(content))
         if len(content) > LARGEST:
             skipped[TOO_LARGE] += 1
-        elif document := file_document(path, content, skipped):
+        elif document := choice.made_of(path, content, skipped):
             yield document
 
 
