@@ -22,7 +22,7 @@ SAMPLE = Path(__file__).with_name("sample.txt").read_text(encoding="utf-8").repl
 PATHS_HELP = "files, and directories with all in them but .git, venv, node_modules and the like"
 RULES_HELP = "join the model with rules for addresses and known formats of keys"
 SCORE_HELP = "the least score of what the model finds (default: 0.5)"
-SOURCE_HELP = "as for python -m corpus (default: the standard library of this Python)"
+SOURCE_HELP = "as for python -m corpus (default: fetched packages, or this Python's library)"
 
 DETECTOR_FLAGS = {  # of detect, redact and eval
     "--model": dict(default="runs/pii", metavar="RUN", help="the detector (default: runs/pii)"),
