@@ -13,24 +13,21 @@ import json
 import os
 import random
 import re
-import sysconfig
-from collections import Counter
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from common.files import write_whole
-from corpus.documents import documents, text_of
-from pii.templates import SPLITS, read_table, render, split_of, templates_of
+from pii.hosts import read_hosts
+from pii.templates import SPLITS, read_table, render, templates_of
 from pii.values import Values
 
-# {language: the sign that begins a comment}; "#" for all others.
+# {kind: the sign that begins a comment, None if it has no comments}; "#" for all others.
 COMMENT_SIGN = {
-    language: sign
-    for sign, languages in read_table("comment_signs").items()
-    for language in languages
+    kind: None if sign == "none" else sign
+    for sign, kinds in read_table("comment_signs").items()
+    for kind in kinds
 }
-MOST_FILES = 20_000  # to take excerpts from; more would only take memory
 GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] * 3  # by weight
 
 # What marks a line of a real file that may hold personal data.
@@ -40,13 +37,6 @@ PERSONAL = re.compile(
     r"\d+\.\d+\.\d+\.\d+|/home/|github\.com/|-----BEGIN|[A-Za-z0-9+/]{40}",
     re.IGNORECASE,
 )
-
-
-class Host(NamedTuple):
-    """A real file."""
-
-    text: str
-    language: str  # as corpus/languages calls it
 
 
 class Planted(NamedTuple):
@@ -68,15 +58,25 @@ def excerpt(text, generator):
     ]
 
 
-def plant(lines, generator, groups):
-    """Puts 2 to 7 templates between lines, a list that it changes."""
+def draw(generator, groups):
+    """Any template, as a `Planted`."""
+    group = generator.choice(GROUPS)  # the group first, as some are far larger
+    templates = groups[group]
+    if group == "assignments":  # a list for each kind of value
+        templates = generator.choice(templates)
+    return Planted(generator.choice(templates), group)
+
+
+def plant(lines, generator, groups, sign):
+    """Puts 2 to 7 templates between lines, a list that it changes.
+
+    sign: begins a comment; None if the language has none, and then none are planted.
+    """
     for _ in range(generator.randint(2, 7)):
-        group = generator.choice(GROUPS)  # the group first, as some are far larger
-        templates = groups[group]
-        if group == "assignments":  # a list for each kind of value
-            templates = generator.choice(templates)
-        place = generator.randint(0, len(lines))
-        lines.insert(place, Planted(generator.choice(templates), group))
+        planted = draw(generator, groups)
+        while sign is None and "{c}" in planted.template:
+            planted = draw(generator, groups)
+        lines.insert(generator.randint(0, len(lines)), planted)
 
 
 def compose(host, values, groups):
@@ -86,9 +86,9 @@ def compose(host, values, groups):
     """
     # Some documents have no code at all, as a table or a log has none.
     lines = excerpt(host.text, values.random) if values.random.random() < 0.75 else []
-    plant(lines, values.random, groups)
+    sign = COMMENT_SIGN.get(host.kind, "#")
+    plant(lines, values.random, groups, sign)
 
-    sign = COMMENT_SIGN.get(host.language, "#")
     text = ""
     fragments = []
     indent = ""  # of the last line of the file that has one
@@ -111,27 +111,10 @@ def compose(host, values, groups):
     return {"text": text, "fragments": fragments}
 
 
-def read_hosts(sources):
-    """{split: [Host, ...]} of the text files of `sources`. Raises ValueError if some have none."""
-    hosts = {split: [] for split in SPLITS}
-    for _, _, document in documents(sources, Counter(), description="reading"):
-        pieces, reason = text_of(document)
-        # Skip commits and issues, which have several pieces or begin with a special token.
-        if not reason and len(pieces) == 1 and not pieces[0][0]:
-            text = pieces[0][1]
-            hosts[split_of(text)].append(Host(text, document.language))
-        if sum(map(len, hosts.values())) >= MOST_FILES:  # in all splits
-            break
-    if not all(hosts.values()):
-        names = ", ".join(sources)
-        raise ValueError(f"too few files in {names}: train, validation and test need some each")
-    return hosts
-
-
 def synthesize(sources, out, count=16_000, seed=0):
     """Writes train.jsonl, validation.jsonl and test.jsonl with `count` documents into `out`.
 
-    sources: as `python -m corpus` reads them; [] for the standard library of the running Python.
+    sources: as `python -m corpus` reads them; [] for those of `hosts.default_sources`.
     Returns {split: documents}. Raises ValueError if the sources or `count` are too small, and if
     `out` holds such files already.
     """
@@ -142,7 +125,7 @@ def synthesize(sources, out, count=16_000, seed=0):
             raise ValueError(f"{path}: exists already; choose another directory or remove it")
     if not all(sizes.values()):
         raise ValueError(f"{count} documents are too few: each split needs some")
-    hosts = read_hosts(sources or [sysconfig.get_paths()["stdlib"]])  # after the quick checks
+    hosts = read_hosts(sources)  # after the quick checks
 
     # Each split has its own generator, so it stays the same if another changes. All is made before
     # anything is written: stopped meanwhile, it leaves nothing behind.
