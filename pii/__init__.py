@@ -13,7 +13,8 @@
 
     templates    where values stand in code and in prose (the texts: templates/*.txt)
     values       names, addresses and secrets that are nobody's
-    synthesize   labelled documents, from both and real code
+    hosts        real files of many kinds (packages.txt lists where they are from)
+    synthesize   labelled documents, from these three
 
     finetune     from a pretrained encoder to a detector
     scores       precision, recall and F1 of spans

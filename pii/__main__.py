@@ -26,7 +26,7 @@ MODEL_HELP = "a detector that `python -m pii train` made (default: pii/tiny, whi
 RULES_HELP = "only the rules for addresses and known formats of keys, without a model"
 SCORE_HELP = "the least score of what the model finds (default: one for each category)"
 RECALL_HELP = "such scores that this share of all that is there is found, as in the validation"
-SOURCE_HELP = "as for python -m corpus (default: the standard library of this Python)"
+SOURCE_HELP = "as for python -m corpus (default: fetched packages, or this Python's library)"
 
 DETECTOR_FLAGS = {  # of detect, redact and eval
     "--model": dict(default=DEFAULT_MODEL, metavar="DIR", help=MODEL_HELP),

@@ -20,21 +20,20 @@ from tqdm import tqdm
 
 from common.files import write_whole
 from pii.candidates import candidates
-from pii.hosts import read_hosts
+from pii.hosts import labelled_texts, read_hosts
 from pii.look import name_leads
 from pii.rules import candidates as rule_candidates
 from pii.templates import SPLITS, read_table, render, templates_of
 from pii.values import Values
 
-# {language: the sign that begins a comment}; "#" for all others.
+# {kind: the sign that begins a comment, None if it has no comments}; "#" for all others.
 COMMENT_SIGN = {
-    language: sign
-    for sign, languages in read_table("comment_signs").items()
-    for language in languages
+    kind: None if sign == "none" else sign
+    for sign, kinds in read_table("comment_signs").items()
+    for kind in kinds
 }
 REAL = Path(__file__).with_name("real.jsonl")
 REAL_TIMES = {"train": 4, "validation": 1}  # how often a block that was labelled by hand is there
-ORDINARY = 1000  # files
 GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] * 3  # by weight
 
 # A line of a real file that may hold personal data, beside what the rules and `candidates` find: an
@@ -82,15 +81,25 @@ def excerpt(text, generator):
     ]
 
 
-def plant(lines, generator, groups):
-    """Puts 2 to 7 templates between lines, a list that it changes."""
+def draw(generator, groups):
+    """Any template, as a `Planted`."""
+    group = generator.choice(GROUPS)  # the group first, as some are far larger
+    templates = groups[group]
+    if group == "assignments":  # a list for each kind of value
+        templates = generator.choice(templates)
+    return Planted(generator.choice(templates), group)
+
+
+def plant(lines, generator, groups, sign):
+    """Puts 2 to 7 templates between lines, a list that it changes.
+
+    sign: begins a comment; None if the language has none, and then none are planted.
+    """
     for _ in range(generator.randint(2, 7)):
-        group = generator.choice(GROUPS)  # the group first, as some are far larger
-        templates = groups[group]
-        if group == "assignments":  # a list for each kind of value
-            templates = generator.choice(templates)
-        place = generator.randint(0, len(lines))
-        lines.insert(place, Planted(generator.choice(templates), group))
+        planted = draw(generator, groups)
+        while sign is None and "{c}" in planted.template:
+            planted = draw(generator, groups)
+        lines.insert(generator.randint(0, len(lines)), planted)
 
 
 def compose(host, values, groups):
@@ -101,10 +110,10 @@ def compose(host, values, groups):
     # Some documents have no code at all, as a table or a log has none.
     form = values.random.random()
     lines = excerpt(host.text, values.random) if form < 0.8 else []
-    if form >= 0.2 or not lines:  # and some have nothing but code
-        plant(lines, values.random, groups)
-
     sign = COMMENT_SIGN.get(host.kind, "#")
+    if form >= 0.2 or not lines:  # and some have nothing but code
+        plant(lines, values.random, groups, sign)
+
     text = ""
     found = []  # spans
     indent = ""  # of the last line of the file that has one
@@ -128,17 +137,21 @@ def compose(host, values, groups):
 # ---- blocks of real files, labelled by hand ------------------------------------------------------
 
 
-def read_real():
-    """{the first 16 digits of a file's SHA-256: its blocks} of real.jsonl.
+class Labels(NamedTuple):
+    """What real.jsonl says of some real files. A digest: see `hosts.labelled_texts`."""
 
-    A block: (start, end) or, if something is in it, (start, end, [(start, end, category), ...]), in
-    characters of the file and of the block. The files are those of packages.txt.
-    """
-    found = {}
+    blocks: dict  # digest -> [(start, end) or (start, end, spans of the block), ...]
+    whole: set  # digests of files of which all blocks that the detector looks at are labelled
+
+
+def read_real():
+    """The `Labels` of real.jsonl: places and no values, in the files of packages.txt."""
+    labels = Labels({}, set())
     with open(REAL, encoding="utf-8") as lines:
-        for line in lines:
-            found |= json.loads(line)["files"]
-    return found
+        for package in map(json.loads, lines):
+            labels.blocks.update(package["files"])
+            labels.whole.update(package.get("whole", []))
+    return labels
 
 
 def fragments_of(text, spans):
@@ -158,13 +171,22 @@ def real_documents(text, blocks):
     return found
 
 
+def ordinary_document(text, blocks):
+    """A real file, in which all that the detector looks at is labelled."""
+    spans = []
+    for begin, _, *inside in blocks:
+        for start, end, category in inside[0] if inside else []:
+            spans.append((begin + start, begin + end, category))
+    return {"text": text, "fragments": fragments_of(text, spans)}
+
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
 def synthesize(sources, out, count=16_000, seed=0):
     """Writes train.jsonl, validation.jsonl and test.jsonl with `count` documents into `out`.
 
-    sources: as `python -m corpus` reads them; [] for the standard library of the running Python.
+    sources: as `python -m corpus` reads them; [] for those of `hosts.default_sources`.
     Returns {split: documents}. Raises ValueError if the sources or `count` are too small, and if
     `out` holds such files already.
     """
@@ -175,8 +197,9 @@ def synthesize(sources, out, count=16_000, seed=0):
             raise ValueError(f"{path}: exists already; choose another directory or remove it")
     if not all(sizes.values()):
         raise ValueError(f"{count} documents are too few: each split needs some")
-    real = read_real()
-    hosts, known = read_hosts(sources, wanted=real)  # after the quick checks
+    hosts = read_hosts(sources)  # after the quick checks
+    labels = read_real()
+    texts = labelled_texts(sources, labels.blocks)
 
     # Each split has its own generator, so it stays the same if another changes. All is made before
     # anything is written: stopped meanwhile, it leaves nothing behind.
@@ -184,21 +207,23 @@ def synthesize(sources, out, count=16_000, seed=0):
     for split, size in sizes.items():
         values = Values(split, random.Random(f"{seed} {split}"))
         groups = templates_of(split)
-        lines = []
+        documents = []
         for _ in tqdm(range(size), desc=f"writing {split}", unit=" documents"):
             host = values.random.choice(hosts[split])
-            lines.append(json.dumps(compose(host, values, groups)) + "\n")
-        # The test is synthetic alone: those who made the labels have seen the files.
+            documents.append(compose(host, values, groups))
+        # The test is synthetic alone.
         if split != "test":
-            for digest, host in known[split].items():
-                made = map(json.dumps, real_documents(host.text, real[digest]))
-                lines += [line + "\n" for line in made] * REAL_TIMES[split]
-        contents[split] = "".join(lines)
-    # Files as they are, unlabelled, to count what a detector reports in ordinary code.
-    lines = [json.dumps({"text": host.text, "fragments": []}) for host in hosts["validation"]]
-    contents["ordinary"] = "".join(line + "\n" for line in lines[:ORDINARY])
+            for digest, text in texts[split].items():
+                documents += real_documents(text, labels.blocks[digest]) * REAL_TIMES[split]
+        contents[split] = documents
+    contents["ordinary"] = [
+        ordinary_document(text, labels.blocks[digest])
+        for digest, text in texts["validation"].items()
+        if digest in labels.whole
+    ]
 
     os.makedirs(out, exist_ok=True)
-    for name, content in contents.items():
-        write_whole(os.path.join(out, f"{name}.jsonl"), content)
+    for name, documents in contents.items():
+        lines = [json.dumps(document) + "\n" for document in documents]
+        write_whole(os.path.join(out, f"{name}.jsonl"), "".join(lines))
     return sizes

@@ -23,6 +23,7 @@ SPLITS = {"train": 0.75, "validation": 0.05, "test": 0.2}  # of files, templates
 FOLDER = Path(__file__).with_suffix("")  # pii/templates
 WRITTEN = ("comments", "code", "data", "harmless")  # files; each is a group
 TURNS = "train train test train train validation train test train train".split()
+COMMENT_END = {"<!--": " -->", "/*": " */"}  # of the signs whose comments have one
 PRIVATE_KEY = "-----BEGIN{kind} PRIVATE KEY-----"  # stands for a whole block, which is one KEY
 
 
@@ -162,6 +163,6 @@ def render(template, values, sign="#"):
         if kind in CATEGORIES:
             spans.append(Span(len(text), len(text) + len(value), kind))
         text += value
-    if sign == "<!--" and template.startswith("{c}"):
-        text += " -->"  # no other comment has an end
+    if template.startswith("{c}"):
+        text += COMMENT_END.get(sign, "")
     return text, spans

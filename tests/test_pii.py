@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from corpus.tokenizer import Tokenizer
 from finetune.tokens import token_windows
 from pii import (
+    hosts,
     peers,
     rules,
     scores,
@@ -23,7 +24,7 @@ from pii import (
     values,
 )
 from pii.detector import entities_of
-from pii.hosts import Host
+
 from pii.labels import (
     CATEGORIES,
     LABELS,
@@ -59,8 +60,8 @@ templates_of = functools.cache(templates.templates_of)
 def test_synthetic_labels_are_true_and_come_back_from_tokens(small_corpus, seed):
     """What is labelled is there, and the true labels of the tokens spell it, to the character."""
     generator = random.Random(seed)
-    language = generator.choice(["python", "c", "html"])
-    host = Host("def f(x):\n    return x\n" * 5, language)
+    language = generator.choice(["python", "c", "html", "json"])
+    host = hosts.Host("def f(x):\n    return x\n" * 5, language)
     drawn = values_of("train")
     drawn.random = generator
     document = synthesize.compose(host, drawn, templates_of("train"))
