@@ -118,33 +118,34 @@ def make_defaults(config, ranks):
 
 # ---- thresholds ----------------------------------------------------------------------------------
 
-MOST_FINDINGS = 2.0  # in 1,000 lines of ordinary code
+MOST_FALSE = 1.0  # false alarms in 1,000 lines of ordinary code
 LEAST_THRESHOLD = 0.5  # below it the model rather says that there is nothing
 
 
 def calibrate(config):
     """Writes thresholds.json into the run directory, from the validation data.
 
-    Beside it may lie ordinary.jsonl, with code as it is: the thresholds are such that at most
-    MOST_FINDINGS are reported in 1,000 lines of that.
+    Beside it may lie ordinary.jsonl, code as it is, labelled. Then the thresholds are the lowest
+    that give at most MOST_FALSE false alarms in it.
     """
     detector = Detector.from_pretrained(config.out, config.device, rules=True, threshold=0.0)
     documents = read_labelled(config.validation)
-    found = find_in_batches(detector, [document.text for document in documents], "calibrating")
+    found = find_in_batches(detector, documents, "calibrating")
     scores = scores_of_true(documents, found)
 
     thresholds = dict.fromkeys(CATEGORIES, LEAST_THRESHOLD)
     ordinary = os.path.join(os.path.dirname(config.validation), "ordinary.jsonl")
     if os.path.exists(ordinary):
-        texts = [document.text for document in read_labelled(ordinary)]
-        lines = sum(text.count("\n") for text in texts)
-        found = find_in_batches(detector, texts, "counting in ordinary code")
-        thresholds = thresholds_for(found, int(MOST_FINDINGS * lines / 1000))
+        documents = read_labelled(ordinary)
+        lines = sum(document.text.count("\n") for document in documents)
+        found = find_in_batches(detector, documents, "looking for false alarms")
+        thresholds = thresholds_for(false_alarms(documents, found), int(MOST_FALSE * lines / 1000))
     write_thresholds(config.out, thresholds, scores)
 
 
-def find_in_batches(detector, texts, description):
-    """What `detector.find` gives for many texts, with a progress bar."""
+def find_in_batches(detector, documents, description):
+    """What `detector.find` gives for many documents, with a progress bar."""
+    texts = [document.text for document in documents]
     found = []
     for begin in tqdm(range(0, len(texts), 64), description, leave=False):
         found += detector.find(texts[begin : begin + 64])
@@ -157,35 +158,45 @@ def scores_of_true(documents, found):
     for document, entities in zip(documents, found):
         for span in document.spans:
             if span.category in CATEGORIES:
-                same = [entity for entity in entities if same_kind(entity, span)]
-                over = [entity.score for entity in same if touches(entity, [span])]
+                over = [entity.score for entity in entities if confirms(entity, span)]
                 scores[span.category].append(round(max(over, default=0.0), 4))
     return scores
 
 
-def same_kind(entity, span):
-    """True if both are of one category; a key and a password are both secrets."""
-    return entity.category == span.category or {entity.category, span.category} <= set(SECRETS)
-
-
-def thresholds_for(found, most):
-    """{category: threshold}, so that at most `most` of all that was found stays.
-
-    A category with few findings keeps them all; the others have equally many left.
-    """
+def false_alarms(documents, found):
+    """{category: [score, ...]} of what was found where nothing of its kind is labelled."""
     scores = {category: [] for category in CATEGORIES}
-    for entities in found:
+    for document, entities in zip(documents, found):
         for entity in entities:
-            if entity.score >= LEAST_THRESHOLD:
+            ignored = [span for span in document.spans if span.category in IGNORED]
+            right = any(confirms(entity, span) for span in document.spans)
+            if not right and not touches(entity, ignored):
                 scores[entity.category].append(entity.score)
-    # The largest number of findings that each category may have.
+    return scores
+
+
+def confirms(entity, span):
+    """True if an entity touches a span of its category; a key and a password are both secrets."""
+    same = entity.category == span.category or {entity.category, span.category} <= set(SECRETS)
+    return same and touches(entity, [span])
+
+
+def thresholds_for(scores, most):
+    """{category: threshold}, with which at most `most` of all false alarms are left.
+
+    scores: {category: those of its false alarms}. Categories with few keep them all, and the others
+    have equally many left.
+    """
+    scores = {
+        category: sorted((score for score in of_one if score >= LEAST_THRESHOLD), reverse=True)
+        for category, of_one in scores.items()
+    }
     each = most
     while each and sum(min(len(of_one), each) for of_one in scores.values()) > most:
         each -= 1
     thresholds = {}
     for category, of_one in scores.items():
-        of_one.sort(reverse=True)
         # Just above the best one that is too many.
-        above = [of_one[each] + 1e-4] if len(of_one) > each else []
-        thresholds[category] = round(max([LEAST_THRESHOLD, *above]), 4)
+        too_many = of_one[each] + 1e-4 if len(of_one) > each else LEAST_THRESHOLD
+        thresholds[category] = round(float(too_many), 4)
     return thresholds

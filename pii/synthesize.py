@@ -111,7 +111,7 @@ def compose(host, values, groups):
     form = values.random.random()
     lines = excerpt(host.text, values.random) if form < 0.8 else []
     sign = COMMENT_SIGN.get(host.kind, "#")
-    if form >= 0.2 or not lines:  # and some have nothing but code
+    if form >= 0.2 or not "".join(lines).strip():  # and some have nothing but code
         plant(lines, values.random, groups, sign)
 
     text = ""
