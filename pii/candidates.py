@@ -435,7 +435,7 @@ def place_of(text, start, match, kind):
 
 
 # Syntaxes in which a plain word such as "pass" most often is no name.
-SPOKEN = ("apart", "call", "phrase", "prose", "parentheses")
+SPOKEN = ("apart", "call", "pair", "phrase", "prose", "parentheses")
 PLAIN_WORDS = ("pass", "Pass", "auth", "token", "tokens", "credential", "pin")
 
 # Before a string: another one and a comma, as in a list, or what has it as its value.
@@ -444,8 +444,8 @@ IN_LIST = re.compile(r"""(?:["'`]\s*,|[:=])\s*["'`]$""")
 
 def is_no_name(text, start, end, rule, kind, value):
     """True if text[start:end] only looks like the name of a value in this syntax."""
-    if rule == "pair":  # in ["id", "password", "city"]
-        return bool(IN_LIST.search(text[max(0, start - 40) : start]))
+    if rule == "pair" and IN_LIST.search(text[max(0, start - 40) : start]):
+        return True  # in ["id", "password", "city"]
     if rule == "parentheses" and kind != "PASSWORD":  # parse_token(line)
         return True
     return rule in SPOKEN and text[start:end] in PLAIN_WORDS and not is_marked(value)
@@ -468,7 +468,9 @@ def named(text, start, end):
 
 # A long word between quotes, or behind one of the signs that lead to a value; not a key of a dict.
 RANDOM = re.compile(
-    r"""["'`=:>\s](?P<value>[A-Za-z0-9+/][A-Za-z0-9+/_-]{19,}+={0,2})(?![\w@(\[:]|\.\w|["'`]\s?[:(])"""
+    r"""["'`=:>\s] (?P<value> [A-Za-z0-9+/] [A-Za-z0-9+/_-]{19,}+ ={0,2} )
+        (?! [\w@(\[:] | \.\w | ["'`][ ]?[:(] )""",
+    re.VERBOSE,
 )
 
 # A line that holds but one of them: of a picture or a certificate, if the lines around do too.
