@@ -535,8 +535,11 @@ def unled(text, start, end):
         value = match["value"]
         if len(value) > 512 or not looks_random(value) or is_data(text, *match.span("value")):
             continue
-        # Numbers of objects and commits are hexadecimal, in quotes or not.
-        if HEX.fullmatch(value) and (match[0][0].isspace() or len(value) in (24, 40)):
+        # Numbers of objects and commits are hexadecimal; a word before a ) or ; is an identifier.
+        is_bare = match[0][0].isspace()
+        if HEX.fullmatch(value) and (is_bare or len(value) in (24, 40)):
+            continue
+        if is_bare and text[match.end() : match.end() + 1] in (")", ";"):
             continue
         before = line_before(text, match.start("value"))[-40:]
         if CHECKSUMS.isdisjoint(re.findall(r"[a-z]+\d*", CAMEL.sub("_", before).lower())):
