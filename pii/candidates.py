@@ -173,6 +173,11 @@ def kind_of(name):
     return best and best[1]
 
 
+def category_of(kind):
+    """The category of what has a name of this kind."""
+    return "PASSWORD" if kind == "PASSWORD" else "KEY"
+
+
 # ---- values --------------------------------------------------------------------------------------
 
 RUNS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
@@ -183,13 +188,13 @@ SEVERAL_WORDS = re.compile(
     r"[A-Za-z]+(?:[_.:-][A-Za-z]+)+|[a-z]+(?:[A-Z][a-z]+)+|(?:[A-Z][a-z]+){2,}"
 )
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
-ASSIGNED = re.compile(r"[A-Za-z_.]+[=+*][\w.]*$")
+ASSIGNED = re.compile(r"-{0,2}[A-Za-z_.-]+[=+*][\w.]*$")
 SIGN_INSIDE = re.compile(r"\w[!#$%^&*+=@?~]+\w")
 
 
 def looks_random(value):
     """True if letters and digits, capitals and small letters change as often as by chance."""
-    if UUID.fullmatch(value) or SERIES.search(value) or value.startswith("0x"):
+    if UUID.search(value) or SERIES.search(value) or value.startswith("0x"):
         return False
     if HEX.fullmatch(value):
         digits = sum(map(str.isdigit, value))
@@ -233,7 +238,6 @@ def is_sentence(value, category):
     return category == "KEY" or len(words) > 8 or not PROSE.isdisjoint(words)
 
 
-@functools.lru_cache(maxsize=1 << 12)
 def refused(value, category, bare=False):
     """True for a value that is no secret by its shape.
 
@@ -312,7 +316,7 @@ def closes(text, start, match):
 
 # Ends a value that is one of several in a line: user=x;password=y, ?key=x&page=2
 NEXT = re.compile(r"[;,|)\]}]|&[\w.%-]*=|&amp;")
-
+NEXT_NAME = re.compile(r",\w+[:=]")
 
 # What may follow a value without quotes, in a string, a URL, a connection string, a command.
 ENDS = ("", ";", "&", '"', "'", "`", "\\", "<", "-", "}")
@@ -320,6 +324,7 @@ ENDS = ("", ";", "&", '"', "'", "`", "\\", "<", "-", "}")
 
 def trimmed(value, one_of_several):
     """A bare value without what ends it."""
+    value = NEXT_NAME.split(value, maxsplit=1)[0]
     if one_of_several:
         value = NEXT.split(value, maxsplit=1)[0]
     return value.rstrip(",;.")
@@ -338,6 +343,17 @@ def is_mixed(value):
     return bool(value.isalpha() and re.search(r"[a-z][A-Z]{2,}[a-z]", value))
 
 
+class Line(NamedTuple):
+    """The line in which a name has a value without quotes."""
+
+    begins: bool  # with the name, apart from a sign of a comment, `export` and the like
+    is_option: bool  # --name
+    is_tight: bool  # no blank before the value
+    is_setting: bool  # nothing else is in the line
+    ends_here: bool  # the value of an option, or without blanks around it
+    behind: str  # what is behind the value, without blanks at the ends
+
+
 def may_be_bare(value, category, line):
     """True if a value without quotes is rather a word than a variable. line: a `Line`."""
     has_digit = any(map(str.isdigit, value))
@@ -352,17 +368,6 @@ def may_be_bare(value, category, line):
         sure = line.is_tight or line.is_option or line.behind[:1] in ('"', "'")
         return category == "PASSWORD" or sure or looks_random(value) or line.is_setting
     return line.is_setting or line.ends_here or is_mixed(value)
-
-
-class Line(NamedTuple):
-    """The line in which a name has a value without quotes."""
-
-    begins: bool  # with the name, apart from a sign of a comment, `export` and the like
-    is_option: bool  # --name
-    is_tight: bool  # no blank before the value
-    is_setting: bool  # nothing else is in the line
-    ends_here: bool  # the value of an option, or without blanks around it
-    behind: str  # what is behind the value, without blanks at the ends
 
 
 def bare_value(text, start, match, kind):
@@ -383,11 +388,15 @@ def bare_value(text, start, match, kind):
         ends_here=behind[:1] == "}" or (is_tight or is_option) and behind[:1] in ENDS,
         behind=behind,
     )
-    category = "PASSWORD" if kind == "PASSWORD" else "KEY"
+    category = category_of(kind)
     if group == "argument" and not is_option:
         return None
-    in_code = behind[:1] in ("(", "[", "<") and behind[:2] != "</"
-    if in_code or refused(value, category, bare=True):
+    in_code = behind[:1] in ("(", "[", "<", ">") and behind[:2] != "</"
+    # In a file of settings, unlike in a program, top_secret is no variable.
+    is_word = (
+        line.is_setting and value.islower() and (is_tight or ":" in text[match.start() : first])
+    )
+    if in_code or refused(value, category, bare=not is_word):
         return None
     return (first, end) if may_be_bare(value, category, line) else None
 
@@ -407,7 +416,7 @@ def spoken_value(text, match, category):
 def place_of(text, start, match, kind):
     """(start, end) of the value in a match of a lead that begins at `start`; None if it is none."""
     groups = match.groupdict()
-    category = "PASSWORD" if kind == "PASSWORD" else "KEY"
+    category = category_of(kind)
     if groups.get("bare") or groups.get("argument"):
         place = bare_value(text, start, match, kind)
     elif groups.get("spoken"):
@@ -426,31 +435,32 @@ def place_of(text, start, match, kind):
 
 
 # Syntaxes in which a plain word such as "pass" most often is no name.
-SPOKEN = ("apart", "phrase", "prose", "pair", "parentheses")
+SPOKEN = ("apart", "call", "pair", "phrase", "prose", "parentheses")
 PLAIN_WORDS = ("pass", "Pass", "auth", "token", "tokens", "credential", "pin")
 
 # Before a string: another one and a comma, as in a list, or what has it as its value.
 IN_LIST = re.compile(r"""(?:["'`]\s*,|[:=])\s*["'`]$""")
 
 
+def is_no_name(text, start, end, rule, kind, value):
+    """True if text[start:end] only looks like the name of a value in this syntax."""
+    if rule == "pair" and IN_LIST.search(text[max(0, start - 40) : start]):
+        return True  # in ["id", "password", "city"]
+    if rule == "parentheses" and kind != "PASSWORD":  # parse_token(line)
+        return True
+    return rule in SPOKEN and text[start:end] in PLAIN_WORDS and not is_marked(value)
+
+
 def named(text, start, end):
     """The Candidate of the value that the name text[start:end] has; None if there is none."""
-    name = text[start:end]
-    kind = kind_of(name) if end - start < NAME_LENGTH else None
+    kind = kind_of(text[start:end]) if end - start < NAME_LENGTH else None
     if not kind:
         return None
     for rule, pattern in SYNTAXES.items():
         match = pattern.match(text, end)
         place = match and place_of(text, start, match, kind)
-        if not place:
-            continue
-        if rule == "pair" and IN_LIST.search(text[max(0, start - 40) : start]):
-            continue
-        if rule in SPOKEN and name in PLAIN_WORDS and not is_marked(text[slice(*place)]):
-            continue
-        if rule == "parentheses" and kind != "PASSWORD":
-            continue
-        return Candidate(*place, "PASSWORD" if kind == "PASSWORD" else "KEY", rule)
+        if place and not is_no_name(text, start, end, rule, kind, text[slice(*place)]):
+            return Candidate(*place, category_of(kind), rule)
     return None
 
 
@@ -458,7 +468,9 @@ def named(text, start, end):
 
 # A long word between quotes, or behind one of the signs that lead to a value; not a key of a dict.
 RANDOM = re.compile(
-    r"""["'`=:>\s](?P<value>[A-Za-z0-9+/][A-Za-z0-9+/_-]{19,}+={0,2})(?![\w@(\[:]|\.\w|["'`]\s?[:(])"""
+    r"""["'`=:>\s] (?P<value> [A-Za-z0-9+/] [A-Za-z0-9+/_-]{19,}+ ={0,2} )
+        (?! [\w@(\[:] | \.\w | ["'`][ ]?[:(] )""",
+    re.VERBOSE,
 )
 
 # A line that holds but one of them: of a picture or a certificate, if the lines around do too.
@@ -523,8 +535,11 @@ def unled(text, start, end):
         value = match["value"]
         if len(value) > 512 or not looks_random(value) or is_data(text, *match.span("value")):
             continue
-        # Numbers of objects and commits are hexadecimal, in quotes or not.
-        if HEX.fullmatch(value) and (match[0][0].isspace() or len(value) in (24, 40)):
+        # Numbers of objects and commits are hexadecimal; a word before a ) or ; is an identifier.
+        is_bare = match[0][0].isspace()
+        if HEX.fullmatch(value) and (is_bare or len(value) in (24, 40)):
+            continue
+        if is_bare and text[match.end() : match.end() + 1] in (")", ";"):
             continue
         before = line_before(text, match.start("value"))[-40:]
         if CHECKSUMS.isdisjoint(re.findall(r"[a-z]+\d*", CAMEL.sub("_", before).lower())):

@@ -1,13 +1,13 @@
-"""Where a secret may stand, syntax by syntax; what is none; any text in proportional time."""
+"""Where a secret may stand, syntax by syntax; what is none; bounded work, whatever the text is."""
 
 import time
+from re import _parser
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from readability import COLUMNS
 
-from pii.candidates import ABOUT, SYNTAXES, Candidate, candidates, kind_of, looks_random, refused
+from pii.candidates import PHRASES, SYNTAXES, candidates, kind_of, looks_random
 
 # The value that is expected stands between two signs §, so that no scanner takes a line for real.
 # They are removed before the line is looked at; a ↵ becomes a line break.
@@ -203,7 +203,7 @@ pass the `name` to it
 
 
 def cases(lines, category=None):
-    """[(text, value, category), ...] of the lines of a table; the value is None if none is there."""
+    """[(text, value, category), ...] of the lines of a table; the value is None without a §."""
     found = []
     for line in lines.strip("\n").split("\n"):
         value = line.split("§")[1] if "§" in line else None
@@ -223,3 +223,157 @@ def test_each_syntax_has_its_candidate(text, value, category):
 @pytest.mark.parametrize("text, value, category", cases(HARMLESS))
 def test_what_is_no_secret_by_its_shape_is_refused(text, value, category):
     assert candidates(text) == []
+
+
+@pytest.mark.parametrize(
+    "names, kind",
+    [
+        ("password DB_PASSWORD mySqlPwd userpass dbPass2 admin-password PASSWORDS pin", "PASSWORD"),
+        ("apiKey X-Api-Key AWS_SECRET_ACCESS_KEY setJwtSecretKey client_secret authToken2", "KEY"),
+        ("password_reset_token aws_access_key_id HTTPApiKey", "KEY"),
+        ("key salt basicAuth", "WEAK"),
+        ("passwordField tokenUrl hide_password public_key sort_key password_hash", None),
+        ("compass bypass author monkey turnkey mapping opinion tokenizer keyboard", None),
+    ],
+)
+def test_names(names, kind):
+    assert {name: kind_of(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
+
+
+def test_what_looks_random():
+    for value in (
+        "q8WnZ2kLf09aPzX4vT7b",
+        "Q8WNZ2KLF09APZX4VT7B",
+        "3f9a1c0e7b52d84466ab0f1e2d3c4b5a",
+    ):
+        assert looks_random(value), value
+    for value in ("ECDHE-RSA-AES128-GCM-SHA256", "utf8_general_ci_2_table", "0123456789abcdefABCD"):
+        assert not looks_random(value), value
+
+
+def test_a_line_may_hold_several():
+    text = 'connect("postgres://u:pw1x@h", password="hunter2", api_key="abcdefgh1234")'
+    found = [text[c.start : c.end] for c in candidates(text)]
+    assert found == ["pw1x", "hunter2", "abcdefgh1234"]
+
+
+def test_a_picture_has_no_candidates_but_a_key_between_other_lines_is_one():
+    line = "q8WnZ2kLf09aPzX4vT7b" * 3
+    assert candidates(f'a = (\n  "{line}"\n  "{line}"\n  "{line}"\n)\n') == []
+    assert len(candidates(f'a = (\n  "{line}"\n)\n')) == 1
+
+
+# Pieces of leads and of values; texts of them come near to many syntaxes.
+PIECES = [
+    "password",
+    "api_key",
+    "token",
+    "=",
+    ": ",
+    '"',
+    "'",
+    "\\",
+    "(",
+    ")",
+    ",",
+    " ",
+    "\n",
+    "<",
+    ">",
+]
+PIECES += [
+    "hunter2",
+    "://u:",
+    "@h",
+    "--",
+    "${X}",
+    "q8WnZ2kLf09aPzX4vT7b",
+    "İ",
+    "密码",
+    "is",
+    "&quot;",
+]
+PIECES += [
+    "curl -u a:",
+    "login(",
+    "value=",
+    "[",
+    "]",
+    "-p ",
+    "mysql",
+    "Bearer ",
+    "é",
+    "\ud800",
+    "x" * 70,
+]
+texts = st.lists(st.sampled_from(PIECES), max_size=40).map("".join) | st.text(max_size=200)
+
+
+@given(texts)
+def test_any_text_gives_places_in_it_sorted_and_apart(text):
+    end = 0
+    for candidate in candidates(text):
+        assert end <= candidate.start < candidate.end <= len(text)
+        assert candidate.category in ("KEY", "PASSWORD")
+        end = candidate.end
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=40))
+def test_line_ends_make_no_difference(pieces):
+    text = "".join(pieces)
+    found, found_in_windows = (
+        [(t[c.start : c.end], c.category, c.rule) for c in candidates(t)]
+        for t in (text, text.replace("\n", "\r\n"))
+    )
+    assert found == found_in_windows
+
+
+@given(texts, texts)
+def test_a_part_of_a_text_gives_the_candidates_of_its_lines(first, second):
+    text = f"{first}\n\n\n{second}"
+    begin = len(first) + 3
+    apart = {c for c in candidates(text) if c.start >= begin + 200}
+    assert apart <= set(candidates(text, begin))
+
+
+def test_each_expression_looks_at_a_bounded_stretch():
+    patterns = [*SYNTAXES.values()]
+    patterns += [phrase.pattern for phrases in PHRASES.values() for phrase in phrases]
+    for pattern in patterns:
+        assert _parser.parse(pattern.pattern, pattern.flags).getwidth()[1] < 3000, pattern.pattern
+
+
+# Each is the beginning of a lead, or of a value that does not end.
+ENDLESS = ["pass", "pass:", "password=", 'password="', 'password\\"', "password(", '("password", ']
+ENDLESS += [
+    "<password ",
+    "password of a ",
+    "://",
+    "://a:",
+    "curl -u ",
+    "mysql -p",
+    'login("a",',
+    "zip ",
+]
+ENDLESS += [
+    "A1b2C3d4",
+    '"A1b2C3d4E5f6G7h8I9j0K1"\n',
+    "a_",
+    "key : a",
+    "密码",
+    "İ",
+    "x" * 59 + "pass ",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ENDLESS)
+def test_time_is_in_proportion_to_the_text(unit):
+    """Sixteen times the text takes about sixteen times as long, not 256 times."""
+    seconds = []
+    for size in (20_000, 320_000):
+        text = (unit * size)[:size]
+        begin = time.process_time()
+        candidates(text)
+        seconds.append(time.process_time() - begin)
+    assert seconds[1] < 64 * seconds[0] + 0.5
