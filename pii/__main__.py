@@ -65,6 +65,11 @@ SYNTHESIZE_FLAGS = {  # the same flags give the same data
     "--seed": dict(type=int, default=0, metavar="N", help="fixes what is drawn (default: 0)"),
 }
 
+PACK_FLAGS = {
+    "run": dict(metavar="RUN", help="a detector that `python -m pii train` made"),
+    "--out": dict(required=True, metavar="DIR", help="the directory to write"),
+}
+
 
 def add_train_flags(parser):
     """The flags of `train`: a preset, the data, and the other fields of FinetuneConfig."""
@@ -214,6 +219,13 @@ def eval_command(arguments):
     print(compare(detector_of(arguments), arguments.data, arguments.peers, arguments.out))
 
 
+def pack_command(arguments):
+    """Writes a small copy of a detector."""
+    from pii.finetune import pack
+
+    pack(arguments.run, arguments.out)
+
+
 def listed(counts):
     """[("EMAIL", 3), ("KEY", 1)] as "3 EMAIL, 1 KEY"."""
     return ", ".join(f"{count:,} {name}" for name, count in counts) or "nothing"
@@ -290,6 +302,7 @@ COMMANDS = {
     "synthesize": Command(synthesize_command, SYNTHESIZE_FLAGS, "make labelled data"),
     "detect": Command(detect_command, DETECT_FLAGS, "show what is found"),
     "redact": Command(redact_command, REDACT_FLAGS, "replace what is found"),
+    "pack": Command(pack_command, PACK_FLAGS, "write a small copy of a detector, to be shipped"),
     "eval": Command(eval_command, EVAL_FLAGS, "measure how well it is found"),
 }
 

@@ -7,10 +7,12 @@ References: Li et al., StarCoder, 2023, section 4. Hyperparameters: the model ca
 """
 
 import os
+import shutil
 
 from tqdm import tqdm
 
 import train as pretraining
+from common import weights as weight_files
 from finetune import loop
 from finetune.records import Span
 from finetune.tokens import Fragments
@@ -19,7 +21,7 @@ from pii.labels import CATEGORIES, IGNORED, LabelledDocument, check_categories, 
 from pii.look import blocks
 from pii.scores import evaluate_detector, touches
 from pii.synthesize import synthesize
-from pii.thresholds import write_thresholds
+from pii.thresholds import FILE, write_thresholds
 from training.ranks import Ranks
 
 DEFAULT_ENCODER = "runs/tiny"  # pretrained if it is missing
@@ -200,3 +202,21 @@ def thresholds_for(scores, most):
         too_many = of_one[each] + 1e-4 if len(of_one) > each else LEAST_THRESHOLD
         thresholds[category] = round(float(too_many), 4)
     return thresholds
+
+
+# ---- a detector to be shipped --------------------------------------------------------------------
+
+
+def pack(run, out):
+    """Writes what detection needs of a run into the directory `out`, with weights in bfloat16.
+
+    transformers reads it, too. Raises ValueError if `out` exists, and for a run without a detector.
+    """
+    if os.path.exists(out):
+        raise ValueError(f"{out}: exists already; choose another directory or remove it")
+    Detector.from_pretrained(run, "cpu")  # refuses what is none
+    weights = {name: value.bfloat16() for name, value in weight_files.read(run).items()}
+    os.makedirs(out)
+    weight_files.write(out, weights)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", FILE):
+        shutil.copyfile(os.path.join(run, name), os.path.join(out, name))
