@@ -22,13 +22,13 @@ NAMES = re.compile(
     r"|[A-Z]\. [A-Z][a-z]|[^\W\d_a-zA-Z]{2}"
 )
 
-# They may be a person's if one of these words stands near them,
-PERSON = re.compile(
-    r"author|copyright|\(c\)|©|\bby\b|contribut|maint|thank|credit|review|signed|\bname|mail|@"
-    r"|owner|contact|dear|patch|courtesy|inspired|person|regards|created|written|ported|assign"
-    r"|\bask|\btalk|patient|employee|recipient|based on|algorithm|作者|автор|[12]\d{3}",
-    re.IGNORECASE,
-)
+# They may be a person's if one of these stands near them in their line, or a year,
+PERSON = (
+    "author copyright (c) © contributor maint thank credit review signed name @ owner contact dear"
+    " patch courtesy inspired regards created written assign talk patient employee recipient"
+    " algorithm 作者 автор"
+).split() + ["by ", "by:", "ask ", "based on"]
+YEAR = re.compile(r"[12]\d{3}")
 # or if they fill a field of a table, a list or a string. (?: the rest of it)
 FIELD_BEGIN = re.compile(r"[\"'`|>,;(\[{\t][ ]?$|(?:^|\n)[ ]*(?:[-*] )?$")
 FIELD_END = re.compile(r"[\w'.-]*(?: [\w'.-]+)? ?(?:[\"'`|<,;)\]}\t\r\n]|$)")
@@ -112,23 +112,25 @@ def account_leads(text):
 
 
 def is_annotation(text, at):
-    """True for an @ that begins a line or a word of documentation such as @param."""
+    """True for an @ that begins a line, also of a comment as " * @param", and words such as that."""
     if text[at : at + 2] not in (" @", "(@"):
         return False
-    return bool(NO_ACCOUNT.match(text, at)) or text[at - 1 : at] in ("", " ", "\t", "\n")
+    if NO_ACCOUNT.match(text, at) or text[at - 1 : at] in ("", " ", "\t", "\n"):
+        return True
+    # But not "* @ada" at the start of a line, as code owners have it.
+    return text[at - 1] == "*" and text[at - 2 : at - 1] not in ("", "\n")
 
 
 def name_leads(text):
     """Yields where NAMES stand that may be a person's."""
     for match in NAMES.finditer(text):
-        start = match.start()
+        start, end = match.span()
         before = text[max(0, start - 60) : start]
-        near = (
-            before[before.rfind("\n") + 1 :] + text[match.end() : match.end() + 60].split("\n")[0]
-        )
-        if PERSON.search(near):
+        near = before[before.rfind("\n") + 1 :] + text[end : end + 60].partition("\n")[0]
+        lowered = near.lower()
+        if any(word in lowered for word in PERSON) or YEAR.search(near):
             yield start
-        elif FIELD_BEGIN.search(before) and FIELD_END.match(text, match.end()):
+        elif FIELD_BEGIN.search(before) and FIELD_END.match(text, end):
             yield start
 
 
