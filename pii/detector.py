@@ -27,11 +27,10 @@ import torch
 from corpus.tokenizer import Tokenizer
 from finetune.tokens import token_probabilities
 from pii import look
-from pii.candidates import candidates, refused
+from pii.candidates import candidates
 from pii.labels import CATEGORIES, LABELS, Entity
 from pii.rules import addresses, by_rules, join, mails
 from pii.rules import candidates as rule_candidates
-from pii.scores import touches
 from pii.thresholds import read_thresholds
 from starencoder import StarEncoderForTokenClassification
 from training.step import autocast_to, dtype_of
@@ -358,15 +357,16 @@ class Detector:
         if not suspicious:
             return join(ruled)
 
-        # Candidates are judged; elsewhere the model may see something that no rule leads to.
+        # The model judges candidates for secrets, and finds the rest by itself: of the secrets that
+        # no candidate leads to, it is wrong about most.
         judged = []
         for secret in known.secrets:
             entity = judge(secret, mean_over(secret, offsets, probabilities))
             if entity.score >= self.thresholds[entity.category]:
                 judged.append(entity)
         own = entities_of(text, offsets, probabilities, self.thresholds)
-        own = [entity for entity in own if not touches(entity, known.secrets)]
-        return join(ruled, judged, [entity for entity in own if plausible(text, entity)])
+        own = [entity for entity in own if plausible(text, entity)]
+        return join(ruled, judged, own)
 
     def probabilities(self, texts):
         """[(tokens, len(LABELS)) float32, ...] of what the model says of each token of each text.
@@ -378,10 +378,10 @@ class Detector:
 
 
 def plausible(text, entity):
-    """False for what cannot be of its category by its shape alone, whatever the model says."""
+    """False for what the model may not say by itself: a secret, or a name of another shape."""
     value = text[entity.start : entity.end]
     if entity.category in SECRETS:
-        return not refused(value, entity.category)
+        return False
     if entity.category == "NAME":
         # A capital, or a letter of a script that has none; no part of a path or an identifier.
         letters = any(char.isupper() or char.isalpha() and not char.isascii() for char in value)
