@@ -4,6 +4,7 @@ Each measurement prints a table and writes it, with the machine and the versions
 """
 
 from common.command_line import CommandLine, run_command
+from pii import SHIPPED
 
 # Each measurement is imported only if it is asked for: together they take ten seconds, and --help
 # should take none.
@@ -53,8 +54,8 @@ def main(argv=None):
         help = "fine-tunings of each kind (default: 3)"
         measurement.add_argument("--seeds", type=int, default=3, metavar="N", help=help)
 
-    help = "the detector (default: runs/pii)"
-    pii.add_argument("--model", default="runs/pii", metavar="RUN", help=help)
+    help = "the detector (default: the shipped one)"
+    pii.add_argument("--model", metavar="DIR", default=SHIPPED, help=help)
 
     # The flag that all measurements share.
     for measurement in (kernels, model, data, pii, embed, search, tasks, speedrun):

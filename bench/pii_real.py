@@ -50,6 +50,7 @@ from tqdm import tqdm
 from bench.measure import report
 from common.files import read_json, write_whole
 from corpus.packages import fetch, read_packages
+from pii import SHIPPED
 from pii.detector import Detector
 from pii.labels import CATEGORIES
 from pii.peers import (
@@ -70,7 +71,7 @@ UNJUDGED = Path("runs/pii-unjudged.jsonl")
 
 SECRETS = ("KEY", "PASSWORD")
 VERDICTS = (*CATEGORIES, "NONE", "AMBIGUOUS")
-AT_ONCE = 32  # files that a detector sees together
+AT_ONCE = 256  # files that a detector sees together
 
 
 # ---- the labels ----------------------------------------------------------------------------------
@@ -232,6 +233,11 @@ def contenders(model, names):
     both = Detector.from_pretrained(model, rules=True)
     chosen["rules"] = Contender(partial(find_by_detector, rules), RULE_CATEGORIES)
     chosen["model + rules"] = Contender(partial(find_by_detector, both), CATEGORIES)
+    # What is lost by not showing the model all of a text.
+    everywhere = Detector(
+        both.model, both.tokenizer, rules=True, threshold=both.thresholds, everywhere=True
+    )
+    chosen["the same, everywhere"] = Contender(partial(find_by_detector, everywhere), CATEGORIES)
 
     # Those that take files see the names of the files, too: they depend on the kind of a file.
     scans = {
@@ -341,6 +347,8 @@ def row_of(name, tallies, findings, unjudged, lines, speed):
     for category in CATEGORIES:
         row[category] = cell([tallies[category]] if category in tallies else [])
     row["in 1,000 lines"] = f"{1000 * findings / lines:.2f}"
+    wrong = sum(tally.wrong for tally in tallies.values())
+    row["false in 1,000"] = f"{1000 * wrong / lines:.2f}"
     row["unjudged"] = f"{unjudged:,}"
     row["MB/s"] = f"{speed:.3f}" if speed else "-"
     return row
@@ -356,8 +364,8 @@ def write_unjudged(unjudged, path=UNJUDGED):
     write_whole(path, text)
 
 
-def bench_pii(path=None, model="runs/pii"):
-    """Looks through the files with each contender. model: what `python -m pii train` made."""
+def bench_pii(path=None, model=SHIPPED):
+    """Looks through the files with each contender. model: a detector's directory."""
     files, paths = labelled_files()
     texts = [text_of(path) for path in paths]
     lines = sum(text.count("\n") for text in texts)

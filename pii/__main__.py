@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from common.arguments import add_flags
 from common.command_line import CommandLine, run_command
+from pii import SHIPPED
 
 # PyTorch takes seconds to import, and `--help` needs none of it. So each command imports what it
 # uses when it runs.
-
-DEFAULT_MODEL = str(Path(__file__).with_name("tiny"))
 
 # What a new detector is shown on: nobody's data. The § keep scanners of this repository quiet.
 SAMPLE = Path(__file__).with_name("sample.txt").read_text(encoding="utf-8").replace("§", "")
@@ -29,7 +28,7 @@ RECALL_HELP = "such scores that this share of all that is there is found, as in 
 SOURCE_HELP = "as for python -m corpus (default: fetched packages, or this Python's library)"
 
 DETECTOR_FLAGS = {  # of detect, redact and eval
-    "--model": dict(default=DEFAULT_MODEL, metavar="DIR", help=MODEL_HELP),
+    "--model": dict(default=SHIPPED, metavar="DIR", help=MODEL_HELP),
     "--rules-only": dict(action="store_true", help=RULES_HELP),
     "--threshold": dict(type=float, metavar="P", help=SCORE_HELP),
     "--recall": dict(type=float, metavar="P", help=RECALL_HELP),

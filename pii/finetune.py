@@ -219,4 +219,5 @@ def pack(run, out):
     os.makedirs(out)
     weight_files.write(out, weights)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", FILE):
-        shutil.copyfile(os.path.join(run, name), os.path.join(out, name))
+        if os.path.exists(os.path.join(run, name)):
+            shutil.copyfile(os.path.join(run, name), os.path.join(out, name))

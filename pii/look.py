@@ -112,7 +112,7 @@ def account_leads(text):
 
 
 def is_annotation(text, at):
-    """True for an @ that begins a line, also of a comment as " * @param", and words such as that."""
+    """True for an @ that begins a line, or one of a comment as " * @param", and for such words."""
     if text[at : at + 2] not in (" @", "(@"):
         return False
     if NO_ACCOUNT.match(text, at) or text[at - 1 : at] in ("", " ", "\t", "\n"):

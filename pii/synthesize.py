@@ -39,9 +39,9 @@ GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] 
 # A line of a real file that may hold personal data, beside what the rules and `candidates` find: an
 # account in a URL, a path or credits; a person's name near words such as "author".
 ACCOUNT = re.compile(
-    r"(?:github|gitlab|bitbucket|twitter)\.(?:com|org)[/:]\w|/(?:home|Users)/\w|(?:^|[\s(,])@[a-z]\S*[,.)]"
-    r"|(?:todo|fixme|xxx|hack)\s?\([@a-z]|\b(?:user|login|owner|account)(?:_?name)?[\"']?\s?[:=]+>?\s?"
-    r"[\"'][\w-]+[\"']|\$(?:Id|Author):",
+    r"(?:github|gitlab|bitbucket|twitter)\.(?:com|org)[/:]\w|/(?:home|Users)/\w"
+    r"|(?:^|[\s(,])@[a-z]\S*[,.)]|(?:todo|fixme|xxx|hack)\s?\([@a-z]|\$(?:Id|Author):"
+    r"|\b(?:user|login|owner|account)(?:_?name)?[\"']?\s?[:=]+>?\s?[\"'][\w-]+[\"']",
     re.IGNORECASE,
 )
 

@@ -24,7 +24,6 @@ from pii import (
     values,
 )
 from pii.detector import entities_of
-
 from pii.labels import (
     CATEGORIES,
     LABELS,
