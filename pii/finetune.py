@@ -9,6 +9,7 @@ References: Li et al., StarCoder, 2023, section 4. Hyperparameters: the model ca
 import os
 import shutil
 
+import numpy as np
 from tqdm import tqdm
 
 import train as pretraining
@@ -121,28 +122,31 @@ def make_defaults(config, ranks):
 # ---- thresholds ----------------------------------------------------------------------------------
 
 MOST_FALSE = 1.0  # false alarms in 1,000 lines of ordinary code
-LEAST_THRESHOLD = 0.5  # below it the model rather says that there is nothing
+LEAST_PRECISION = 0.9  # on the validation
+LEAST_THRESHOLD = 0.1
 
 
 def calibrate(config):
     """Writes thresholds.json into the run directory, from the validation data.
 
-    Beside it may lie ordinary.jsonl, code as it is, labelled. Then the thresholds are the lowest
-    that give at most MOST_FALSE false alarms in it.
+    The thresholds are the lowest at which nine of ten findings in the validation are right. Beside
+    it may lie ordinary.jsonl, code as it is, labelled: there at most MOST_FALSE are wrong.
     """
     detector = Detector.from_pretrained(config.out, config.device, rules=True, threshold=0.0)
     documents = read_labelled(config.validation)
     found = find_in_batches(detector, documents, "calibrating")
-    scores = scores_of_true(documents, found)
+    right = scores_of_true(documents, found)
+    wrong = false_alarms(documents, found)
+    thresholds = {c: precise_threshold(right[c], wrong[c]) for c in CATEGORIES}
 
-    thresholds = dict.fromkeys(CATEGORIES, LEAST_THRESHOLD)
     ordinary = os.path.join(os.path.dirname(config.validation), "ordinary.jsonl")
     if os.path.exists(ordinary):
         documents = read_labelled(ordinary)
         lines = sum(document.text.count("\n") for document in documents)
         found = find_in_batches(detector, documents, "looking for false alarms")
-        thresholds = thresholds_for(false_alarms(documents, found), int(MOST_FALSE * lines / 1000))
-    write_thresholds(config.out, thresholds, scores)
+        most = int(MOST_FALSE * lines / 1000)
+        thresholds = with_few_alarms(thresholds, false_alarms(documents, found), most)
+    write_thresholds(config.out, thresholds, right)
 
 
 def find_in_batches(detector, documents, description):
@@ -183,25 +187,34 @@ def confirms(entity, span):
     return same and touches(entity, [span])
 
 
-def thresholds_for(scores, most):
-    """{category: threshold}, with which at most `most` of all false alarms are left.
+def precise_threshold(right, wrong):
+    """The lowest threshold with LEAST_PRECISION. right, wrong: scores of what was found so."""
+    for threshold in np.arange(LEAST_THRESHOLD, 1.0, 0.01).round(2).tolist():
+        kept = sum(score >= threshold for score in right)
+        if kept >= LEAST_PRECISION * (kept + sum(score >= threshold for score in wrong)):
+            return threshold
+    return 1.0
+
+
+def with_few_alarms(thresholds, scores, most):
+    """{category: threshold}, raised so that at most `most` of all false alarms are left.
 
     scores: {category: those of its false alarms}. Categories with few keep them all, and the others
     have equally many left.
     """
     scores = {
-        category: sorted((score for score in of_one if score >= LEAST_THRESHOLD), reverse=True)
+        category: sorted((s for s in of_one if s >= thresholds[category]), reverse=True)
         for category, of_one in scores.items()
     }
     each = most
     while each and sum(min(len(of_one), each) for of_one in scores.values()) > most:
         each -= 1
-    thresholds = {}
+    raised = {}
     for category, of_one in scores.items():
         # Just above the best one that is too many.
-        too_many = of_one[each] + 1e-4 if len(of_one) > each else LEAST_THRESHOLD
-        thresholds[category] = round(float(too_many), 4)
-    return thresholds
+        too_many = of_one[each] + 1e-4 if len(of_one) > each else 0.0
+        raised[category] = round(max(thresholds[category], float(too_many)), 4)
+    return raised
 
 
 # ---- a detector to be shipped --------------------------------------------------------------------

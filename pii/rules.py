@@ -149,6 +149,43 @@ KEYS = re.compile(
       | amzn\.mws\.[0-9a-f-]{36}                                    # Amazon Marketplace
       | sl\.[\w-]{130,}                                             # Dropbox
       | (?<=AccountKey=)[A-Za-z0-9+/]{86}==                         # Azure storage
+      | [\w~.-]{3}[78]Q~[\w~.-]{31,34}                              # Azure, client secret
+      | GOCSPX-[\w-]{28} | 1//0[\w-]{40,}                          # Google OAuth
+      | AAAA[\w-]{7}:APA91b[\w-]{130,}                             # Firebase messaging
+      | xapp-\d-[A-Z0-9]+-\d+-[0-9a-f]{64} | xoxe\.xox[bp]-\d-[\w-]{100,}       # Slack
+      | whsec_[A-Za-z0-9+/]{32,}=?                                  # Stripe, webhook
+      | https://discord(?:app)?\.com/api/webhooks/\d{17,20}/[\w-]{60,}
+      | https://[\w-]+\.webhook\.office\.com/webhookb2/[\w@/-]{80,}  # Microsoft Teams
+      | LTAI[A-Za-z0-9]{12,20}                                      # Alibaba Cloud
+      | AKID[A-Za-z0-9]{32}                                         # Tencent Cloud
+      | EAA[A-Za-z0-9]{80,} | IGQV[\w-]{100,}                       # Facebook, Instagram
+      | sk-[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20} | sk-[0-9a-f]{32}  # OpenAI, DeepSeek
+      | gsk_[A-Za-z0-9]{52} | xai-[A-Za-z0-9]{80} | pplx-[0-9a-zA-Z]{48} | r8_\w{37}
+      | dt0[a-z]\d\d\.[A-Z0-9]{8,24}\.[A-Z0-9]{64}                  # Dynatrace
+      | NRAK-[A-Z0-9]{27} | NRII-[\w-]{32}                          # New Relic
+      | sntry[su]_[\w+/=]{40,}                                      # Sentry
+      | lin_api_[A-Za-z0-9]{40} | secret_[A-Za-z0-9]{43} | ntn_[A-Za-z0-9]{46}
+      | PMAK-[0-9a-f]{24}-[0-9a-f]{34}                              # Postman
+      | pul-[0-9a-f]{40} | dp\.[a-z]{2,5}\.[A-Za-z0-9.]{40,}          # Pulumi, Doppler
+      | rubygems_[0-9a-f]{48} | dckr_[op]at_[\w-]{27,}               # RubyGems, Docker
+      | HRKU-[\w-]{36,} | nfp_[A-Za-z0-9]{36} | sbp_[0-9a-f]{40}     # Heroku, Netlify, Supabase
+      | pscale_(?:tkn|pw|oauth)_[\w.-]{32,}                         # PlanetScale
+      | figd_[\w-]{40,} | shippo_(?:live|test)_[0-9a-f]{40}         # Figma, Shippo
+      | EZ[AT]K[0-9a-f]{54}                                         # EasyPost
+      | sq[upa]_[0-9a-f]{40} | sgp_(?:[0-9a-f]{16}_)?[0-9a-f]{40}    # Sonar, Sourcegraph
+      | xkeysib-[0-9a-f]{64}-[A-Za-z0-9]{16}                        # Brevo
+      | xsmtpsib-[0-9a-f]{64}-[A-Za-z0-9]{16}
+      | pat-(?:na|eu)1-[0-9a-f-]{36}                                # HubSpot
+      | pat[A-Za-z0-9]{14}\.[0-9a-f]{64}                            # Airtable
+      | CFPAT-[\w-]{43} | CCIPAT_[\w-]{60,} | bkua_[0-9a-f]{40}      # Contentful, CircleCI
+      | ATBB[A-Za-z0-9]{32} | ATCTT3[\w=-]{100,}                    # Bitbucket, Atlassian
+      | access_token\$production\$[0-9a-z]{16}\$[0-9a-f]{32}         # PayPal Braintree
+      | A3-[A-Z0-9]{6}-[A-Z0-9]{6,11}(?:-[A-Z0-9]{5}){3,4}          # 1Password
+      | ops_eyJ[\w+/=-]{200,} | AGE-SECRET-KEY-1[0-9A-Z]{58}         # 1Password, age
+      | tfp_[\w-]{40,} | fio-u-[\w=-]{64} | glsa_[A-Za-z0-9]{32}_[0-9a-f]{8}
+      | [A-Za-z0-9]{14}\.atlasv1\.[\w-]{60,}                        # Terraform
+      | t1\.[\w-]+={0,2}\.[\w-]{86}={0,2} | y[0-3]_[\w-]{50,} | AQVN[\w-]{35,38}  # Yandex
+      | bot\d{8,10}:AA[\w-]{33}                                    # Telegram, in an address
       | (?<!-)eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}              # JSON Web Token
     ) (?![A-Za-z0-9_])
     """,
@@ -168,7 +205,7 @@ PRIVATE_KEYS = re.compile(
 # All but private keys are in a long run of such characters. To look only there takes a fifth of the
 # time, as most words are short.
 KEY_SIGNS = np.zeros(129, np.int8)  # by the code of a character; 128 for all that are not ASCII
-KEY_SIGNS[[ord(sign) for sign in string.ascii_letters + string.digits + "_+/=.:-"]] = 1
+KEY_SIGNS[[ord(sign) for sign in string.ascii_letters + string.digits + "_+/=.:-~$@"]] = 1
 SHORTEST_KEY = 13
 
 

@@ -146,20 +146,27 @@ def test_blocks_keep_the_labels(text, data):
         assert found == labelled
 
 
-@given(
-    scores=st.fixed_dictionaries(
-        {c: st.lists(st.floats(0, 1, width=16), max_size=30) for c in CATEGORIES}
-    ),
-    most=st.integers(0, 60),
-)
+SCORES = st.lists(st.floats(0, 1, width=16), max_size=30)
+
+
+@given(scores=st.fixed_dictionaries({c: SCORES for c in CATEGORIES}), most=st.integers(0, 60))
 def test_thresholds_leave_at_most_so_many_false_alarms(scores, most):
-    thresholds = finetune.thresholds_for(scores, most)
-    left = [s for c in CATEGORIES for s in scores[c] if s >= thresholds[c]]
-    assert len(left) <= most
-    assert all(threshold >= finetune.LEAST_THRESHOLD for threshold in thresholds.values())
-    likely = [s for c in CATEGORIES for s in scores[c] if s >= finetune.LEAST_THRESHOLD]
-    if len(likely) <= most:
-        assert set(thresholds.values()) == {finetune.LEAST_THRESHOLD}
+    before = dict.fromkeys(CATEGORIES, 0.25)
+    thresholds = finetune.with_few_alarms(before, scores, most)
+    assert all(threshold >= 0.25 for threshold in thresholds.values())
+    assert sum(s >= thresholds[c] for c in CATEGORIES for s in scores[c]) <= most
+    if sum(s >= 0.25 for c in CATEGORIES for s in scores[c]) <= most:
+        assert thresholds == before
+
+
+@given(right=SCORES, wrong=SCORES)
+def test_a_threshold_is_precise(right, wrong):
+    threshold = finetune.precise_threshold(right, wrong)
+    kept = sum(score >= threshold for score in right)
+    false = sum(score >= threshold for score in wrong)
+    assert threshold == 1.0 or kept >= finetune.LEAST_PRECISION * (kept + false)
+    if not wrong:
+        assert threshold == finetune.LEAST_THRESHOLD
 
 
 def test_false_alarms_and_true_ones():
