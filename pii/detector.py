@@ -44,7 +44,7 @@ NOBODY = frozenset(
     " ubuntu runner www-data string str none null true false required optional self this name"
     " login owner author password token value key id type object the a an is not must".split()
 )
-SURE = 0.95  # the model overrules a rule's address if it is this sure that there is nothing
+SURE = 0.99  # the model overrules an address of the rules if it is this sure that there is nothing
 
 # ---- step 1: words -----------------------------------------------------------------------------
 
