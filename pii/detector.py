@@ -3,15 +3,20 @@
     detector = Detector.from_pretrained("runs/pii", rules=True)
     (entities,) = detector.find(["host = '8.8.8.8'  # ask Kate"])
 
-A text is read in overlapping windows; each token is judged in the window where it is farthest from
-an edge. From the labels of tokens to entities it is three steps:
+A text is cut into blocks (look.py), and the model sees those in which something may be. In a block
+
+    rules        find addresses and keys of known formats (rules.py)
+    candidates   for other keys and passwords (candidates.py) are judged by the model: the mean over
+                 their tokens says whether they are one
+    the model    finds names and user names by itself, and only those: of the secrets that no
+                 candidate leads to, it is wrong about most
+
+The rules decide, but the model may overrule an e-mail address if it is sure that it is none. From
+the labels of tokens to entities it is three steps:
 
     words_of     the tokens of a word are judged together
     phrases_of   neighbouring words of one category are one phrase
     entity_of    a phrase begins and ends where words, quotes and addresses do
-
-With both, the rules decide on addresses and known formats of keys, unless the model is sure that an
-address is none: a version, say.
 
 References: Li et al., StarCoder, 2023, section 4; Ramshaw & Marcus, 1995 (the B, I, O tags).
 """
@@ -44,7 +49,7 @@ NOBODY = frozenset(
     " ubuntu runner www-data string str none null true false required optional self this name"
     " login owner author password token value key id type object the a an is not must".split()
 )
-SURE = 0.99  # the model overrules an address of the rules if it is this sure that there is nothing
+SURE = 0.95  # the model overrules an e-mail address of the rules if it is this sure that it is none
 
 # ---- step 1: words -----------------------------------------------------------------------------
 
@@ -313,20 +318,17 @@ class Detector:
     def find_by_model(self, texts):
         """As `find`. All blocks of all texts go through the model together."""
         looks = [self.look_at(text) for text in texts]
-        blocks = [Block(i, *place) for i, look in enumerate(looks) for place in look.blocks]
+        blocks = [Block(i, *place) for i, known in enumerate(looks) for place in known.blocks]
         parts = [texts[block.number][block.start : block.end] for block in blocks]
 
         found = [[] for _ in texts]
         for block, part, probabilities in zip(blocks, parts, self.probabilities(parts)):
-            look = looks[block.number]
-            inside = Look(within(look.ruled, block), within(look.secrets, block), [])
+            known = looks[block.number]
+            inside = Look(within(known.ruled, block), within(known.secrets, block), [])
             entities = self.find_in(part, probabilities, inside)
             found[block.number] += [moved(entity, block.start) for entity in entities]
-        # What is longer than a block, such as a private key, is a key by its format.
-        for entities, look in zip(found, looks):
-            long = [entity for entity in look.ruled if entity.category == "KEY"]
-            entities[:] = join(long, entities)
-        return found
+        # What began in one block may reach into the next, in which something was found, too.
+        return [join(entities) for entities in found]
 
     def look_at(self, text):
         """The `Look` of a text."""
@@ -348,17 +350,15 @@ class Detector:
             return []
         offsets = np.array(self.tokenizer.offsets(text)).reshape(-1, 2)  # (tokens, 2)
 
-        # A key by its format is one, whatever the model says.
+        # Only what is no mail address though it looks like one is known by what stands around it.
         ruled = []
         for entity in known.ruled:
             nothing = mean_over(entity, offsets, probabilities)[0]
-            if entity.category == "KEY" or not nothing > SURE:
+            if entity.category != "EMAIL" or not nothing > SURE:
                 ruled.append(entity)
         if not suspicious:
             return join(ruled)
 
-        # The model judges candidates for secrets, and finds the rest by itself: of the secrets that
-        # no candidate leads to, it is wrong about most.
         judged = []
         for secret in known.secrets:
             entity = judge(secret, mean_over(secret, offsets, probabilities))
@@ -392,14 +392,10 @@ def plausible(text, entity):
 
 
 def within(spans, block):
-    """The spans, sorted, that lie in a block, as places in it."""
-    found = []
-    for span in spans[bisect.bisect_left(spans, (block.start,)) :]:
-        if span.start >= block.end:
-            break
-        if span.end <= block.end:
-            found.append(moved(span, -block.start))
-    return found
+    """The spans, sorted, that begin in a block, as places in it."""
+    first = bisect.bisect_left(spans, (block.start,))
+    behind = bisect.bisect_left(spans, (block.end,))
+    return [moved(span, -block.start) for span in spans[first:behind]]
 
 
 def moved(span, by):

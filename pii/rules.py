@@ -70,7 +70,11 @@ IP_SIGNS = frozenset("0123456789abcdefABCDEF:.")
 LONGEST_IP = 64  # characters, with a port; a longer run is none
 
 # The end of what stands before a dotted number that is a version and no address: `version = "`.
-VERSION = re.compile(r"(?:(?:version|release|\bv|oid|rfc)\W{0,4}|[=<>~^]=\s?)$", re.IGNORECASE)
+VERSION = re.compile(
+    r"(?:(?:version|release|revision|build|firmware|since|requires|section|protocol|oid|rfc|\bv"
+    r"|upgraded?\ to|at\ least)\W{0,4}|[=<>~^]=\s?)$",
+    re.IGNORECASE,
+)
 
 
 def is_public(address):

@@ -88,12 +88,14 @@ def test_what_is_no_account(detector, value):
     assert found_in(detector, f"user = {value} ;\n", {value: ("B-USERNAME", 1.0)}) == []
 
 
-def test_the_model_may_overrule_an_address(detector):
-    text = "host = 8.8.4.4\n"
-    assert found_in(detector, text, {"8.8.4.4": ("B-IP_ADDRESS", 0.2)}) == [
-        ("8.8.4.4", "IP_ADDRESS")
-    ]
+def test_the_model_may_overrule_a_mail_address(detector):
+    text = "mail = ada@engine.org\n"
+    said = {"ada@engine.org": ("B-EMAIL", 0.2)}
+    assert found_in(detector, text, said) == [("ada@engine.org", "EMAIL")]
     assert found_in(detector, text, {}) == []
+    # An IP address it may not: the rules know versions by what stands before them.
+    assert found_in(detector, "host = 8.8.4.4\n", {}) == [("8.8.4.4", "IP_ADDRESS")]
+    assert found_in(detector, "release 8.8.4.4\n", {}) == []
 
 
 CODE = [
