@@ -24,7 +24,7 @@ PATHS_HELP = "files, and directories with all in them but .git, venv, node_modul
 MODEL_HELP = "a detector that `python -m pii train` made (default: pii/tiny, which is shipped)"
 RULES_HELP = "only the rules for addresses and known formats of keys, without a model"
 SCORE_HELP = "the least score of what the model finds (default: one for each category)"
-RECALL_HELP = "such scores that this share of all that is there is found, as in the validation"
+RECALL_HELP = "find this share of all that is there, by the scores of the validation data"
 SOURCE_HELP = "as for python -m corpus (default: fetched packages, or this Python's library)"
 
 DETECTOR_FLAGS = {  # of detect, redact and eval
@@ -155,7 +155,7 @@ def new_findings(arguments, skipped):
     from pii.baseline import Baseline
     from pii.scan import scan
 
-    # A damaged baseline is said before a model is read.
+    # Report a damaged baseline before loading the model.
     baseline = None if arguments.baseline is None else Baseline(arguments.baseline)
     detector = detector_of(arguments, arguments.categories)
     own = {os.path.realpath(file) for file in own_files(arguments)}
@@ -183,7 +183,7 @@ def print_finding(finding, as_json):
     category = finding.entity.category
     score = finding.entity.score
     shown = masked(finding.value)
-    if as_json:  # names stay, and numbers are numbers
+    if as_json:  # it escapes odd file names itself
         found = {"category": category, "text": shown, "score": round(score, 4)}
         print(json.dumps(place | found))
     else:
@@ -242,7 +242,18 @@ def detector_of(arguments, categories=None):
         return Detector(**options)
     if arguments.threshold is not None:
         options["threshold"] = arguments.threshold
-    return Detector.from_pretrained(arguments.model, recall=arguments.recall, **options)
+    detector = Detector.from_pretrained(arguments.model, recall=arguments.recall, **options)
+    if arguments.recall is not None:
+        warn_of_what_is_not_promised(detector.thresholds, chosen, arguments.recall)
+    return detector
+
+
+def warn_of_what_is_not_promised(thresholds, chosen, recall):
+    """Says for which categories no threshold keeps a share `recall` of what is there."""
+    without = [category for category in chosen if thresholds[category] == 0]
+    if without:
+        words = "all that the model thinks of is reported, and that may be less"
+        print(f"{', '.join(without)}: no threshold finds {recall:.0%}; {words}", file=sys.stderr)
 
 
 def check_detect_flags(arguments):
@@ -274,10 +285,11 @@ def check_detector_flags(arguments, categories):
     unknown = categories.difference(CATEGORIES)
     if unknown:
         raise ValueError(f"unknown category {min(unknown)}; known: {', '.join(CATEGORIES)}")
-    for flag in ("threshold", "recall"):
-        value = getattr(arguments, flag)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"--{flag} must lie between 0 and 1, got {value}")
+    threshold = arguments.threshold
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold must lie between 0 and 1, got {threshold}")
+    if arguments.recall is not None and not 0 < arguments.recall <= 1:
+        raise ValueError(f"--recall must lie above 0 and up to 1, got {arguments.recall}")
     if arguments.recall is not None and (arguments.threshold is not None or arguments.rules_only):
         raise ValueError("--recall says which scores count: no --threshold or --rules-only with it")
     if arguments.rules_only and categories.isdisjoint(RULE_CATEGORIES):

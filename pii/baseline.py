@@ -41,7 +41,8 @@ def fingerprint(value):
 
 def path_below(path, baseline):
     """The path of a file, relative to the directory of a baseline."""
-    directory = os.path.dirname(os.path.realpath(baseline))
+    # Not that of the file to which a link leads: to write the baseline replaces the link.
+    directory = os.path.realpath(os.path.dirname(baseline) or ".")
     return Path(os.path.relpath(os.path.realpath(path), directory)).as_posix()
 
 

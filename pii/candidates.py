@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from pii.look import lower_case
 from pii.rules import join
 
 # ---- reading candidates.txt ----------------------------------------------------------------------
@@ -493,15 +494,12 @@ def stems_in(lowered):
     return sorted(found)
 
 
-def led(text, start, end):
-    """Two lists of Candidates: by phrases, and by names, whose stems begin in text[start:end]."""
+def led(text):
+    """Two lists of Candidates: by phrases, and by names."""
     by_phrase = []
     by_name = []
-    # As long as the text: of all characters, only this capital becomes two small ones.
-    lowered = text[start:end].replace("\u0130", "I").lower()
-    done = start  # up to here names have been looked at
-    for at, stem in stems_in(lowered):
-        at += start
+    done = 0  # up to here names have been looked at
+    for at, stem in stems_in(lower_case(text)):
         for phrase in PHRASES.get(stem, ()):
             match = phrase.pattern.match(text, at)
             place = match and place_of(text, at, match, phrase.category)
@@ -528,10 +526,10 @@ def is_data(text, start, end):
     return bool(DATA.fullmatch(before) or DATA.fullmatch(behind))
 
 
-def unled(text, start, end):
-    """[Candidate, ...] of what looks random in text[start:end], without a name for it."""
+def unled(text):
+    """[Candidate, ...] of what looks random, without a name for it."""
     found = []
-    for match in RANDOM.finditer(text, start, end):
+    for match in RANDOM.finditer(text):
         value = match["value"]
         if len(value) > 512 or not looks_random(value) or is_data(text, *match.span("value")):
             continue
@@ -547,12 +545,7 @@ def unled(text, start, end):
     return found
 
 
-def candidates(text, start=0, end=None):
-    """[Candidate, ...] of a text, sorted, without overlaps.
-
-    start, end: only leads that begin between them are looked at, so a part of a long text costs no
-    more than that part.
-    """
-    end = len(text) if end is None else end
-    by_phrase, by_name = led(text, start, end)
-    return join(by_phrase, by_name, unled(text, start, end))
+def candidates(text):
+    """[Candidate, ...] of a text, sorted, without overlaps."""
+    by_phrase, by_name = led(text)
+    return join(by_phrase, by_name, unled(text))

@@ -8,8 +8,8 @@ A text is cut into blocks (look.py), and the model sees those in which something
     rules        find addresses and keys of known formats (rules.py)
     candidates   for other keys and passwords (candidates.py) are judged by the model: the mean over
                  their tokens says whether they are one
-    the model    finds names and user names by itself, and only those: of the secrets that no
-                 candidate leads to, it is wrong about most
+    the model    finds names and user names by itself; secrets that it finds without a candidate are
+                 mostly wrong, so they are dropped
 
 The rules decide, but the model may overrule an e-mail address if it is sure that it is none. From
 the labels of tokens to entities it is three steps:
@@ -32,15 +32,14 @@ import torch
 from corpus.tokenizer import Tokenizer
 from finetune.tokens import token_probabilities
 from pii import look
-from pii.candidates import candidates
+from pii.candidates import Candidate, candidates
 from pii.labels import CATEGORIES, LABELS, Entity
-from pii.rules import addresses, by_rules, join, mails
-from pii.rules import candidates as rule_candidates
+from pii.rules import addresses, by_rules, found_by_rules, join, mails
 from pii.thresholds import read_thresholds
 from starencoder import StarEncoderForTokenClassification
 from training.step import autocast_to, dtype_of
 
-SUSPICIOUS = 0.1  # without a label above this probability, as most code is, a text holds nothing
+SUSPICIOUS = 0.1  # if no token is something with more than this probability, nothing is found
 SECRETS = ("KEY", "PASSWORD")
 
 # Accounts that are nobody's, and words that stand where a user name may stand.
@@ -148,48 +147,22 @@ OPENING = " \t\r\n\"'`(<[{,;:|"
 CLOSING = " \t\r\n\"'`)>]},;:|"
 CLOSED_BY = {'"': '"', "'": "'", "`": "`", ">": "<"}  # the last is <b>what a tag holds</b>
 
-# The signs that belong to it, with letters and digits. To the left a = or - does not: before it
-# stands a name or an option, as in key= or --key.
-INNER_SIGNS = {"KEY": "_+-=", "PASSWORD": "_+-.=$!#%^*"}
-
 ALNUM = re.compile(r"[^\W_]")
 
 
-def stops_of(text, category):
-    """Where a KEY or a PASSWORD cannot go on, to the left and to the right: two sorted lists."""
-    right = re.escape(INNER_SIGNS[category])
-    left = re.escape(INNER_SIGNS[category].replace("=", "").replace("-", ""))
-    to_the_left = [stop.start() for stop in re.finditer(rf"[^\w{left}]", text)]
-    to_the_right = [stop.start() for stop in re.finditer(rf"[^\w{right}]", text)]
-    return [-1, *to_the_left], [*to_the_right, len(text)]
-
-
-def snap(text, start, end, category, stops):
-    """(start, end) of what the tokens of a phrase mean, or None. stops: category -> `stops_of`."""
+def snap(text, start, end):
+    """(start, end) of what the tokens of a phrase mean, or None."""
     # A value behind a quote ends at the next one.
     start = end - len(text[start:end].lstrip(OPENING))
     closing = CLOSED_BY.get(text[start - 1 : start])
     at = text.find(closing, start, end) if closing else -1
     end = at if at > 0 else end
-
-    # A password in a URL, as in ftp://user:password@host, ends at the last @.
-    if category == "PASSWORD" and re.search(r"://[^:/\s]*:$", text[max(0, start - 60) : start]):
-        at = text.rfind("@", start, end)
-        end = at if at > 0 else end
     end = start + len(text[start:end].rstrip(CLOSING))
 
-    # A model may miss the ends of a key, or take the full stop behind it for a part of it.
-    if category in INNER_SIGNS and start < end:
-        left, right = stops[category]
-        start = left[bisect.bisect_left(left, start) - 1] + 1
-        end = right[bisect.bisect_left(right, end)]
-    if text[end : end + 1] in " \n":  # or at the end of the text
+    # The full stop behind it is no part of it.
+    if text[end : end + 1] in " \r\n":  # or at the end of the text
         while end > start and text[end - 1] == ".":
             end -= 1
-
-    # A key is longer than a word, and has a digit.
-    if category == "KEY" and (end - start < 12 or not any(map(str.isdigit, text[start:end]))):
-        return None
     return (start, end) if ALNUM.search(text, start, end) else None
 
 
@@ -203,7 +176,7 @@ def whole_address(text, start, end, category):
     return None
 
 
-def entity_of(text, words, phrase, stops, thresholds):
+def entity_of(text, words, phrase, thresholds):
     """The Entity of a phrase; None if there is none, or one of too low a probability."""
     inside = slice(phrase.first, phrase.end)
     probabilities = words.probabilities[inside, phrase.category + 1]
@@ -213,7 +186,7 @@ def entity_of(text, words, phrase, stops, thresholds):
         return None
     start = int(words.start[phrase.first])
     end = int(words.end[phrase.end - 1])
-    place = snap(text, start, end, category, stops)
+    place = snap(text, start, end)
     # Addresses that are nobody's are left out, as by the rules.
     if place and category in ("IP_ADDRESS", "EMAIL"):
         place = whole_address(text, *place, category)
@@ -223,21 +196,20 @@ def entity_of(text, words, phrase, stops, thresholds):
 def entities_of(text, offsets, probabilities, thresholds=None):
     """[Entity, ...] that the labels of the tokens of a text spell, sorted, without overlaps.
 
-    offsets: (tokens, 2) in characters. probabilities: (tokens, len(LABELS)). thresholds: the least
-    score of each category; None for all.
+    None is a KEY or a PASSWORD: their ends are those of candidates. offsets: (tokens, 2) in
+    characters. probabilities: (tokens, len(LABELS)). thresholds: the least score of each category;
+    None for all.
     """
     words = words_of(text, offsets, probabilities)
-    phrases = phrases_of(text, words)
-    # Looked up there: to walk to the ends of a long password from each piece would be quadratic.
-    stops = {category: stops_of(text, category) for category in INNER_SIGNS}
-    found = [entity_of(text, words, phrase, stops, thresholds or {}) for phrase in phrases]
+    phrases = [p for p in phrases_of(text, words) if CATEGORIES[p.category] not in SECRETS]
+    found = [entity_of(text, words, phrase, thresholds or {}) for phrase in phrases]
     return join([entity for entity in found if entity])
 
 
 # ---- the detector ------------------------------------------------------------------------------
 
 
-class Look(NamedTuple):
+class Known(NamedTuple):
     """What is known of a text before a model sees it."""
 
     ruled: list  # of Entity, sorted: addresses and known formats of keys, by the rules
@@ -285,8 +257,8 @@ class Detector:
     def from_pretrained(cls, directory, device="auto", recall=None, **options):
         """Reads a directory that `python -m pii train` wrote. options: as of the class.
 
-        recall: the share of entities that the thresholds are to keep; None for those by which
-        ordinary code has few findings (see thresholds.py). Without effect beside a `threshold`.
+        recall: the share of entities that the thresholds are to keep; None for those that
+        training found best (see thresholds.py). Without effect beside a `threshold`.
 
         Raises ValueError for a model with other classes, and for a device that is not there.
         """
@@ -317,56 +289,61 @@ class Detector:
 
     def find_by_model(self, texts):
         """As `find`. All blocks of all texts go through the model together."""
-        looks = [self.look_at(text) for text in texts]
-        blocks = [Block(i, *place) for i, known in enumerate(looks) for place in known.blocks]
+        known = [self.known_of(text) for text in texts]
+        blocks = [Block(i, *place) for i, of_text in enumerate(known) for place in of_text.blocks]
         parts = [texts[block.number][block.start : block.end] for block in blocks]
 
         found = [[] for _ in texts]
         for block, part, probabilities in zip(blocks, parts, self.probabilities(parts)):
-            known = looks[block.number]
-            inside = Look(within(known.ruled, block), within(known.secrets, block), [])
-            entities = self.find_in(part, probabilities, inside)
+            ruled = within(known[block.number].ruled, block)
+            secrets = within(known[block.number].secrets, block)
+            entities = self.entities_in_block(part, probabilities, ruled, secrets)
             found[block.number] += [moved(entity, block.start) for entity in entities]
         # What began in one block may reach into the next, in which something was found, too.
         return [join(entities) for entities in found]
 
-    def look_at(self, text):
-        """The `Look` of a text."""
-        ruled = sorted(rule_candidates(text)) if self.rules else []
+    def known_of(self, text):
+        """What is `Known` of a text."""
+        # The model is to see addresses even if it has to find them without the rules.
+        ruled = sorted(found_by_rules(text))
         secrets = candidates(text)
         pieces = look.blocks(text)
         if not self.everywhere:
             places = [found.start for found in (*ruled, *secrets)] + look.leads(text)
             pieces = look.blocks_with(pieces, sorted(places))
-        return Look(ruled, secrets, pieces)
+        if not self.rules:
+            return Known([], secrets, pieces)
+        # Where both see something, the rules know better.
+        apart = [found for found in join(ruled, secrets) if isinstance(found, Candidate)]
+        return Known(ruled, apart, pieces)
 
-    def find_in(self, text, probabilities, known):
-        """[Entity, ...] of a text whose tokens have these probabilities (tokens, len(LABELS)).
+    def entities_in_block(self, text, probabilities, ruled, secrets):
+        """[Entity, ...] of a block whose tokens have these probabilities (tokens, len(LABELS)).
 
-        known: a `Look`, of what is known of this text already.
+        ruled, secrets: those of `Known` that begin in it.
         """
-        suspicious = probabilities[:, 1:].max(initial=0) > SUSPICIOUS
-        if not known.ruled and not suspicious:
+        suspicious = 1 - probabilities[:, 0].min(initial=1) > SUSPICIOUS
+        if not ruled and not suspicious:
             return []
         offsets = np.array(self.tokenizer.offsets(text)).reshape(-1, 2)  # (tokens, 2)
 
-        # Only what is no mail address though it looks like one is known by what stands around it.
-        ruled = []
-        for entity in known.ruled:
+        # Only for e-mail addresses is the context better evidence than the form.
+        kept = []
+        for entity in ruled:
             nothing = mean_over(entity, offsets, probabilities)[0]
             if entity.category != "EMAIL" or not nothing > SURE:
-                ruled.append(entity)
+                kept.append(entity)
         if not suspicious:
-            return join(ruled)
+            return join(kept)
 
         judged = []
-        for secret in known.secrets:
+        for secret in secrets:
             entity = judge(secret, mean_over(secret, offsets, probabilities))
             if entity.score >= self.thresholds[entity.category]:
                 judged.append(entity)
         own = entities_of(text, offsets, probabilities, self.thresholds)
         own = [entity for entity in own if plausible(text, entity)]
-        return join(ruled, judged, own)
+        return join(kept, judged, own)
 
     def probabilities(self, texts):
         """[(tokens, len(LABELS)) float32, ...] of what the model says of each token of each text.
@@ -378,10 +355,8 @@ class Detector:
 
 
 def plausible(text, entity):
-    """False for what the model may not say by itself: a secret, or a name of another shape."""
+    """False for what cannot be of its category by its shape, whatever the model says."""
     value = text[entity.start : entity.end]
-    if entity.category in SECRETS:
-        return False
     if entity.category == "NAME":
         # A capital, or a letter of a script that has none; no part of a path or an identifier.
         letters = any(char.isupper() or char.isalpha() and not char.isascii() for char in value)

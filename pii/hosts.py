@@ -61,7 +61,8 @@ def _patterns():
     found = []
     for line in lines.splitlines():
         kind, _, alternatives = line.partition(": ")
-        patterns = [translate(f"*/{pattern}") for pattern in alternatives.split(" | ")]
+        globs = [glob.removeprefix("*/") for glob in alternatives.split(" | ")]
+        patterns = [translate(f"*/{glob}") for glob in globs]
         found.append((kind, re.compile("|".join(patterns))))
     return found
 
@@ -190,7 +191,8 @@ def read_hosts(sources):
 def labelled_texts(sources, wanted):
     """{split: {digest: text}} of those files whose digests are wanted, whatever kind they are of.
 
-    A digest: the first 16 digits of a file's SHA-256. The split is that of the file's project.
+    A digest: the first 16 digits of a file's SHA-256. The split is that of the file's project, and
+    of the first one if several have the file.
     """
 
     def may_be(name, is_file, size, skipped):
@@ -200,14 +202,17 @@ def labelled_texts(sources, wanted):
         return Document("", content) if digest_of(content) in wanted else None
 
     found = {split: {} for split in SPLITS}
+    seen = set()
     for source in tqdm(sources or default_sources(), "reading labelled files", unit=" sources"):
-        of_split = found[split_of(_project_of(source))]
         for path, reader, _ in readers(os.fspath(source)):
             if path.endswith(TABLES):
                 continue
             chosen = functools.partial(reader, choice=Choice(may_be, made_of))
             for document in read(path, chosen, Counter(), _no_progress):
-                of_split.setdefault(digest_of(document.content), document.content.decode())
+                digest = digest_of(document.content)
+                if digest not in seen:
+                    seen.add(digest)
+                    found[split_of(_project_of(source))][digest] = document.content.decode()
     return found
 
 

@@ -13,11 +13,11 @@ block does not depend on what else is looked at, and the loss is what stands in 
 import bisect
 import re
 
-BLOCK = 320  # characters, about a hundred tokens: a block fits into one window of the model
+BLOCK = 320  # characters, about a hundred tokens of code
 
 # Two words with a capital, as a full name has, or letters that English lacks.
 NAMES = re.compile(
-    r"[A-Z\u00c0-\u00de\u0100-\u024f][a-z\u00df-\u024f]+(?: [A-Z]\.)?"
+    r"[A-Z\u00c0-\u00de\u0100-\u024f][a-z\u00df-\u024f]{1,30}(?: [A-Z]\.)?"
     r" (?:[a-z]{2,3} )?[^\W\d_a-z][^\W\d_]"
     r"|[A-Z]\. [A-Z][a-z]|[^\W\d_a-zA-Z]{2}"
 )
@@ -29,14 +29,14 @@ PERSON = (
     " algorithm 作者 автор"
 ).split() + ["by ", "by:", "ask ", "based on"]
 YEAR = re.compile(r"[12]\d{3}")
-# or if they fill a field of a table, a list or a string. (?: the rest of it)
+# or if they fill a field of a table, a list or a string.
 FIELD_BEGIN = re.compile(r"[\"'`|>,;(\[{\t][ ]?$|(?:^|\n)[ ]*(?:[-*] )?$")
 FIELD_END = re.compile(r"[\w'.-]*(?: [\w'.-]+)? ?(?:[\"'`|<,;)\]}\t\r\n]|$)")
 
 # A user name may stand behind one of these words: {word, in lower case: what must follow it}. Words
 # are found by `str.find`, which is some twenty times as fast as an expression with alternatives.
 ASSIGNED = r"[\w.]{0,20}[\"'\])]{0,3}\s{0,3}(?:(?:[:=]>?|:=|=>)\s{0,3})?\\?[\"'][A-Za-z]"
-BARE = r"[\w.-]{0,20}(?: |: |=| = |>)[\w.-]*[a-z][\w.-]*\s*?(?:$|[\n\r,;&<])"
+BARE = r"[\w.-]{0,20}(?: |: |=| = |>)(?=[\w.-]{0,40}[a-z])[\w.-]{1,60}[ \t]{0,3}(?:$|[\n\r,;&<])"
 SPOKEN = r" @?[a-z]+[\d_-]"
 ACCOUNTS = {
     **dict.fromkeys(["user", "login", "owner"], f"{ASSIGNED}|{BARE}|{SPOKEN}"),
@@ -54,12 +54,17 @@ ACCOUNTS = {
     ),
 }
 ACCOUNTS = {word: re.compile(follows, re.IGNORECASE) for word, follows in ACCOUNTS.items()}
-# What stands behind an @, or at the start of a line, is an annotation or a decorator.
+# Words of documentation that stand behind an @: annotations and decorators, no accounts.
 NO_ACCOUNT = re.compile(
-    r"[ (]@(?:param|return|throw|exception|see|since|code|link|type|prop|brief|dev|test|over"
-    r"|private|public|inherit|deprecat|example|var|internal|method|class|template|extends|default"
-    r"|ignore|note)"
+    r"[ (]@(?:param|returns?|throws?|exception|see|since|code|link|type(?:def)?|prop(?:erty)?|brief"
+    r"|dev|test|override|private|public|inherit\w*|deprecated|example|var|internal|method|class"
+    r"|template|extends|default|ignore|note)\b"
 )
+
+
+def lower_case(text):
+    """The text in small letters, as long as it was: of all capitals, only İ becomes two."""
+    return text.replace("\u0130", "I").lower()
 
 
 def blocks(text, size=BLOCK):
@@ -100,9 +105,7 @@ def leads(text):
 
 def account_leads(text):
     """Yields where one of ACCOUNTS stands."""
-    lowered = text.lower()
-    if len(lowered) != len(text):  # some letters become two
-        lowered = text
+    lowered = lower_case(text)
     for word, follows in ACCOUNTS.items():
         at = lowered.find(word)
         while at >= 0:
@@ -137,7 +140,7 @@ def name_leads(text):
 def blocks_with(pieces, places):
     """The pieces, of `blocks`, in which at least one of the places lies. places: sorted."""
     kept = []
-    for start, end in pieces:  # a blank one has no place
+    for start, end in pieces:
         at = bisect.bisect_left(places, start)
         if at < len(places) and places[at] < end:
             kept.append((start, end))

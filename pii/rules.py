@@ -1,7 +1,7 @@
 """Finding by regular expressions what is regular: e-mail addresses, IP addresses, formats of keys.
 
-    by_rules(text)                      the rules alone
-    join(candidates(text), by_model)    both: where they disagree, the rules decide
+    by_rules(text)                          the rules alone
+    join(found_by_rules(text), by_model)    both: where they disagree, the rules decide
 
 Every expression takes time in proportion to the text, whatever it is: files come from strangers.
 Names, user names and passwords have no format; they are left to the model.
@@ -44,12 +44,17 @@ NO_EMAIL = re.compile(
 )
 
 
+# Before what looks like an address in a URL: of ftp://user:password@host the password and the host.
+USERINFO = re.compile(r"://[^\s:/@\"'<>]{0,80}:?$")
+
+
 def mails(text):
     """Yields (start, end) of each e-mail address in a text."""
     match = EMAIL.search(text)
     while match:
         next_match = None
-        if not NO_EMAIL.match(match[0]):
+        in_url = USERINFO.search(text[max(0, match.start() - 100) : match.start()])
+        if not in_url and not NO_EMAIL.match(match[0]):
             yield match.span()
             # Another address may begin right behind this one, as it will once this one is
             # replaced. Otherwise each pass of redaction would find only the next of a long row.
@@ -71,8 +76,8 @@ LONGEST_IP = 64  # characters, with a port; a longer run is none
 
 # The end of what stands before a dotted number that is a version and no address: `version = "`.
 VERSION = re.compile(
-    r"(?:(?:version|release|revision|build|firmware|since|requires|section|protocol|oid|rfc|\bv"
-    r"|upgraded?\ to|at\ least)\W{0,4}|[=<>~^]=\s?)$",
+    r"(?:\b(?:\w{0,20}version|release|revision|build|firmware|oid|rfc|v|upgraded? to|at least)"
+    r"[^\w\n]{0,4}|[=<>~^]=\s?)$",
     re.IGNORECASE,
 )
 
@@ -227,9 +232,6 @@ def long_runs(text):
 def keys(text):
     """Yields (start, end) of each key of a known format in a text."""
     for start, end in long_runs(text):
-        # A private key is looked for below.
-        if text.startswith("-----BEGIN", start):
-            continue
         for match in KEYS.finditer(text, start, end):
             yield match.span()
     for match in PRIVATE_KEYS.finditer(text):
@@ -239,7 +241,7 @@ def keys(text):
 # ---- together ----------------------------------------------------------------------------------
 
 
-def candidates(text):
+def found_by_rules(text):
     """[Entity, ...] of all that the rules find in a text, in no order, perhaps overlapping."""
     found = [Entity(start, end, "EMAIL", 1.0) for start, end in mails(text)]
     for start, end in addresses(text):
@@ -250,7 +252,7 @@ def candidates(text):
 
 def by_rules(text):
     """[Entity, ...] of all that the rules find in a text, sorted, without overlaps."""
-    return join(candidates(text))
+    return join(found_by_rules(text))
 
 
 def join(*lists):

@@ -1,4 +1,4 @@
-"""Labelled data from nothing: real code, into which personal data that is nobody's is written.
+"""Labelled data: real code, into which personal data that is nobody's is written.
 
     document   = lines of a real file + 2 to 7 rendered templates (templates.py, values.py)
     train.jsonl, validation.jsonl, test.jsonl:
@@ -7,12 +7,18 @@
 which is the layout of the annotated set of StarPII (Li et al., StarCoder, 2023, section 4); that
 set may not be redistributed. Lines of real files that may hold personal data are left out, as
 nobody has labelled them. The splits share no files, values or templates.
+
+Some blocks of real files were labelled by hand (real.jsonl). They join the training and the
+validation if the packages that they are from were fetched. Files of which all is labelled also make
+ordinary.jsonl, in which false alarms are counted.
 """
 
+import bisect
 import json
 import os
 import random
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +27,8 @@ from tqdm import tqdm
 from common.files import write_whole
 from pii.candidates import candidates
 from pii.hosts import labelled_texts, read_hosts
-from pii.look import name_leads
-from pii.rules import candidates as rule_candidates
+from pii.look import leads
+from pii.rules import found_by_rules
 from pii.templates import SPLITS, read_table, render, templates_of
 from pii.values import Values
 
@@ -35,15 +41,6 @@ COMMENT_SIGN = {
 REAL = Path(__file__).with_name("real.jsonl")
 REAL_TIMES = {"train": 4, "validation": 1}  # how often a block that was labelled by hand is there
 GROUPS = ["comments", "code", "data", "harmless", "harmless"] + ["assignments"] * 3  # by weight
-
-# A line of a real file that may hold personal data, beside what the rules and `candidates` find: an
-# account in a URL, a path or credits; a person's name near words such as "author".
-ACCOUNT = re.compile(
-    r"(?:github|gitlab|bitbucket|twitter)\.(?:com|org)[/:]\w|/(?:home|Users)/\w"
-    r"|(?:^|[\s(,])@[a-z]\S*[,.)]|(?:todo|fixme|xxx|hack)\s?\([@a-z]|\$(?:Id|Author):"
-    r"|\b(?:user|login|owner|account)(?:_?name)?[\"']?\s?[:=]+>?\s?[\"'][\w-]+[\"']",
-    re.IGNORECASE,
-)
 
 # Excerpts are taken around such words more often than elsewhere: most false alarms stand there.
 LOOKALIKE = re.compile(
@@ -59,10 +56,21 @@ class Planted(NamedTuple):
     group: str  # of GROUPS
 
 
-def personal(line):
-    """True if a line of a real file may hold personal data or a secret: nobody has labelled it."""
-    found = rule_candidates(line) or candidates(line) or ACCOUNT.search(line)
-    return bool(found) or any(True for _ in name_leads(line))
+def ordinary_lines(text):
+    """The lines of a real text without those that may hold personal data or a secret.
+
+    Nobody has labelled them. Long lines, which are data, are left out, too.
+    """
+    starts = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))
+    left_out = {bisect.bisect(starts, place) for place in leads(text)}  # numbers of lines, from 1
+    for found in (*found_by_rules(text), *candidates(text)):
+        first = bisect.bisect(starts, found.start)
+        left_out.update(range(first, bisect.bisect(starts, found.end - 1) + 1))
+    return [
+        line
+        for number, line in enumerate(text.split("\n"), 1)
+        if number not in left_out and len(line) < 200
+    ]
 
 
 def excerpt(text, generator):
@@ -74,11 +82,7 @@ def excerpt(text, generator):
         alike = [number for number, line in enumerate(lines) if LOOKALIKE.search(line)]
         if alike:
             begin = max(0, generator.choice(alike) - generator.randrange(size))
-    return [
-        line
-        for line in lines[begin : begin + size]
-        if len(line) < 200 and not personal(line)  # long lines are data
-    ]
+    return ordinary_lines("\n".join(lines[begin : begin + size]))
 
 
 def draw(generator, groups):
@@ -140,7 +144,7 @@ def compose(host, values, groups):
 class Labels(NamedTuple):
     """What real.jsonl says of some real files. A digest: see `hosts.labelled_texts`."""
 
-    blocks: dict  # digest -> [(start, end) or (start, end, spans of the block), ...]
+    blocks: dict  # digest -> [(start, end) or (start, end, spans within the block), ...]
     whole: set  # digests of files of which all blocks that the detector looks at are labelled
 
 
@@ -186,14 +190,15 @@ def ordinary_document(text, blocks):
 def synthesize(sources, out, count=16_000, seed=0):
     """Writes train.jsonl, validation.jsonl and test.jsonl with `count` documents into `out`.
 
-    sources: as `python -m corpus` reads them; [] for those of `hosts.default_sources`.
-    Returns {split: documents}. Raises ValueError if the sources or `count` are too small, and if
-    `out` holds such files already.
+    To them come the blocks that were labelled by hand, and ordinary.jsonl, of files that `sources`
+    have. sources: as `python -m corpus` reads them; [] for `hosts.default_sources`. Returns {name:
+    documents}. Raises ValueError if the sources or `count` are too small, and if `out` holds such
+    files already.
     """
     sizes = {split: round(count * part) for split, part in SPLITS.items()}  # documents
-    paths = {split: os.path.join(out, f"{split}.jsonl") for split in SPLITS}
-    for path in paths.values():  # they may be annotated by hand
-        if os.path.exists(path):
+    for name in (*SPLITS, "ordinary"):
+        path = os.path.join(out, f"{name}.jsonl")
+        if os.path.exists(path):  # they may be annotated by hand
             raise ValueError(f"{path}: exists already; choose another directory or remove it")
     if not all(sizes.values()):
         raise ValueError(f"{count} documents are too few: each split needs some")
@@ -211,19 +216,20 @@ def synthesize(sources, out, count=16_000, seed=0):
         for _ in tqdm(range(size), desc=f"writing {split}", unit=" documents"):
             host = values.random.choice(hosts[split])
             documents.append(compose(host, values, groups))
-        # The test is synthetic alone.
-        if split != "test":
+        if split != "test":  # which is synthetic alone
             for digest, text in texts[split].items():
                 documents += real_documents(text, labels.blocks[digest]) * REAL_TIMES[split]
         contents[split] = documents
-    contents["ordinary"] = [
+    ordinary = [
         ordinary_document(text, labels.blocks[digest])
         for digest, text in texts["validation"].items()
         if digest in labels.whole
     ]
+    if ordinary:
+        contents["ordinary"] = ordinary
 
     os.makedirs(out, exist_ok=True)
     for name, documents in contents.items():
         lines = [json.dumps(document) + "\n" for document in documents]
         write_whole(os.path.join(out, f"{name}.jsonl"), "".join(lines))
-    return sizes
+    return {name: len(documents) for name, documents in contents.items()}

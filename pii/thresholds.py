@@ -16,25 +16,60 @@ prediction).
 import json
 import os
 
+import numpy as np
+
 from common.files import read_json, write_whole
 from pii.labels import CATEGORIES
 
 FILE = "thresholds.json"
 DEFAULT = 0.5  # of a model without that file
 MOST_SCORES = 1000  # of a category, to be kept
+MOST_FALSE = 1.0  # false alarms in 1,000 lines of ordinary code
+LEAST_PRECISION = 0.9  # on the validation
+LEAST_THRESHOLD = 0.1
 
 
 def for_recall(scores, recall):
     """The threshold that keeps a share `recall` of a category's entities; 0 if none is sure to.
 
-    scores: of n true entities. Of all entities like them at least `recall` score that much or more,
-    on average over the choice of the n.
+    recall: above 0, at most 1. scores: of n true entities. Of all entities like them at least
+    `recall` score that much or more, on average over the choice of the n.
 
     >>> for_recall([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], 0.8)
     0.2
     """
     k = int((len(scores) + 1) * (1 - recall) + 1e-9)  # 1e-9: 10 * (1 - 0.8) is below 2
     return sorted(scores)[k - 1] if k else 0.0
+
+
+def precise_threshold(right, wrong):
+    """The lowest threshold with LEAST_PRECISION. right, wrong: scores of what was found so."""
+    for threshold in np.arange(LEAST_THRESHOLD, 1.0, 0.01).round(2).tolist():
+        kept = sum(score >= threshold for score in right)
+        if kept >= LEAST_PRECISION * (kept + sum(score >= threshold for score in wrong)):
+            return threshold
+    return 1.0
+
+
+def with_few_alarms(thresholds, scores, most):
+    """{group: threshold}, raised so that at most `most` of all false alarms are left.
+
+    scores: {group: those of its false alarms}. Each group may keep at most `each` of them, and
+    `each` is the largest number for which all together are at most `most`.
+    """
+    scores = {
+        group: sorted((score for score in of_one if score >= thresholds[group]), reverse=True)
+        for group, of_one in scores.items()
+    }
+    each = max(most, 0)
+    while each and sum(min(len(of_one), each) for of_one in scores.values()) > most:
+        each -= 1
+    raised = {}
+    for group, of_one in scores.items():
+        # Just above the best one that is too many.
+        too_many = of_one[each] + 1e-4 if len(of_one) > each else 0.0
+        raised[group] = round(max(thresholds[group], float(too_many)), 4)
+    return raised
 
 
 def write_thresholds(directory, thresholds, scores):

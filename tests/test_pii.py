@@ -23,7 +23,7 @@ from pii import (
     templates,
     values,
 )
-from pii.detector import entities_of
+from pii.detector import SECRETS, entities_of
 from pii.labels import (
     CATEGORIES,
     LABELS,
@@ -77,8 +77,10 @@ def test_synthetic_labels_are_true_and_come_back_from_tokens(small_corpus, seed)
     offsets = np.array(Tokenizer.from_pretrained(small_corpus).offsets(text))
     labels = labels_of(offsets, sorted(spans))
     found = entities_of(text, offsets, np.eye(len(LABELS))[labels])
-    wrong = {entity[:3] for entity in found} ^ set(spans)
-    assert len(wrong) <= 0.15 * len(spans) + 2, [(text[a:b], c) for a, b, c in wrong]
+    # The ends of secrets are those of candidates.
+    wanted = {span for span in spans if span[2] not in SECRETS}
+    wrong = {entity[:3] for entity in found} ^ wanted
+    assert len(wrong) <= 0.15 * len(wanted) + 2, [(text[a:b], c) for a, b, c in wrong]
 
 
 def test_splits_share_no_template_and_no_value():

@@ -14,13 +14,21 @@ from common import weights as weight_files
 from finetune.records import Record, Span
 from pii import finetune
 from pii.candidates import candidates
-from pii.detector import Detector, Look
+from pii.detector import Detector
 from pii.labels import CATEGORIES, LABELS, Entity, LabelledDocument
 from pii.look import blocks
-from pii.rules import candidates as rule_candidates
+from pii.rules import found_by_rules
 from pii.synthesize import read_real
 from pii.templates import SPLITS, split_of
-from pii.thresholds import FILE, read_thresholds, write_thresholds
+from pii.thresholds import (
+    FILE,
+    LEAST_PRECISION,
+    LEAST_THRESHOLD,
+    precise_threshold,
+    read_thresholds,
+    with_few_alarms,
+    write_thresholds,
+)
 from starencoder import StarEncoderForTokenClassification
 
 
@@ -56,8 +64,8 @@ def found_in(detector, text, said):
         probabilities[inside] = 0.0
         probabilities[inside, 0] = 1 - probability
         probabilities[inside, LABELS.index(label)] = probability
-    known = Look(sorted(rule_candidates(text)), candidates(text), [])
-    entities = detector.find_in(text, probabilities, known)
+    ruled = sorted(found_by_rules(text))
+    entities = detector.entities_in_block(text, probabilities, ruled, candidates(text))
     return [(text[entity.start : entity.end], entity.category) for entity in entities]
 
 
@@ -115,7 +123,7 @@ def test_a_block_has_its_findings_whatever_else_is_looked_at(detector, run, piec
     everywhere.dtype = "float32"
     (some,) = detector.find([text])
     (all_of_them,) = everywhere.find([text])
-    looked_at = detector.look_at(text).blocks
+    looked_at = detector.known_of(text).blocks
     inside = [
         entity
         for entity in all_of_them
@@ -154,7 +162,7 @@ SCORES = st.lists(st.floats(0, 1, width=16), max_size=30)
 @given(scores=st.fixed_dictionaries({c: SCORES for c in CATEGORIES}), most=st.integers(0, 60))
 def test_thresholds_leave_at_most_so_many_false_alarms(scores, most):
     before = dict.fromkeys(CATEGORIES, 0.25)
-    thresholds = finetune.with_few_alarms(before, scores, most)
+    thresholds = with_few_alarms(before, scores, most)
     assert all(threshold >= 0.25 for threshold in thresholds.values())
     assert sum(s >= thresholds[c] for c in CATEGORIES for s in scores[c]) <= most
     if sum(s >= 0.25 for c in CATEGORIES for s in scores[c]) <= most:
@@ -163,12 +171,12 @@ def test_thresholds_leave_at_most_so_many_false_alarms(scores, most):
 
 @given(right=SCORES, wrong=SCORES)
 def test_a_threshold_is_precise(right, wrong):
-    threshold = finetune.precise_threshold(right, wrong)
+    threshold = precise_threshold(right, wrong)
     kept = sum(score >= threshold for score in right)
     false = sum(score >= threshold for score in wrong)
-    assert threshold == 1.0 or kept >= finetune.LEAST_PRECISION * (kept + false)
+    assert threshold == 1.0 or kept >= LEAST_PRECISION * (kept + false)
     if not wrong:
-        assert threshold == finetune.LEAST_THRESHOLD
+        assert threshold == LEAST_THRESHOLD
 
 
 def test_false_alarms_and_true_ones():
@@ -206,7 +214,7 @@ def test_calibration_writes_thresholds(run, tmp_path):
     twice = ("--recall", "0.9", "--threshold", "0.5")
     assert_refused(program("pii", "detect", str(source), "--model", run, *twice), "--recall")
     assert_refused(
-        program("pii", "detect", str(source), "--model", run, "--recall", "2"), "between"
+        program("pii", "detect", str(source), "--model", run, "--recall", "2"), "must lie"
     )
 
 

@@ -26,7 +26,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pii import redact, rules, scan, text_files
-from pii.detector import Detector, entities_of
+from pii.detector import Detector
 from pii.labels import CATEGORIES, LABELS, Entity
 from starencoder import StarEncoderConfig, StarEncoderForTokenClassification
 
@@ -193,17 +193,6 @@ def test_a_long_line_takes_time_in_proportion(unit, behind):
         list(scan.find_in(Detector(rules=True), [piece]))
 
     assert growth(work, unit) < 6
-
-
-def test_a_password_without_end_takes_time_in_proportion():
-    """Each of many pieces of one long password is widened to all of it."""
-
-    def work(text):
-        offsets = np.array([(i, i + 1) for i in range(len(text))])
-        labels = np.where(offsets[:, 0] % 4 == 0, LABELS.index("B-PASSWORD"), 0)
-        assert len(entities_of(text, offsets, np.eye(len(LABELS))[labels])) == 1
-
-    assert growth(work, "1...") < 6
 
 
 # ---- texts in pieces ---------------------------------------------------------------------------
