@@ -195,6 +195,13 @@ KEYS = re.compile(
       | [A-Za-z0-9]{14}\.atlasv1\.[\w-]{60,}                        # Terraform
       | t1\.[\w-]+={0,2}\.[\w-]{86}={0,2} | y[0-3]_[\w-]{50,} | AQVN[\w-]{35,38}  # Yandex
       | bot\d{8,10}:AA[\w-]{33}                                    # Telegram, in an address
+      | RGAPI-[0-9a-f-]{36} | waka_[0-9a-f-]{36} | tvly-\w[\w-]{30,}  # Riot, WakaTime, Tavily
+      | NRBR-[0-9a-f]{19} | NRJS-[0-9a-f]{19}                       # New Relic, browser
+      | ph[acsx]_[A-Za-z0-9]{40,} | tgp_v1_[\w-]{40,}               # PostHog, Together
+      | llx-[\w-]{40,} | sbp_v0_[0-9a-f]{40} | glcbt-[\w-]{20,}     # LlamaCloud, Supabase, GitLab
+      | ABSK[A-Za-z0-9+/]{100,}=* | bedrock-api-key-[\w=-]{40,}     # Amazon Bedrock
+      | [0-9a-f]{32}-[0-9a-f]{8}-[0-9a-f]{8}                        # Mailgun
+      | v[1-4]\.(?:local|public)\.[\w-]{60,}                        # PASETO
       | (?<!-)eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}              # JSON Web Token
     ) (?![A-Za-z0-9_])
     """,
