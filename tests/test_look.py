@@ -1,6 +1,7 @@
 """What the model gets to see: blocks that make up the text, and those in which something may be."""
 
 import random
+import time
 
 import pytest
 from hypothesis import given
@@ -159,6 +160,14 @@ def test_a_secret_of_several_lines_is_left_out_whole():
     assert ordinary_lines(f"x = 1\n{key}\ny = 2") == ["x = 1", "y = 2"]
     below = "a: 1\n- name: DB_PASSWORD\n  value: Kroep3xx\nb: 2"
     assert "  value: Kroep3xx" not in ordinary_lines(below)
+
+
+@pytest.mark.parametrize("unit", ["pwd", "password", "user", "A b"])
+def test_leads_take_time_in_proportion_to_the_text(unit):
+    """Of 16 kB: milliseconds, not the seconds of an expression that looks to the end each time."""
+    begin = time.process_time()
+    look.leads((unit * 16_000)[:16_000])
+    assert time.process_time() - begin < 1
 
 
 # ---- thresholds ----------------------------------------------------------------------------------
