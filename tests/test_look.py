@@ -196,3 +196,12 @@ def test_thresholds_are_written_and_read(tmp_path):
     (tmp_path / thresholds.FILE).write_text('{"KEY": 3}')
     with pytest.raises(ValueError, match="no thresholds of a detector"):
         thresholds.read_thresholds(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [float("nan"), 7, -1])
+def test_a_threshold_that_is_no_probability_is_refused(damaged, tmp_path):
+    """With NaN a detector would find nothing, and nobody would know why."""
+    thresholds.write_thresholds(tmp_path, dict.fromkeys(CATEGORIES, damaged), {"KEY": [damaged]})
+    for recall in (None, 0.8):
+        with pytest.raises(ValueError, match="no thresholds of a detector"):
+            thresholds.read_thresholds(tmp_path, recall)
