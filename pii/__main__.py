@@ -274,7 +274,11 @@ def check_detect_flags(arguments):
 def may_be_written(path):
     """True if a file can be made at `path`, or replaced."""
     folder = os.path.dirname(path) or "."
-    return bool(path) and not os.path.isdir(path) and os.access(folder, os.W_OK)
+    # A device or a pipe would be replaced too, and root may do that to /dev/null and /dev/stdout.
+    special = (
+        os.path.lexists(path) and not os.path.isfile(path) or os.path.realpath(folder) == "/dev"
+    )
+    return bool(path) and not special and os.access(folder, os.W_OK)
 
 
 def check_detector_flags(arguments, categories):

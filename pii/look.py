@@ -50,7 +50,8 @@ ACCOUNTS = {
     **dict.fromkeys([" @", "(@", "[@"], r"[A-Za-z0-9]"),
     # A password that `candidates` does not see, as in prose.
     **dict.fromkeys(
-        ["password", "passwd", "pwd", "pw="], r"[\w\"':=\])({.>-]{0,12}\s{0,3}[\"'(]?[\w.]*\d"
+        ["password", "passwd", "pwd", "pw="],
+        r"[\w\"':=\])({.>-]{0,12}\s{0,3}[\"'(]?[\w.]{0,40}\d",
     ),
 }
 ACCOUNTS = {word: re.compile(follows, re.IGNORECASE) for word, follows in ACCOUNTS.items()}

@@ -97,10 +97,18 @@ def read_thresholds(directory, recall=None):
     table = read_json(path, dict)
     try:
         if recall is None:
-            return {category: float(table[category]["threshold"]) for category in CATEGORIES}
+            return {category: checked(table[category]["threshold"]) for category in CATEGORIES}
         return {
-            category: for_recall([float(score) for score in table[category]["scores"]], recall)
+            category: for_recall([checked(score) for score in table[category]["scores"]], recall)
             for category in CATEGORIES
         }
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: no thresholds of a detector; train it again") from None
+
+
+def checked(score):
+    """A score or a threshold as a float. Raises TypeError or ValueError if it is none."""
+    # With NaN, nothing would ever be found. `with_few_alarms` may go just above 1.
+    if not 0 <= float(score) <= 1.001:
+        raise ValueError(f"{score} is no probability")
+    return float(score)

@@ -1,6 +1,7 @@
 """What the model gets to see: blocks that make up the text, and those in which something may be."""
 
 import random
+import time
 
 import pytest
 from hypothesis import given
@@ -161,6 +162,14 @@ def test_a_secret_of_several_lines_is_left_out_whole():
     assert "  value: Kroep3xx" not in ordinary_lines(below)
 
 
+@pytest.mark.parametrize("unit", ["pwd", "password", "user", "A b"])
+def test_leads_take_time_in_proportion_to_the_text(unit):
+    """Of 16 kB: milliseconds, not the seconds of an expression that looks to the end each time."""
+    begin = time.process_time()
+    look.leads((unit * 16_000)[:16_000])
+    assert time.process_time() - begin < 1
+
+
 # ---- thresholds ----------------------------------------------------------------------------------
 
 
@@ -187,3 +196,12 @@ def test_thresholds_are_written_and_read(tmp_path):
     (tmp_path / thresholds.FILE).write_text('{"KEY": 3}')
     with pytest.raises(ValueError, match="no thresholds of a detector"):
         thresholds.read_thresholds(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [float("nan"), 7, -1])
+def test_a_threshold_that_is_no_probability_is_refused(damaged, tmp_path):
+    """With NaN a detector would find nothing, and nobody would know why."""
+    thresholds.write_thresholds(tmp_path, dict.fromkeys(CATEGORIES, damaged), {"KEY": [damaged]})
+    for recall in (None, 0.8):
+        with pytest.raises(ValueError, match="no thresholds of a detector"):
+            thresholds.read_thresholds(tmp_path, recall)

@@ -297,6 +297,8 @@ def test_a_damaged_baseline_is_one_line(repository, content):
         (["--sarif", ""], "'': no file can be written there"),
         (["--sarif", "."], "'.': no file can be written there"),
         (["--sarif", "gone/pii.sarif"], "'gone/pii.sarif': no file can be written there"),
+        (["--sarif", "/dev/stdout"], "'/dev/stdout': no file can be written there"),
+        (["--write-baseline", "/dev/null"], "'/dev/null': no file can be written there"),
         (["--write-baseline", "gone/a.json"], "'gone/a.json': no file can be written there"),
         (["--write-baseline", "a.json", "--fail"], "leave out --baseline and --fail"),
         (["--write-baseline", "a.json", "--baseline", "b"], "leave out --baseline and --fail"),
