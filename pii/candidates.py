@@ -452,6 +452,11 @@ def is_no_name(text, start, end, rule, kind, value):
     return rule in SPOKEN and text[start:end] in PLAIN_WORDS and not is_marked(value)
 
 
+def is_unpacked(text, start, end, value):
+    """True if as many names stand before text[start:end] as values before the one at `value`."""
+    return line_before(text, start).count(",") == text[end:value].count(",")
+
+
 def named(text, start, end):
     """The Candidate of the value that the name text[start:end] has; None if there is none."""
     kind = kind_of(text[start:end]) if end - start < NAME_LENGTH else None
@@ -460,6 +465,8 @@ def named(text, start, end):
     for rule, pattern in SYNTAXES.items():
         match = pattern.match(text, end)
         place = match and place_of(text, start, match, kind)
+        if rule == "unpacked" and place and not is_unpacked(text, start, end, place[0]):
+            continue
         if place and not is_no_name(text, start, end, rule, kind, text[slice(*place)]):
             return Candidate(*place, category_of(kind), rule)
     return None

@@ -52,6 +52,12 @@ env PGPASSWORD=§hunter2§ psql
 if password == "§hunter2§":
 if (password !== "§hunter2§") {
 connect(user="ada", password="§hunter2§")
+HOST, USER, PASSWORD = "81.2.69.142", "ada", "§hunter2§"
+user, password = 'ada', '§hunter2§'
+password = "§hunter2§", "ada"
+password = (↵    "§hunter2§"↵)
+$pw = ConvertTo-SecureString "§hunter2§" -AsPlainText -Force
+$password = ConvertTo-SecureString -String '§hunter2§' -AsPlainText
 def connect(password: str = "§hunter2§"):
 private static final String PASSWORD = "§hunter2§";
 const password: string = "§hunter2§"
@@ -362,6 +368,7 @@ ENDLESS += [
     "密码",
     "İ",
     "x" * 59 + "pass ",
+    'a, password = "a", "b", ',
 ]
 
 
