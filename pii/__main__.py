@@ -235,7 +235,7 @@ def detector_of(arguments, categories=None):
     from pii.detector import Detector
     from pii.labels import CATEGORIES
 
-    chosen = CATEGORIES if categories is None else categories.split(",")
+    chosen = CATEGORIES if categories is None else [name.strip() for name in categories.split(",")]
     check_detector_flags(arguments, set(chosen))
     options = {"rules": True, "categories": chosen}
     if arguments.rules_only:

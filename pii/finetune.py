@@ -111,6 +111,9 @@ def train(config):
 
 def make_defaults(config, ranks):
     """Makes the default encoder and data if they are missing. False if a signal stopped it."""
+    default = os.path.join(DEFAULT_DATA, "train.jsonl")
+    if config.train != default and not os.path.exists(config.train):  # before minutes of work
+        raise FileNotFoundError(f"{config.train}: no such file")
     has_encoder = os.path.exists(os.path.join(DEFAULT_ENCODER, "model.safetensors"))
     if config.encoder == DEFAULT_ENCODER and not has_encoder:
         ranks.say(f"No encoder at {DEFAULT_ENCODER} yet: pretraining it first.")
@@ -118,7 +121,6 @@ def make_defaults(config, ranks):
         if pretraining.pretrain(tiny, ranks) is None:
             return False
     with ranks.together():
-        default = os.path.join(DEFAULT_DATA, "train.jsonl")
         if ranks.lead and config.train == default and not os.path.exists(default):
             print(f"No data at {DEFAULT_DATA} yet: making it from Python's standard library.")
             synthesize([], DEFAULT_DATA)

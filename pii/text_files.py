@@ -52,6 +52,8 @@ def files_of(paths, skipped):
             continue
         if not os.path.isdir(root):  # or a pipe, a device
             raise ValueError(f"{root}: no such file or directory")
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise ValueError(f"{root}: may not be read")
 
         for folder, folders, names in os.walk(root, onerror=unreadable):
             kept = sorted(set(folders) - SKIPPED_DIRECTORIES)
