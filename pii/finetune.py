@@ -122,7 +122,8 @@ def make_defaults(config, ranks):
             return False
     with ranks.together():
         if ranks.lead and config.train == default and not os.path.exists(default):
-            print(f"No data at {DEFAULT_DATA} yet: making it from Python's standard library.")
+            words = "making it from fetched packages, or else Python's standard library"
+            print(f"No data at {DEFAULT_DATA} yet: {words}.")
             synthesize([], DEFAULT_DATA)
     return True
 
