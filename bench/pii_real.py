@@ -51,7 +51,7 @@ from bench.measure import python_files, report
 from common.files import read_json, write_whole
 from corpus.packages import fetch, read_packages
 from pii import SHIPPED
-from pii.detector import Detector
+from pii.detector import SECRETS, Detector
 from pii.labels import CATEGORIES
 from pii.peers import (
     PEERS,
@@ -70,7 +70,6 @@ BEFORE = HERE / "pii_before.json"
 FOLDER = Path("corpora/pii-test")  # the archives, and what is taken from them
 UNJUDGED = Path("runs/pii-unjudged.jsonl")
 
-SECRETS = ("KEY", "PASSWORD")
 VERDICTS = (*CATEGORIES, "NONE", "AMBIGUOUS")
 ORDINARY = 20_000_000  # bytes of ordinary code, for the speed
 AT_ONCE = 256  # files that a detector sees together
