@@ -25,7 +25,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from common.files import read_json, write_whole
-from corpus.clean import NearDuplicates
+from corpus.clean import NearDuplicates, signature_of
 from corpus.sources import files_in
 from finetune.bm25 import words_of
 from finetune.functions import LARGEST, parsed, python_functions
@@ -232,7 +232,7 @@ def _is_new(pair, seen, near):
     if not seen.isdisjoint(keys):
         return False
     seen |= keys
-    return not near.seen(near.signature(pair.code))
+    return not near.seen(signature_of(pair.code))
 
 
 # ---- how much a query gives away -----------------------------------------------------------------

@@ -8,19 +8,11 @@ import time
 
 from common.command_line import CommandLine, run_command
 from corpus.build import prepare
+from corpus.jobs import EXECUTORS
 from corpus.packages import fetch, read_packages
 from corpus.report import summary
 from corpus.sources import KINDS
 from corpus.store import read_meta
-
-
-def shard(text):
-    """The pair (2, 8) that "2/8" stands for."""
-    i, slash, n = text.partition("/")
-    if not (slash and i.isdecimal() and n.isdecimal()):
-        # argparse puts the name of the flag in front of it.
-        raise argparse.ArgumentTypeError(f"give i/n, as in 0/8, not {text}")
-    return int(i), int(n)
 
 
 def command_line():
@@ -56,9 +48,10 @@ def command_line():
     add("--validation", type=float, metavar="P", help="share held out (default: 0.05)")
 
     # Who does the work. The files are the same whatever these say.
-    parts = "write every N-th part from the I-th: one of N machines (default: 0/1)"
-    add("--shard", type=shard, metavar="I/N", help=parts)
     add("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    who = "share the work among tasks, and run them here, on a Ray or on a Slurm cluster"
+    add("--executor", choices=EXECUTORS, help=who)
+    add("--tasks", type=int, metavar="N", help="how many tasks (default: one for each core)")
     return parser
 
 
@@ -80,10 +73,9 @@ def main(argv=None):
     begin = time.perf_counter()
     meta = prepare(**arguments)  # every other flag has the name of one of its arguments
     seconds = time.perf_counter() - begin
-    if meta:  # None: other shards have yet to finish
-        print(summary(meta))
-        megabytes = sum(counts["bytes"] for counts in meta["languages"].values()) / 1e6
-        print(f"{seconds:,.0f} s, {megabytes / seconds:.1f} MB/s")
+    print(summary(meta))
+    megabytes = sum(counts["bytes"] for counts in meta["languages"].values()) / 1e6
+    print(f"{seconds:,.0f} s, {megabytes / seconds:.1f} MB/s")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import zipfile
 
 from corpus.languages import SKIPPED_DIRECTORIES
 from corpus.records import LARGEST, SOURCE_FILES, Damaged
+from corpus.remote import open_source
 
 DESCRIPTION = 1_000_000  # bytes that may describe a member of a .tar: its name, its attributes
 XZ_MEMORY = 200_000_000  # bytes that unpacking may take; `xz -9` needs 65 MB
@@ -36,7 +37,7 @@ def read_tar(source, skipped, progress, choice=SOURCE_FILES):
     # tarfile can unpack these itself, but then nothing could stand between it and the content.
     unpack = {".gz": gzip.open, ".tgz": gzip.open, ".xz": XzStream, ".bz2": bz2.open}
     ending = os.path.splitext(source)[1]
-    with open(source, "rb") as packed:
+    with open_source(source) as packed:
         stream = GuardedStream(unpack[ending](packed) if ending in unpack else packed)
         archive = tarfile.open(fileobj=stream, mode="r:")
         while member := archive.next():
@@ -134,7 +135,7 @@ class XzStream:
 
 def read_zip(source, skipped, progress, choice=SOURCE_FILES):
     """The documents of a .zip archive; a reader (see `sources.Source`)."""
-    with open(source, "rb") as file, zipfile.ZipFile(file) as archive:
+    with open_source(source) as file, zipfile.ZipFile(file) as archive:
         check_count(file, len(archive.infolist()))
         for member in archive.infolist():
             progress(member.compress_size)

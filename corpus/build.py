@@ -5,18 +5,14 @@
 A part ends where `part_bytes` of distinct documents have been read, so it depends on the sources
 and the arguments alone. That makes a corpus
 
-* restartable: stopped at any moment, the same command goes on. It reads the documents of finished
-  parts, but does not tokenize them again. Each part keeps a digest of its documents, which shows if
-  the sources have changed since;
-* divisible: shard i of n writes the parts p with p % n == i. The machines need not know of each
-  other, and write the same files as one machine would.
+restartable: stopped at any moment, the same command goes on. It reads the documents of finished
+parts, but does not tokenize them again. Each part keeps a digest of its documents, which shows if
+the sources have changed since. A corpus is complete once meta.json exists.
 
-A corpus is complete once meta.json exists; the shard that finishes last writes it.
+Many machines make the same documents, tokens and split by `pipeline.py`.
 """
 
 import contextlib
-import functools
-import hashlib
 import itertools
 import json
 import operator
@@ -29,10 +25,11 @@ from typing import NamedTuple
 import numpy as np
 
 from common.files import lock_directory, read_json, write_whole
-from corpus.clean import NearDuplicates
-from corpus.documents import documents, text_of
+from corpus.clean import NEAR_DUPLICATES, NearDuplicates, check_rensa
+from corpus.documents import Contents, documents, text_of
 from corpus.encode import Encoder, chunks_of, encode_in_order
 from corpus.git_history import read_commits
+from corpus.jobs import MOST_TASKS, check_packages, has_jobs, remove_jobs, run_jobs
 from corpus.languages import LANGUAGE_OF
 from corpus.records import RECORDS
 from corpus.sources import TABLES, readers
@@ -53,8 +50,9 @@ class Recipe(NamedTuple):
     languages: list | None  # sorted
     limit_per_language: int | None
     clean: bool
-    near_dedup: bool
+    near_dedup: str | None  # how near duplicates are found
     part_bytes: int
+    tasks: int | None  # that share the sources; None: one machine reads all of them
 
     def documents(self, skipped, description):
         """The stream of `Item`s. skipped: a Counter of what is left out, by reason."""
@@ -75,10 +73,11 @@ def prepare(
     limit_per_language=None,  # the most documents of each; the first ones, before cleaning
     clean=False,  # leave out what StarCoder's basic filters do
     near_dedup=False,  # leave out near duplicates
-    shard=(0, 1),  # (i, n): write every n-th part from the i-th
+    executor=None,  # "local", "ray" or "slurm": who runs the tasks of pipeline.py; None: nobody
+    tasks=None,  # that share the sources; None: one for each core
     part_bytes=PART_BYTES,  # of text in a part
 ):
-    """Makes a corpus directory. Returns its meta.json, or None if other shards have yet to finish.
+    """Makes a corpus directory, and returns its meta.json.
 
     Tokens are uint16, or uint32 if the vocabulary needs it. Raises ValueError for bad sources or
     arguments, for sources without documents, and for an `out` that holds something else.
@@ -88,55 +87,61 @@ def prepare(
     sources = [os.fspath(source) for source in sources or [sysconfig.get_paths()["stdlib"]]]
     languages = sorted(languages) if languages is not None else None
     out = os.path.realpath(out)
-    check_arguments(sources, tokenizer, validation, languages, shard)
+    check_arguments(sources, validation, languages)
+    check_executor(executor, tasks, limit_per_language)
     check_sources(sources, out, commits)
+    if near_dedup:
+        check_rensa()
+    if executor:
+        tasks = tasks or os.cpu_count()
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_pretrained(tokenizer)
-    near = NearDuplicates() if near_dedup else None
     learned = tokenizer.sha256 if tokenizer else vocab_size
     recipe = Recipe(
-        sources, learned, validation, commits, languages, limit_per_language, clean, near_dedup,
-        part_bytes,
+        sources, learned, validation, commits, languages, limit_per_language, clean,
+        NEAR_DUPLICATES if near_dedup else None, part_bytes, tasks,
     )  # fmt: skip
 
-    with corpus_directory(out, recipe, shard):
+    with corpus_directory(out, recipe):
         if os.path.exists(os.path.join(out, "tokenizer.json")):
             tokenizer = Tokenizer.from_pretrained(out)
         elif tokenizer is None:
             tokenizer = train_tokenizer(training_texts(recipe), vocab_size)
         tokenizer.save_pretrained(out)
-
-        # Documents are read here, encoded by the workers, and written here in their order.
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        skipped = Counter()
-        chunks = chunks_of(recipe.documents(skipped, "tokenizing"), part_bytes)
-        wanted = functools.partial(is_wanted, shard=shard, done=parts_in(out))
-        encoder = Encoder(out, clean, near_dedup, dtype)
-        encoded = encode_in_order(chunks, encoder, wanted, workers or os.cpu_count())
-        with contextlib.closing(encoded):  # ends the workers, also if writing fails
-            digests = write_parts(out, encoded, wanted, validation, near, dtype)
-
-        # Other shards may have written parts since, and an earlier run more parts than there are.
-        for part in sorted(parts_in(out)):
-            check_read(out, part, digests[part] if part < len(digests) else "no documents")
-        return write_meta(out, len(digests), skipped, tokenizer, dtype, sources)
+        workers = workers or os.cpu_count()
+        if executor:
+            count, skipped = run_jobs(out, recipe, dtype, executor, workers)
+        else:
+            count, skipped = write_corpus(out, recipe, dtype, workers)
+        meta = write_meta(out, count, skipped, tokenizer, dtype, sources)
+        remove_jobs(out)
+        return meta
 
 
-def check_arguments(sources, tokenizer, validation, languages, shard):
+def check_arguments(sources, validation, languages):
     """Raises ValueError for arguments of `prepare` that are wrong whatever the sources hold."""
     if not 0 < validation < 1:
         raise ValueError(f"validation must lie between 0 and 1, got {validation}")
-    i, n = shard
-    if not 0 <= i < n:
-        raise ValueError(f"shard must be i/n with 0 <= i < n, got {i}/{n}")
-    if n > 1 and tokenizer is None:
-        words = "train it beforehand, on a part of the sources, and give it with --tokenizer"
-        raise ValueError(f"shards need one tokenizer: {words}")
     known = {*LANGUAGE_OF.values(), *RECORDS}
     unknown = {*(languages or [])} - known
     # The records of a table may name languages that are not known here.
     if unknown and not any(source.endswith(TABLES) for source in sources):
         raise ValueError(f"no language named {min(unknown)}; known: {', '.join(sorted(known))}")
+
+
+def check_executor(executor, tasks, limit_per_language):
+    """Raises ValueError for arguments that do not go together, or if a package is missing."""
+    if executor is None:
+        if tasks is not None:
+            raise ValueError("--tasks: needs --executor")
+        return
+    if limit_per_language is not None:
+        words = "no task knows how many documents the others have"
+        raise ValueError(f"--limit-per-language: not with --executor, as {words}")
+    if tasks is not None and not 1 <= tasks <= MOST_TASKS:
+        raise ValueError(f"--tasks must lie between 1 and {MOST_TASKS:,}, got {tasks:,}")
+    check_packages(executor)
 
 
 def check_sources(sources, out, commits):
@@ -155,7 +160,7 @@ def check_sources(sources, out, commits):
 
 
 @contextlib.contextmanager
-def corpus_directory(out, recipe, shard):
+def corpus_directory(out, recipe):
     """Makes and locks a corpus directory; removes it at the end if nothing worth keeping is in it.
 
     Raises ValueError if something else is there, or if another process writes there.
@@ -163,16 +168,15 @@ def corpus_directory(out, recipe, shard):
     existed = os.path.lexists(out)  # if so, the directory itself stays
     check_directory(out, recipe)
     os.makedirs(out, exist_ok=True)
-    # Before the lock is taken: shards that start together may all write it, and write the same.
-    write_whole(os.path.join(out, "prepare.json"), json.dumps(recipe._asdict(), indent=1))
-    with lock_corpus(out, shard):
+    with lock_directory(out):
+        check_directory(out, recipe)  # again: what held the lock until now may have finished
+        write_whole(os.path.join(out, "prepare.json"), json.dumps(recipe._asdict(), indent=1))
         try:
             yield
         finally:
             trained = isinstance(recipe.tokenizer, int)  # here, which may have taken minutes
             kept = trained and os.path.exists(os.path.join(out, "tokenizer.json"))
-            # One of several shards cannot know what the others are about to write.
-            if not kept and not parts_in(out) and shard[1] == 1:
+            if not kept and not parts_in(out) and not has_jobs(out):
                 remove_ours(out)
                 if not existed:
                     with contextlib.suppress(OSError):  # somebody may have put a file there
@@ -193,23 +197,13 @@ def check_directory(out, recipe):
                 raise ValueError(f"{out}: was begun with {difference}; {words}")
     elif os.path.exists(out):
         # What a killed process had only begun to write is no reason to refuse.
-        if not os.path.isdir(out) or not all(map(is_temporary, os.listdir(out))):
+        if not os.path.isdir(out) or not all(map(is_scratch, os.listdir(out))):
             raise ValueError(f"{out}: exists already; {words}")
 
 
-def lock_corpus(out, shard):
-    """Locks `out` for shard i of n; returns what unlocks it, as `lock_directory` does.
-
-    Raises ValueError if another process has locked it for the same shard, or for another n.
-    """
-    i, n = shard
-    with lock_directory(out, f".{i}-of-{n}.lock") as lock:
-        # With this lock held: of two processes that start together, one at least sees the other.
-        for name in os.listdir(out):
-            other = re.fullmatch(r"\.\d+-of-(\d+)\.lock", name)
-            if other and int(other[1]) != n:
-                lock_directory(out, name).close()  # raises, unless its process has died
-        return lock.pop_all()
+def is_scratch(name):
+    """True for the name of a lock, or of a file that is not whole."""
+    return name == ".lock" or is_temporary(name)
 
 
 def parts_in(out):
@@ -217,12 +211,6 @@ def parts_in(out):
     # A part is there once its JSON is: its other files are written before.
     names = (re.fullmatch(r"(\d{5,})\.json", name) for name in os.listdir(out))
     return {int(name[1]) for name in names if name}
-
-
-def is_wanted(part, shard, done):
-    """True for a part that this shard has to write. done: the parts that were there before."""
-    i, n = shard
-    return part % n == i and part not in done
 
 
 # ---- documents to parts -------------------------------------------------------------------------
@@ -246,6 +234,29 @@ def training_texts(recipe):
         raise ValueError(f"{words} (skipped: {reasons(skipped)})")
 
 
+def write_corpus(out, recipe, dtype, workers):
+    """Writes all parts. Returns their number, and a Counter of what was left out before any part.
+
+    workers: processes. Documents are read here, encoded by them, and written here in their order.
+    Raises ValueError if a part that is there was made of other documents.
+    """
+    skipped = Counter()
+    chunks = chunks_of(recipe.documents(skipped, "tokenizing"), recipe.part_bytes)
+    done = parts_in(out)
+
+    def wanted(part):
+        return part not in done
+
+    encoder = Encoder(out, recipe.clean, recipe.near_dedup is not None, dtype)
+    near = NearDuplicates() if recipe.near_dedup else None
+    encoded = encode_in_order(chunks, encoder, wanted, workers)
+    with contextlib.closing(encoded):  # ends the workers, also if writing fails
+        count = write_parts(out, encoded, wanted, recipe.validation, near, dtype)
+    if count < len(done):  # an earlier run wrote more parts than there are
+        check_read(out, max(done), "no documents")
+    return count, skipped
+
+
 def write_parts(
     out,
     encoded,  # (part, item, `Encoded`), in order
@@ -254,30 +265,24 @@ def write_parts(
     near,  # a `NearDuplicates`, or None
     dtype,  # of tokens
 ):
-    """Writes the parts that are wanted, checks the others, and returns a digest of each.
-
-    The digest stands for the documents that a part is made of, those left out included.
-    Raises ValueError if a part that is there was made of other documents.
-    """
-    digests = []
+    """Writes the parts that are wanted, checks the others, and returns how many there are."""
+    count = 0
     for part, group in itertools.groupby(encoded, key=operator.itemgetter(0)):
         writer = PartWriter(out, part, dtype) if wanted(part) else None
-        digest = hashlib.sha256()
+        contents = Contents()
         for _, item, (tokens, reason, signature) in group:
-            language = item.document.language
-            digest.update(f"{item.share!r} {item.size} {language}\n".encode())  # 53 bits of hash
-            # Every shard asks this about every document, so all get the same answers.
+            contents.add(item)
             if signature is not None and near.seen(signature):
                 reason = "near duplicate"
             if writer and reason:
                 writer.skipped[reason] += 1
             elif writer:
                 split = "validation" if item.share < validation else "train"
-                writer.add(split, language, item.size, tokens)
+                writer.add(split, item.document.language, item.size, tokens)
 
-        digests.append(digest.hexdigest())
         if writer:
-            writer.close(digests[part])
-        else:  # fails early: the check at the end of `prepare` may be hours away
-            check_read(out, part, digests[part])
-    return digests
+            writer.close(contents)
+        else:  # fails early: the end may be hours away
+            check_read(out, part, contents.digest)
+        count += 1
+    return count

@@ -14,22 +14,43 @@ from tqdm import tqdm
 
 from corpus.clean import unclean
 from corpus.records import Document
-from corpus.sources import read, readers
+from corpus.sources import no_progress, read, readers
 
 BINARY = "binary (a NUL byte)"
 
 
 class Item(NamedTuple):
-    """A distinct document as the sources have it: neither cleaned nor tokenized yet."""
+    """A document as the sources have it: neither cleaned nor tokenized yet."""
 
     digest: bytes  # SHA-256 of its content
     size: int  # bytes of text
     document: Document
+    source: str  # where it was read,
+    number: int  # and how many documents that source has before it
 
     @property
     def share(self):
         """A number in [0, 1): the document is held out if it is below the share to be held out."""
         return int.from_bytes(self.digest[:8]) / 2**64
+
+
+class Contents:
+    """What the documents of a part are, those left out included."""
+
+    def __init__(self):
+        self.sources = {}  # path -> [number of the first document, number of the last]
+        self._digest = hashlib.sha256()
+
+    def add(self, item):
+        """Adds the next document."""
+        self.sources.setdefault(item.source, [item.number, item.number])[1] = item.number
+        line = f"{item.share!r} {item.size} {item.document.language}\n"  # 53 bits of the hash
+        self._digest.update(line.encode())
+
+    @property
+    def digest(self):
+        """A hash of all documents, in hexadecimal."""
+        return self._digest.hexdigest()
 
 
 def documents(
@@ -46,17 +67,12 @@ def documents(
     """
     seen = set()  # 8 bytes of each digest: about 70 bytes of memory for a document
     taken = Counter()  # documents, by their language
-    for document in _read_all(sources, skipped, commits, description):
-        item = _item_of(document)
+    for item in _read_all(sources, skipped, commits, languages, description):
         key = item.digest[8:16]  # not the bytes that decide on the share
-        language, content = document
+        language = item.document.language
         # In this order: a document counts against a limit only if it is taken.
-        if not (content.strip() if isinstance(content, bytes) else content):
-            skipped["empty"] += 1
-        elif key in seen:
+        if key in seen:
             skipped["exact duplicate"] += 1
-        elif languages is not None and language not in languages:
-            skipped["another language"] += 1
         elif limit is not None and taken[language] >= limit:
             skipped["over the limit of its language"] += 1
         else:
@@ -65,30 +81,46 @@ def documents(
             yield item
 
 
-def _read_all(sources, skipped, commits, description):
-    """Yields the `Document`s of all sources, behind a progress bar over their bytes on disk."""
+def _read_all(sources, skipped, commits, languages, description):
+    """Yields the `Item`s of all sources, behind a progress bar over their bytes on disk."""
     # All are found before the first is read, so that the bar knows the end.
     found = [reader for source in sources for reader in readers(source, commits)]
-    total = sum(size for _, _, size in found)
+    total = sum(source.size for source in found)
     with tqdm(total=total, unit="B", unit_scale=True, desc=description) as bar:
-        for path, reader, size in found:
+        for source in found:
 
-            def progress(n, absolute=False, start=bar.n, end=bar.n + size):
+            def progress(n, absolute=False, start=bar.n, end=bar.n + source.size):
                 # More may be read than was measured, as when a file grows.
                 position = start + n if absolute else bar.n + n
                 bar.update(min(position, end) - bar.n)
 
-            yield from read(path, reader, skipped, progress)
+            yield from items_of(source, skipped, languages, progress)
 
 
-def _item_of(document):
+def items_of(source, skipped, languages=None, progress=no_progress):
+    """Yields an `Item` for each document of a `Source`, but for empty ones.
+
+    languages: takes only these; None: all. The other arguments are those of `read`.
+    """
+    for number, document in enumerate(read(source.path, source.reader, skipped, progress)):
+        content = document.content
+        if not (content.strip() if isinstance(content, bytes) else content):
+            skipped["empty"] += 1
+        elif languages is not None and document.language not in languages:
+            skipped["another language"] += 1
+        else:
+            yield _item_of(document, source.name, number)
+
+
+def _item_of(document, source, number):
     """Hashes and measures a document."""
     content = document.content
     if isinstance(content, bytes):
-        return Item(hashlib.sha256(content).digest(), len(content), document)
+        return Item(hashlib.sha256(content).digest(), len(content), document, source, number)
     # A record is hashed with its special tokens, and measured without them.
     size = sum(len(text.encode(errors="replace")) for _, text in content)
-    return Item(hashlib.sha256(json.dumps(content).encode()).digest(), size, document)
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    return Item(digest, size, document, source, number)
 
 
 def text_of(document, clean=False):

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corpus.clean import NearDuplicates
+from corpus.clean import signature_of
 from corpus.documents import text_of
 from corpus.tokenizer import Tokenizer
 
+TOO_SHORT = "under 2 tokens"
 CHUNK_BYTES = 1_000_000  # of text: handing over a chunk costs little beside the work on it
 
 
@@ -82,19 +83,27 @@ class Encoder(NamedTuple):
         signature = None
         if self.near_dedup:
             # Also of what is read over: a document of this part may be like one of another.
-            signature = NearDuplicates.signature("\n".join(text for _, text in pieces))
-        if not tokenize:  # the part is there already, or another shard's
+            signature = signature_of("\n".join(text for _, text in pieces))
+        if not tokenize:  # the part is there already
             return Encoded(signature=signature)
+        tokens = tokens_of(pieces, self.directory, self.dtype)
+        if tokens is None:
+            return Encoded(reason=TOO_SHORT, signature=signature)
+        return Encoded(tokens, signature=signature)
 
-        tokenizer = _tokenizer(self.directory)
-        ids = []
-        for special_token, text in pieces:
-            if special_token:  # in records only; in a file, text that looks like one is text
-                ids.append(tokenizer.special_tokens[special_token])
-            ids += tokenizer.encode(text)
-        if len(ids) < 2:  # it cannot be cut into a pair
-            return Encoded(reason="under 2 tokens", signature=signature)
-        return Encoded(np.array(ids, self.dtype), signature=signature)
+
+def tokens_of(pieces, directory, dtype):
+    """The tokens of a document; None if they are too few to be cut into a pair.
+
+    pieces: as from `text_of`. directory: holds the tokenizer.
+    """
+    tokenizer = _tokenizer(directory)
+    ids = []
+    for special_token, text in pieces:
+        if special_token:  # in records only; in a file, text that looks like one is text
+            ids.append(tokenizer.special_tokens[special_token])
+        ids += tokenizer.encode(text)
+    return np.array(ids, dtype) if len(ids) >= 2 else None
 
 
 @functools.cache
@@ -103,7 +112,7 @@ def _tokenizer(directory):
     return Tokenizer.from_pretrained(directory)
 
 
-def _end_with_parent():
+def end_with_parent():
     """Makes a worker process end when its parent is killed, or it would wait for work forever."""
 
     def wait_and_end():
@@ -134,7 +143,7 @@ def encode_in_order(
             yield chunk.part, item, encoded
 
     try:
-        with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+        with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
             for chunk in chunks:
                 future = None  # nothing to be done
                 if wanted(chunk.part) or encoder.near_dedup:

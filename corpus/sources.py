@@ -5,6 +5,8 @@
     .tar .tar.gz .zip ...   the same files in an archive (archives.py)
     .parquet .jsonl ...     The Stack's files, commits and issues; notebooks (tables.py)
 
+Archives and tables may lie anywhere that fsspec reads: `s3://...`, `hf://...`, with wildcards.
+
 Memory does not grow with a source, but for the names in a .zip. A document over LARGEST is left
 out; whatever is left out is counted, by reason.
 
@@ -22,10 +24,12 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
+from common.command_line import first_line
 from corpus.archives import read_tar, read_zip
 from corpus.git_history import read_commits
 from corpus.languages import SKIPPED_DIRECTORIES, may_be_source
 from corpus.records import LARGEST, SOURCE_FILES, TOO_LARGE
+from corpus.remote import is_remote, remote_files
 from corpus.tables import read_jsonl, read_parquet
 
 # ---- directories ---------------------------------------------------------------------------------
@@ -133,6 +137,11 @@ class Source(NamedTuple):
     reader: Callable
     size: int  # bytes on disk; 0 for a history
 
+    @property
+    def name(self):
+        """The path, and for a history that it is one."""
+        return f"{self.path} (commits)" if self.reader is read_commits else self.path
+
 
 def readers(source, commits=False):
     """[`Source`, ...] of a path. commits: the histories of the git repositories in it, too.
@@ -148,15 +157,26 @@ def readers(source, commits=False):
         found = repositories(source) if commits else []
         histories = [Source(path, read_commits, 0) for path in found]
         return [Source(source, read_directory, size), *histories]
+    if is_remote(source):
+        return [Source(path, reader_of(path), size) for path, size in remote_files(source)]
     if not os.path.exists(source):
         raise ValueError(f"{source}: no such file or directory")
+    return [Source(source, reader_of(source), os.path.getsize(source))]
+
+
+def reader_of(path):
+    """What reads a file, by its name. Raises ValueError if it is of an unknown kind."""
     for reader, endings in READERS.items():
-        if source.endswith(endings):
-            return [Source(source, reader, os.path.getsize(source))]
-    raise ValueError(f"{source}: not a source; give {KINDS}")
+        if path.endswith(endings):
+            return reader
+    raise ValueError(f"{path}: not a source; give {KINDS}")
 
 
-def read(source, reader, skipped, progress):
+def no_progress(n, absolute=False):
+    """The `progress` of a reader that nobody watches."""
+
+
+def read(source, reader, skipped, progress=no_progress):
     """Yields each `Document` of a source, by one of its `readers`.
 
     skipped: a Counter, to which is added what is left out, by reason.
@@ -174,3 +194,7 @@ def read(source, reader, skipped, progress):
         # The first line of the error; some have no words.
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None
+    except Exception as error:  # of a storage service's client, which may be any
+        if is_remote(source):
+            raise ValueError(f"{source}: cannot be read ({first_line(error)})") from None
+        raise

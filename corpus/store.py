@@ -45,7 +45,9 @@ META = {  # the entries of meta.json and their shapes; `fits` reads them
     "splits": {split: COUNTS for split in SPLITS},  # the sums over the parts
     "languages": {str: COUNTS | {"bytes": int}},  # the one with most tokens first
     "skipped": {str: int},  # why documents were left out, and how many
-    "parts": [{split: COUNTS for split in SPLITS}],  # part 0 first
+    # Part 0 first. Each entry also says which documents of which sources the part is made of:
+    # "sources": {path: [first, last]}, counted from 0.
+    "parts": [{split: COUNTS for split in SPLITS}],
 }
 
 # Every file that prepare writes, and the end of its name until it is whole. Only these are removed.
@@ -98,20 +100,13 @@ def fits(value, shape):
 
 
 def write_meta(out, count, skipped, tokenizer, dtype, sources):
-    """Writes meta.json if all `count` parts exist, and returns it; otherwise returns None.
+    """Writes meta.json of a corpus whose `count` parts are there, and returns it.
 
     skipped: documents left out before they came to any part, by reason.
     Raises ValueError, which names the sources, if the parts hold no documents.
     """
-    paths = [part_file(out, number, "json") for number in range(count)]
-    there = sum(os.path.exists(path) for path in paths)
-    if there < count:
-        wait = "the corpus is complete when the other shards have written theirs"
-        print(f"{there} of {count} parts are there; {wait}")
-        return None
-
     # Add up the parts: `update` of a Counter adds.
-    parts = [read_json(path) for path in paths]
+    parts = [read_json(part_file(out, number, "json")) for number in range(count)]
     skipped = Counter(skipped)
     splits = {split: Counter(documents=0, tokens=0) for split in SPLITS}
     languages = {}  # name -> Counter of documents, bytes and tokens
@@ -135,17 +130,12 @@ def write_meta(out, count, skipped, tokenizer, dtype, sources):
         "splits": splits,
         "languages": dict(languages),
         "skipped": dict(skipped),
-        "parts": [part["splits"] for part in parts],
+        "parts": [part["splits"] | {"sources": part["sources"]} for part in parts],
     }
     content = json.dumps(meta, indent=1)
-
-    # First remove what runs that were killed have left. Another shard that ends at this moment does
-    # the same, and may take our half-written meta.json for such a leftover: then write it again.
-    while True:
-        remove_ours(out, is_temporary)
-        with contextlib.suppress(FileNotFoundError):
-            write_whole(os.path.join(out, "meta.json"), content)
-            return json.loads(content)
+    remove_ours(out, is_temporary)  # what runs that were killed have left
+    write_whole(os.path.join(out, "meta.json"), content)
+    return json.loads(content)
 
 
 def reasons(skipped):
@@ -275,8 +265,10 @@ class PartWriter:
         self.tokens[split].append(np.asarray(tokens, self.dtype))
         self.numbers[split].append(list(self.languages).index(language))
 
-    def close(self, read=""):
-        """Writes the part. read: a digest of the documents that it is made of."""
+    def close(self, contents=None):
+        """Writes the part. contents: what the documents are that it is made of, if that is known
+        (`documents.Contents`).
+        """
         splits = {}
         for split in SPLITS:
             lengths = [len(tokens) for tokens in self.tokens[split]]
@@ -290,8 +282,13 @@ class PartWriter:
             self.write(f"{split}.bin", b"".join(self.tokens[split]))
 
         # Last: with its JSON, the part is complete.
-        skipped = dict(sorted(self.skipped.items()))
-        facts = {"splits": splits, "languages": self.languages, "skipped": skipped, "read": read}
+        facts = {
+            "splits": splits,
+            "languages": self.languages,
+            "skipped": dict(sorted(self.skipped.items())),
+            "sources": contents.sources if contents else {},
+            "read": contents.digest if contents else "",
+        }
         self.write("json", json.dumps(facts))
 
     def write(self, name, content):
@@ -315,5 +312,5 @@ def is_temporary(name):
 def remove_ours(out, which=OURS.fullmatch):
     """Removes those of this program's files for whose names `which` is true; nobody else's."""
     for name in filter(which, os.listdir(out)):
-        with contextlib.suppress(OSError):  # another shard may be removing it, too
+        with contextlib.suppress(OSError):  # it may be gone
             os.remove(os.path.join(out, name))

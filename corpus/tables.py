@@ -14,6 +14,7 @@ import json
 import os
 
 from corpus.records import LARGEST, TOO_LARGE, Damaged, document_of
+from corpus.remote import open_source
 
 # What is read of a .parquet: the columns that `document_of` looks at. The Stack has dozens more,
 # and some hold more text than the content.
@@ -35,12 +36,12 @@ def rows_of(parquet_file, source, skipped, progress):
     """`read_parquet`, by a class that opens such files."""
     # 64 rows at once, and small buffers: a row group of The Stack may take gigabytes.
     options = dict(buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
-    with parquet_file(source, **options) as table:
+    with open_source(source) as file, parquet_file(file, **options) as table:
         # A table of something else is an error, not a million rows that are left out.
         names = [name for name in COLUMNS if name in table.schema_arrow.names]
         if not {"content", "old_contents", "events", "title"}.intersection(names):
             raise Damaged("it has neither a content, nor commits, nor issues")
-        size = os.path.getsize(source)
+        size = file.seek(0, os.SEEK_END)
         seen = 0  # rows
         for batch in table.iter_batches(batch_size=64, columns=names):
             for row in range(len(batch)):
@@ -59,7 +60,7 @@ def record_of(batch, row):
 
 def read_jsonl(source, skipped, progress):
     """The documents of a file of JSON lines; a reader (see `sources.Source`)."""
-    with open(source, "rb") as packed:
+    with open_source(source) as packed:
         stream = unpacked(source, packed)
         # A line may be longer than its document, as JSON spells some characters with six.
         while line := stream.readline(2 * LARGEST):

@@ -1,0 +1,319 @@
+"""Runs jobs one after the other: here, on a Ray cluster, or on Slurm.
+
+Here and on Ray a task is one call of datatrove's executor in a process of its own, since the pools
+of datatrove's own executors wait for ever for a process that was killed. On Slurm it is datatrove's
+executor that submits an array for each job; we wait for its end, and say what failed.
+
+References: datatrove's LocalPipelineExecutor and SlurmPipelineExecutor; sbatch(1), squeue(1).
+"""
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from loguru import logger
+from tqdm import tqdm
+
+from common.command_line import first_line
+from common.files import read_json, remove_quietly, write_whole
+from corpus.encode import end_with_parent
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_SECONDS = 1.0  # how often the folder of a job on Slurm is looked at,
+QUEUE_SECONDS = 10.0  # and how often its queue; a shared folder may be that late
+RAY_ATTEMPTS = 3  # of a task whose process or node died
+WHERE_IT_RUNS = "the same command goes on from here"
+
+
+class Job:
+    """A pipeline of datatrove, the number of its tasks, and the folder of what is known of them."""
+
+    def __init__(self, name, tasks, steps, folder):
+        self.name = name
+        self.tasks = tasks
+        self.steps = steps
+        self.folder = folder
+
+    def missing(self):
+        """The tasks that are not done."""
+        done = set()
+        with contextlib.suppress(FileNotFoundError):
+            done = set(os.listdir(os.path.join(self.folder, "completions")))
+        return [task for task in range(self.tasks) if f"{task:05d}" not in done]
+
+    def note(self, task):
+        """What a task has noted: "seconds", "peak_memory" in bytes, "error"; {} if nothing."""
+        try:
+            return read_json(note_path(self.folder, task))
+        except FileNotFoundError:
+            return {}
+
+    def failure(self, task, words):
+        """The error to raise for a task that failed. words: what is known if it left no note."""
+        error = self.note(task).get("error") or words
+        log = os.path.join(self.folder, "logs", f"task_{task:05d}.log")
+        return ValueError(f"{self.name}, task {task}: {error} (log: {log}); {WHERE_IT_RUNS}")
+
+
+def note_path(folder, task):
+    """The file with what a task has noted."""
+    return os.path.join(folder, "notes", f"{task:05d}.json")
+
+
+class Noting:
+    """For an executor of datatrove: its tasks note what they took, or why they failed."""
+
+    def _run_for_rank(self, rank, *arguments, **options):
+        begin = time.perf_counter()
+        path = note_path(self.logging_dir.path, rank)
+        remove_quietly(path)  # of an earlier attempt
+        note = {}
+        try:
+            return super()._run_for_rank(rank, *arguments, **options)
+        except Exception as error:
+            note["error"] = first_line(error)
+            raise
+        finally:
+            note["seconds"] = round(time.perf_counter() - begin, 2)
+            # Of this process since it began; Linux counts in KB.
+            note["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_whole(path, json.dumps(note))
+
+
+class OneTask(Noting, LocalPipelineExecutor):
+    """Runs one task in this process."""
+
+    def run_task(self, task):
+        """Runs a task, unless it is done."""
+        self._run_for_rank(task, local_rank=1)  # not 0, which would also log to the terminal
+
+
+def run_task(steps, tasks, folder, task, directory):
+    """Runs one task of a job in this process. directory: where relative paths begin."""
+    os.chdir(directory)
+    OneTask(steps, tasks=tasks, logging_dir=folder).run_task(task)
+
+
+def run_all(executor, jobs, workers, folder):
+    """Runs all tasks of all jobs that are not done.
+
+    executor: "local", "ray" or "slurm". workers: processes of "local". folder: for its own files.
+    Raises ValueError for a task that failed, and for a cluster that cannot be reached.
+    """
+    logger.remove()  # what datatrove says is in the logs of the tasks
+    run = {"local": run_here, "ray": run_on_ray, "slurm": run_on_slurm}[executor]
+    run(jobs, workers, folder)
+
+
+# ---- here ----------------------------------------------------------------------------------------
+
+
+def run_here(jobs, workers, folder):
+    """Runs the tasks in processes of this machine."""
+    # New processes, so that the memory which a task notes is its own.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (folder,))
+    try:
+        for job in jobs:
+            missing = job.missing()
+            with progress_of(job, missing) as bar:
+                futures = {}
+                for task in missing:
+                    arguments = (job.steps, job.tasks, job.folder, task, os.getcwd())
+                    futures[pool.submit(run_task, *arguments)] = task
+                for future in as_completed(futures):
+                    check_result(job, futures[future], future.result)
+                    bar.update()
+    except BrokenProcessPool:
+        words = "a process was killed (for the memory it took?)"
+        raise ValueError(f"{words}; {WHERE_IT_RUNS}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(folder):
+    """In a new process of `run_here`: what is said there goes to a file."""
+    end_with_parent()
+    with open(os.path.join(folder, "console.log"), "ab") as f:
+        os.dup2(f.fileno(), sys.stderr.fileno())
+
+
+def progress_of(job, missing):
+    """A bar over the tasks of a job."""
+    return tqdm(total=job.tasks, initial=job.tasks - len(missing), desc=job.name, unit="task")
+
+
+def check_result(job, task, result):
+    """Raises ValueError if a task failed. result: returns what it returned, or raises its error."""
+    try:
+        result()
+    except BrokenProcessPool:
+        raise
+    except Exception as error:
+        raise job.failure(task, first_line(error)) from None
+
+
+# ---- on Ray --------------------------------------------------------------------------------------
+
+
+def run_on_ray(jobs, workers, folder):
+    """Runs the tasks on the Ray cluster that RAY_ADDRESS names, or that this machine is part of."""
+    import ray
+
+    os.environ.setdefault("RAY_LOG_TO_STDERR", "0")
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    try:
+        ray.init("auto", runtime_env=environment, log_to_driver=False, logging_level="FATAL")
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        words = "no Ray cluster (begin one with `ray start --head`, or set RAY_ADDRESS)"
+        raise ValueError(f"--executor ray: {words}: {first_line(error)}") from None
+    try:
+        # A task whose process or node died is tried again elsewhere; one that failed is not.
+        remote = ray.remote(num_cpus=1, max_retries=RAY_ATTEMPTS)(run_task)
+        for job in jobs:
+            missing = job.missing()
+            steps = ray.put(job.steps)
+            with progress_of(job, missing) as bar:
+                tasks = {}
+                for task in missing:
+                    arguments = (steps, job.tasks, job.folder, task, os.getcwd())
+                    tasks[remote.remote(*arguments)] = task
+                waiting = list(tasks)
+                while waiting:
+                    (ended,), waiting = ray.wait(waiting)
+                    check_result(job, tasks[ended], lambda: ray.get(ended))
+                    bar.update()
+    finally:
+        ray.shutdown()
+
+
+# ---- on Slurm ------------------------------------------------------------------------------------
+
+
+class SlurmArray(Noting, SlurmPipelineExecutor):
+    """Submits a job as an array of Slurm."""
+
+    def get_sbatch_args(self, max_array=1):
+        """The #SBATCH lines. Which queue, account and time: that say SBATCH_PARTITION and others."""
+        arguments = super().get_sbatch_args(max_array)
+        for name in ("partition", "qos", "time"):
+            arguments.pop(name, None)
+        return arguments
+
+    def launch_merge_stats(self):
+        """Submits nothing: the notes of the tasks are enough."""
+
+
+def run_on_slurm(jobs, workers, folder):
+    """Submits all jobs, each after the one before, and waits for their end.
+
+    Stopped while it waits, the jobs go on, and the same command waits for them again.
+    """
+    path = os.path.join(folder, "slurm.json")  # {name of a job: its number in Slurm}
+    numbers = read_json(path) if os.path.exists(path) else {}
+    if not in_queue(numbers.values()):
+        numbers = submit(jobs)
+        write_whole(path, json.dumps(numbers))
+    try:
+        for job in jobs:
+            wait_for(job, numbers.get(job.name))
+    except ValueError:
+        # The jobs after one that failed would wait for ever.
+        subprocess.run(["scancel", *numbers.values()], capture_output=True)
+        raise
+    except KeyboardInterrupt:
+        words = "the jobs go on; the same command waits for them again, and this ends them: scancel"
+        print(f"\n{words} {' '.join(numbers.values())}", file=sys.stderr)
+        raise
+
+
+def submit(jobs):
+    """Submits the jobs that are not done. Returns {name: number in Slurm}."""
+    arrays = {}
+    before = None
+    binaries = os.path.dirname(sys.executable)
+    for job in jobs:
+        if not job.missing():
+            continue
+        before = arrays[job.name] = SlurmArray(
+            job.steps,
+            job.tasks,
+            time=None,
+            partition=None,
+            job_name=f"corpus-{job.name}",
+            qos=None,
+            env_command=f'export PATH="{binaries}:$PATH" PYTHONPATH="{ROOT}"',
+            logging_dir=job.folder,
+            depends=before,
+            randomize_start_duration=0,
+        )
+    if before is not None:
+        with tempfile.TemporaryFile("w+") as said:
+            try:
+                with stderr_to(said):
+                    before.launch_job()  # and first those that it depends on
+            except (subprocess.CalledProcessError, OSError):
+                said.seek(0)
+                lines = said.read().strip().splitlines() or ["sbatch failed"]
+                submitted = [array.job_id for array in arrays.values() if array.job_id]
+                subprocess.run(["scancel", *submitted], capture_output=True)
+                raise ValueError(f"--executor slurm: {lines[-1]}") from None
+    return {name: array.job_id for name, array in arrays.items()}
+
+
+@contextlib.contextmanager
+def stderr_to(file):
+    """What this process and its children say as an error goes to a file."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def in_queue(numbers):
+    """True if one of these jobs of Slurm waits or runs, or if Slurm does not answer."""
+    if not numbers:
+        return False
+    command = ["squeue", "--noheader", "--jobs", ",".join(numbers), "--format", "%i"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
+        return "Invalid job id" not in answer.stderr
+    return bool(answer.stdout.strip())
+
+
+def wait_for(job, number):
+    """Waits for the end of a job. number: of its array in Slurm; None: it was done before.
+
+    Raises ValueError if it has left the queue and a task is missing.
+    """
+    missing = job.missing()
+    last_look = time.monotonic()
+    with progress_of(job, missing) as bar:
+        while missing:
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - last_look > QUEUE_SECONDS:
+                last_look = time.monotonic()
+                is_over = number is None or not in_queue([number])
+                # The last tasks may have ended just before, and a shared folder be late.
+                for _ in range(int(is_over) * int(QUEUE_SECONDS / POLL_SECONDS)):
+                    if job.missing():
+                        time.sleep(POLL_SECONDS)
+                missing = job.missing()
+                if is_over and missing:
+                    raise job.failure(missing[0], "it ended without a word: killed, or out of time")
+            missing = job.missing()
+            bar.update(job.tasks - len(missing) - bar.n)
