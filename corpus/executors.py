@@ -8,6 +8,7 @@ References: datatrove's LocalPipelineExecutor and SlurmPipelineExecutor; sbatch(
 """
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -29,10 +30,11 @@ from common.files import read_json, remove_quietly, write_whole
 from corpus.encode import end_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL_SECONDS = 1.0  # how often the folder of a job on Slurm is looked at,
-QUEUE_SECONDS = 10.0  # and how often its queue; a shared folder may be that late
+POLL_SECONDS = 0.5  # how often the folder of a job is looked at,
+LOOK_SECONDS = 10.0  # and how often whether it still runs
+LATE_SECONDS = 5.0  # how late a shared folder may be
 RAY_ATTEMPTS = 3  # of a task whose process or node died
-WHERE_IT_RUNS = "the same command goes on from here"
+GOES_ON = "the same command goes on from here"
 
 
 class Job:
@@ -61,8 +63,7 @@ class Job:
     def failure(self, task, words):
         """The error to raise for a task that failed. words: what is known if it left no note."""
         error = self.note(task).get("error") or words
-        log = os.path.join(self.folder, "logs", f"task_{task:05d}.log")
-        return ValueError(f"{self.name}, task {task}: {error} (log: {log}); {WHERE_IT_RUNS}")
+        return ValueError(f"{self.name}, task {task}: {error}; {GOES_ON}")
 
 
 def note_path(folder, task):
@@ -132,11 +133,14 @@ def run_here(jobs, workers, folder):
                     arguments = (job.steps, job.tasks, job.folder, task, os.getcwd())
                     futures[pool.submit(run_task, *arguments)] = task
                 for future in as_completed(futures):
-                    check_result(job, futures[future], future.result)
+                    try:
+                        future.result()
+                    except BrokenProcessPool:
+                        words = "a process was killed (for the memory it took?)"
+                        raise ValueError(f"{job.name}: {words}; {GOES_ON}") from None
+                    except Exception as error:
+                        raise job.failure(futures[future], first_line(error)) from None
                     bar.update()
-    except BrokenProcessPool:
-        words = "a process was killed (for the memory it took?)"
-        raise ValueError(f"{words}; {WHERE_IT_RUNS}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -153,14 +157,29 @@ def progress_of(job, missing):
     return tqdm(total=job.tasks, initial=job.tasks - len(missing), desc=job.name, unit="task")
 
 
-def check_result(job, task, result):
-    """Raises ValueError if a task failed. result: returns what it returned, or raises its error."""
-    try:
-        result()
-    except BrokenProcessPool:
-        raise
-    except Exception as error:
-        raise job.failure(task, first_line(error)) from None
+# ---- a cluster -----------------------------------------------------------------------------------
+
+
+def wait_for(job, is_running, words):
+    """Waits until all tasks of a job are done.
+
+    is_running: a function; false once nothing runs that could still do a task.
+    words: what to say of a task that left no note.
+    Raises ValueError if nothing runs and a task is not done.
+    """
+    missing = job.missing()
+    next_look = time.monotonic() + LOOK_SECONDS
+    with progress_of(job, missing) as bar:
+        while missing:
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() > next_look:
+                if not is_running():
+                    time.sleep(LATE_SECONDS)
+                    if missing := job.missing():
+                        raise job.failure(missing[0], words)
+                next_look = time.monotonic() + LOOK_SECONDS
+            missing = job.missing()
+            bar.update(job.tasks - len(missing) - bar.n)
 
 
 # ---- on Ray --------------------------------------------------------------------------------------
@@ -168,33 +187,51 @@ def check_result(job, task, result):
 
 def run_on_ray(jobs, workers, folder):
     """Runs the tasks on the Ray cluster that RAY_ADDRESS names, or that this machine is part of."""
+    # A process that uses Ray ends without warning if the cluster's head does: so that is another.
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=drive_ray, args=(jobs, folder, os.getcwd(), sender))
+    process.start()
+    sender.close()  # here, so that the pipe ends when the process does
+    try:
+        error = receive(receiver)
+        if error:
+            words = "no Ray cluster (begin one with `ray start --head`, or set RAY_ADDRESS)"
+            raise ValueError(f"--executor ray: {words}: {error}")
+        for job in jobs:
+            wait_for(job, process.is_alive, f"the Ray cluster is gone (log: {folder}/console.log)")
+    finally:
+        process.terminate()
+        process.join()
+
+
+def receive(receiver):
+    """What another process says; "it died" if it does."""
+    try:
+        return receiver.recv()
+    except EOFError:
+        return "it died"
+
+
+def drive_ray(jobs, folder, directory, sender):
+    """Submits the tasks of each job, and waits for them. Says by `sender` if that can begin."""
+    start_worker(folder)
     import ray
 
-    os.environ.setdefault("RAY_LOG_TO_STDERR", "0")
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     try:
-        ray.init("auto", runtime_env=environment, log_to_driver=False, logging_level="FATAL")
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        words = "no Ray cluster (begin one with `ray start --head`, or set RAY_ADDRESS)"
-        raise ValueError(f"--executor ray: {words}: {first_line(error)}") from None
-    try:
-        # A task whose process or node died is tried again elsewhere; one that failed is not.
-        remote = ray.remote(num_cpus=1, max_retries=RAY_ATTEMPTS)(run_task)
-        for job in jobs:
-            missing = job.missing()
-            steps = ray.put(job.steps)
-            with progress_of(job, missing) as bar:
-                tasks = {}
-                for task in missing:
-                    arguments = (steps, job.tasks, job.folder, task, os.getcwd())
-                    tasks[remote.remote(*arguments)] = task
-                waiting = list(tasks)
-                while waiting:
-                    (ended,), waiting = ray.wait(waiting)
-                    check_result(job, tasks[ended], lambda: ray.get(ended))
-                    bar.update()
-    finally:
-        ray.shutdown()
+        ray.init("auto", runtime_env=environment, log_to_driver=False)
+    except Exception as error:  # of many kinds
+        sender.send(first_line(error))
+        return
+    sender.send("")
+    # A task whose process or node died is tried again elsewhere; one that failed is not.
+    remote = ray.remote(num_cpus=1, max_retries=RAY_ATTEMPTS)(run_task)
+    for job in jobs:
+        steps = ray.put(job.steps)
+        ray.get(
+            [remote.remote(steps, job.tasks, job.folder, task, directory) for task in job.missing()]
+        )
 
 
 # ---- on Slurm ------------------------------------------------------------------------------------
@@ -204,7 +241,7 @@ class SlurmArray(Noting, SlurmPipelineExecutor):
     """Submits a job as an array of Slurm."""
 
     def get_sbatch_args(self, max_array=1):
-        """The #SBATCH lines. Which queue, account and time: that say SBATCH_PARTITION and others."""
+        """The #SBATCH lines. Slurm's own SBATCH_PARTITION, SBATCH_TIMELIMIT, ... say the rest."""
         arguments = super().get_sbatch_args(max_array)
         for name in ("partition", "qos", "time"):
             arguments.pop(name, None)
@@ -226,7 +263,8 @@ def run_on_slurm(jobs, workers, folder):
         write_whole(path, json.dumps(numbers))
     try:
         for job in jobs:
-            wait_for(job, numbers.get(job.name))
+            words = "it ended without a word: killed, or out of time"
+            wait_for(job, functools.partial(in_queue, [numbers.get(job.name)]), words)
     except ValueError:
         # The jobs after one that failed would wait for ever.
         subprocess.run(["scancel", *numbers.values()], capture_output=True)
@@ -286,6 +324,7 @@ def stderr_to(file):
 
 def in_queue(numbers):
     """True if one of these jobs of Slurm waits or runs, or if Slurm does not answer."""
+    numbers = [number for number in numbers if number]  # None: it was done before
     if not numbers:
         return False
     command = ["squeue", "--noheader", "--jobs", ",".join(numbers), "--format", "%i"]
@@ -293,27 +332,3 @@ def in_queue(numbers):
     if answer.returncode:
         return "Invalid job id" not in answer.stderr
     return bool(answer.stdout.strip())
-
-
-def wait_for(job, number):
-    """Waits for the end of a job. number: of its array in Slurm; None: it was done before.
-
-    Raises ValueError if it has left the queue and a task is missing.
-    """
-    missing = job.missing()
-    last_look = time.monotonic()
-    with progress_of(job, missing) as bar:
-        while missing:
-            time.sleep(POLL_SECONDS)
-            if time.monotonic() - last_look > QUEUE_SECONDS:
-                last_look = time.monotonic()
-                is_over = number is None or not in_queue([number])
-                # The last tasks may have ended just before, and a shared folder be late.
-                for _ in range(int(is_over) * int(QUEUE_SECONDS / POLL_SECONDS)):
-                    if job.missing():
-                        time.sleep(POLL_SECONDS)
-                missing = job.missing()
-                if is_over and missing:
-                    raise job.failure(missing[0], "it ended without a word: killed, or out of time")
-            missing = job.missing()
-            bar.update(job.tasks - len(missing) - bar.n)

@@ -1,7 +1,7 @@
 """Files that lie elsewhere: `s3://...`, `hf://...`, `https://...`, whatever fsspec can read.
 
-A path is remote if it says by which protocol. Each protocol needs a package of its own, which fsspec
-names if it is missing: s3fs, huggingface_hub, aiohttp, ...
+A path is remote if it says by which protocol. Each protocol needs a package of its own, which
+fsspec names if it is missing: s3fs, huggingface_hub, aiohttp, ...
 """
 
 import re
