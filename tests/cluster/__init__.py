@@ -1,0 +1,1 @@
+"""Schedulers for real, on virtual nodes of one host: `pytest -m cluster`."""
