@@ -22,7 +22,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-from loguru import logger
 from tqdm import tqdm
 
 from common.command_line import first_line
@@ -60,9 +59,11 @@ class Job:
         except FileNotFoundError:
             return {}
 
-    def failure(self, task, words):
-        """The error to raise for a task that failed. words: what is known if it left no note."""
-        error = self.note(task).get("error") or words
+    def failure(self, words):
+        """The error to raise if a task failed. words: what is known if none has left a note."""
+        missing = self.missing()
+        errors = [(task, self.note(task).get("error")) for task in missing]
+        task, error = ([pair for pair in errors if pair[1]] or [(missing[0], words)])[0]
         return ValueError(f"{self.name}, task {task}: {error}; {GOES_ON}")
 
 
@@ -112,7 +113,6 @@ def run_all(executor, jobs, workers, folder):
     executor: "local", "ray" or "slurm". workers: processes of "local". folder: for its own files.
     Raises ValueError for a task that failed, and for a cluster that cannot be reached.
     """
-    logger.remove()  # what datatrove says is in the logs of the tasks
     run = {"local": run_here, "ray": run_on_ray, "slurm": run_on_slurm}[executor]
     run(jobs, workers, folder)
 
@@ -139,7 +139,7 @@ def run_here(jobs, workers, folder):
                         words = "a process was killed (for the memory it took?)"
                         raise ValueError(f"{job.name}: {words}; {GOES_ON}") from None
                     except Exception as error:
-                        raise job.failure(futures[future], first_line(error)) from None
+                        raise job.failure(first_line(error)) from None
                     bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -175,8 +175,8 @@ def wait_for(job, is_running, words):
             if time.monotonic() > next_look:
                 if not is_running():
                     time.sleep(LATE_SECONDS)
-                    if missing := job.missing():
-                        raise job.failure(missing[0], words)
+                    if job.missing():
+                        raise job.failure(words)
                 next_look = time.monotonic() + LOOK_SECONDS
             missing = job.missing()
             bar.update(job.tasks - len(missing) - bar.n)

@@ -55,9 +55,12 @@ def run_jobs(out, recipe, dtype, executor, workers):
     are those of `build.prepare`; workers: processes of the executor "local".
     Raises ValueError, with its error, for a task that failed.
     """
+    from loguru import logger
+
     from corpus.executors import Job, run_all
     from corpus.pipeline import pipelines
 
+    logger.remove()  # what datatrove says of a task is in the log of the task
     folder = os.path.join(out, "jobs")
     files = os.path.join(folder, "files")
     os.makedirs(files, exist_ok=True)
