@@ -323,19 +323,25 @@ def test_wide_tokens_where_the_vocabulary_needs_them(sources, tmp_path, tokenize
 # ---- stopped, shared, disturbed -----------------------------------------------------------------
 
 
-def test_shards_write_the_same_files_together(sources, tmp_path, small_corpus):
-    whole, shared, one = (tmp_path / name for name in ("whole", "shared", "one"))
+def test_parts_of_any_size_hold_the_same_documents(sources, tmp_path, small_corpus):
+    """Parts that are lost, here one and there one, are written again as they were."""
+    parts, one = (tmp_path / name for name in ("parts", "one"))
     options = {"tokenizer": small_corpus, "workers": 2, "validation": 0.3}
     options |= {"near_dedup": True, "limit_per_language": 20}
-    meta = prepare(sources, whole, part_bytes=50_000, **options)
+    meta = prepare(sources, parts, part_bytes=50_000, **options)
     assert len(meta["parts"]) >= 7
-    for i in (2, 0, 1):
-        result = prepare(sources, shared, part_bytes=50_000, shard=(i, 3), **options)
-        assert result == (meta if i == 1 else None)
-    assert files_of(whole) == files_of(shared)
+    whole = files_of(parts)
+    for lost in ((2, 5), (0, 1, 3, 4, 6)):
+        (parts / "meta.json").unlink()
+        for number in lost:
+            (parts / f"{number:05d}.json").unlink()
+            (parts / f"{number:05d}.train.bin").write_bytes(b"half")
+        assert prepare(sources, parts, part_bytes=50_000, **options) == meta
+        assert files_of(parts) == whole
+
     undivided = prepare(sources, one, part_bytes=10**9, **options)
     assert len(undivided["parts"]) == 1 and undivided["languages"] == meta["languages"]
-    assert texts_of(one) == texts_of(whole)
+    assert texts_of(one) == texts_of(parts)
 
 
 @pytest.mark.slow
@@ -398,12 +404,21 @@ def test_a_worker_that_is_killed_is_one_sentence(sources, tmp_path, small_corpus
 def test_another_command_does_not_go_on(sources, tmp_path, small_corpus):
     out = tmp_path / "out"
     options = {"tokenizer": small_corpus, "part_bytes": 100_000}
-    assert prepare(sources, out, shard=(0, 2), **options) is None
+    meta = prepare(sources, out, **options)
+    whole = files_of(out)
+    (out / "meta.json").unlink()  # as if it had been stopped
+    (out / "00001.json").unlink()
     before = files_of(out)
-    with pytest.raises(ValueError, match="was begun with clean False, not True"):
-        prepare(sources, out, clean=True, **options)
-    assert files_of(out) == before
-    assert prepare(sources, out, **options)["vocab_size"] == 600
+    for other, words in [
+        ({"clean": True}, "clean False, not True"),
+        ({"part_bytes": 10**6}, "part_bytes 100000, not 1000000"),
+        ({"near_dedup": True}, "near_dedup None, not five words"),
+    ]:
+        with pytest.raises(ValueError, match=f"was begun with {words}"):
+            prepare(sources, out, **options | other)
+        assert files_of(out) == before
+    assert prepare(sources, out, **options) == meta
+    assert files_of(out) == whole
 
 
 def test_sources_that_changed_between_two_starts_are_noticed(tmp_path, small_corpus):
@@ -443,6 +458,14 @@ def test_sources_that_changed_between_two_starts_are_noticed(tmp_path, small_cor
     prepare(source, out, **options)
     assert files_of(out) == whole
 
+    # More in front, and the part that would have shown it is lost.
+    stop_after(3)
+    first = write_files(source, {"a.py": b"more = 1\n" * 9}) / "a.py"
+    for lost in out.glob("00000.*"):
+        lost.unlink()
+    refuses()
+    first.unlink()
+
     # Fewer than there are parts for.
     stop_after(len(meta["parts"]))
     for name in list(numbered(60))[20:]:
@@ -456,56 +479,33 @@ def test_sources_that_changed_between_two_starts_are_noticed(tmp_path, small_cor
     assert len(texts_of(out)) == 61
 
 
-def test_shards_of_different_sources_are_noticed(tmp_path, small_corpus):
-    source = write_files(tmp_path / "in", numbered(60))
-    out = tmp_path / "out"
-    options = {"tokenizer": small_corpus, "part_bytes": 1000}
-    assert prepare(source, out, shard=(1, 2), **options) is None
-    write_files(source, {"a.py": b"first = 1\n" * 9})
-    with pytest.raises(ValueError, match="00001.json: the sources have changed"):
-        prepare(source, out, shard=(0, 2), **options)
-    assert not (out / "meta.json").exists()
-
-
-@pytest.mark.parametrize(
-    "held, starts, refused",
-    [
-        ((0, 1), (0, 2), True),
-        ((0, 2), (0, 1), True),
-        ((1, 2), (1, 3), True),
-        ((1, 2), (1, 2), True),
-        ((0, 2), (1, 2), False),
-    ],
-)
-def test_who_may_write_at_the_same_time(held, starts, refused, tmp_path, sources, small_corpus):
-    """Only the other shards of the same number: any other would clear away what one has open."""
+def test_two_processes_do_not_write_one_corpus(tmp_path, sources, small_corpus):
+    """Each would clear away what the other has open."""
     out = tmp_path / "out"
     options = {"tokenizer": small_corpus, "part_bytes": 100_000}
-    assert prepare(sources, out, shard=(2, 4), **options) is None
-    lock = f"from corpus.build import lock_corpus; lock = lock_corpus({str(out)!r}, {held})"
+    prepare(sources, out, **options)
+    (out / "meta.json").unlink()
+    before = files_of(out)
+    lock = f"from common.files import lock_directory; lock = lock_directory({str(out)!r})"
     arguments = [sys.executable, "-c", f"{lock}; print(flush=True); input()"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(arguments, cwd=ROOT, **pipes) as process:
         process.stdout.readline()
-        before = files_of(out)
-        if refused:
-            with pytest.raises(ValueError, match="is writing there"):
-                prepare(sources, out, shard=starts, **options)
-            assert files_of(out) == before
-        else:
-            prepare(sources, out, shard=starts, **options)
+        words = f"process {process.pid} on .* is writing there"
+        with pytest.raises(ValueError, match=words):
+            prepare(sources, out, **options)
+        held = files_of(out)
+        assert held.pop(".lock") and held == before
         process.communicate(b"\n")
     prepare(sources, out, **options)
     assert not list(out.glob(".*lock"))
 
 
-def test_shards_that_start_together(tmp_path, small_corpus):
-    """One may find what another is just beginning to write."""
+def test_what_was_only_begun_is_no_reason_to_refuse(tmp_path, small_corpus):
     out = write_files(tmp_path / "out", {"prepare.json.01234567.tmp": b"{"})
     source = write_files(tmp_path / "in", numbered(9))
-    options = {"tokenizer": small_corpus, "part_bytes": 200}
-    assert prepare(source, out, shard=(0, 2), **options) is None
-    assert prepare(source, out, shard=(1, 2), **options)
+    assert prepare(source, out, tokenizer=small_corpus, part_bytes=200)
+    assert not list(out.glob("*.tmp"))
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def test_nothing_but_its_own_files_is_removed(tmp_path):
     recipe = build.Recipe(*[None] * len(build.Recipe._fields))
     for names in ([], ["precious.tmp"]):
         with pytest.raises(ValueError, match="too bad"):
-            with build.corpus_directory(str(out), recipe, (0, 1)):
+            with build.corpus_directory(str(out), recipe):
                 write_files(out, dict.fromkeys(names, b"precious"))
                 raise ValueError("too bad")
         assert os.listdir(out) == names
@@ -551,8 +551,7 @@ def test_refusals(tmp_path, sources, small_corpus):
         (tmp_path, {}, "lies inside the source"),
         (sources, {"validation": 0.0}, "validation must lie between 0 and 1"),
         (sources, {"vocab_size": 100}, "vocab_size must be at least 279"),
-        (sources, {"shard": (3, 3)} | given, "shard must be i/n"),
-        (sources, {"shard": (0, 3)}, "shards need one tokenizer"),
+        (sources, {"tasks": 3}, "--tasks: needs --executor"),
         (sources, {"languages": ["klingon"]}, "no language named klingon; known: ada"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -579,6 +578,7 @@ def test_command_line(tmp_path, sources):
     assert_refused(program("corpus", str(tmp_path / "none"), "--out", new), "no such file")
     assert_refused(program("corpus", sources, "--out", "/proc/none/x"), "No such file")
     assert_refused(program("corpus", sources, "--out", new, "--colour"), "--colour")
-    assert_refused(program("corpus", sources, "--out", new, "--shard", "1"), "give i/n")
+    assert_refused(program("corpus", sources, "--out", new, "--tasks", "2"), "needs --executor")
+    assert_refused(program("corpus", sources, "--out", new, "--executor", "x"), "choose from")
     assert_refused(program("corpus", sources), "--out")
     assert_refused(program("corpus", "--report", str(tmp_path)), "no corpus here")

@@ -52,8 +52,8 @@ FILES = {
 def read(path, **options):
     """(documents, what was left out) of a source."""
     skipped = Counter()
-    documents = [document for *_, document in build.documents([str(path)], skipped, **options)]
-    return documents, dict(skipped)
+    items = build.documents([str(path)], skipped, **options)
+    return [item.document for item in items], dict(skipped)
 
 
 def text_of(record):

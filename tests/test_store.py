@@ -50,28 +50,6 @@ def test_two_processes_may_write_the_same_part(tmp_path):
     assert files_of(tmp_path) == whole
 
 
-def test_a_meta_json_that_another_shard_clears_away_is_written_again(
-    small_corpus, tokenizer, tmp_path, monkeypatch
-):
-    """Two shards may end together, and each removes temporary files."""
-    shutil.copytree(small_corpus, tmp_path, dirs_exist_ok=True)
-    before = (tmp_path / "meta.json").read_bytes()
-    os.remove(tmp_path / "meta.json")
-    cleared = []
-
-    def clear_away_once(descriptor):
-        if not cleared:
-            cleared.append(descriptor)
-            store.remove_ours(str(tmp_path), store.is_temporary)
-
-    monkeypatch.setattr(os, "fsync", clear_away_once)
-    skipped = json.loads(before)["skipped"]
-    meta = store.write_meta(str(tmp_path), 1, skipped, tokenizer, np.dtype(np.uint16), [])
-    assert cleared
-    assert (tmp_path / "meta.json").read_bytes() == before
-    assert json.loads(before) == meta
-
-
 # ---- many parts, many tokens ----
 
 
