@@ -33,7 +33,8 @@ def remote_files(path):
     try:
         system, place = fsspec.core.url_to_fs(path)
         found = system.glob(place, detail=True).values() if "*" in place else [system.info(place)]
-        files = [(system.unstrip_protocol(file["name"]), file["size"]) for file in found]
+        # Some servers do not tell the size; then the progress bar and the tasks do not know it.
+        files = [(system.unstrip_protocol(file["name"]), file["size"] or 0) for file in found]
     except FileNotFoundError:
         files = []
     except Exception as error:  # of the protocol's own client, which may be any

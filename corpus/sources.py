@@ -127,6 +127,8 @@ KINDS = "a directory, .tar(.gz, .xz, .bz2), .zip, .parquet or .jsonl(.gz, .zst)"
 BAD_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
 BAD_PACKING = (EOFError, lzma.LZMAError, zlib.error)
 BAD_NUMBER = (ValueError, OverflowError, RecursionError)  # a header claims what cannot be
+# What clients of storage services raise without a number.
+UNREADABLE = (FileNotFoundError, PermissionError, ConnectionError, TimeoutError)
 
 
 class Source(NamedTuple):
@@ -188,9 +190,10 @@ def read(source, reader, skipped, progress=no_progress):
     except ImportError as error:
         raise ValueError(f"{source}: needs the {error.name} package (pip install it)") from None
     except (OSError, *BAD_ARCHIVE, *BAD_PACKING, *BAD_NUMBER) as error:
-        # An OSError without a number is a damaged file, as gzip and pyarrow say it.
-        if isinstance(error, OSError) and error.errno:
-            raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
+        # Any other OSError without a number is a damaged file, as gzip and pyarrow say it.
+        if isinstance(error, UNREADABLE) or getattr(error, "errno", None):
+            words = getattr(error, "strerror", None) or first_line(error)
+            raise ValueError(f"{source}: cannot be read ({words})") from None
         # The first line of the error; some have no words.
         words = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{source}: damaged ({words}); fetch it again") from None
