@@ -88,7 +88,7 @@ def prepare(
     languages = sorted(languages) if languages is not None else None
     out = os.path.realpath(out)
     check_arguments(sources, validation, languages)
-    check_executor(executor, tasks, limit_per_language)
+    check_executor(executor, tasks, workers, limit_per_language)
     check_sources(sources, out, commits)
     if near_dedup:
         check_rensa()
@@ -130,7 +130,7 @@ def check_arguments(sources, validation, languages):
         raise ValueError(f"no language named {min(unknown)}; known: {', '.join(sorted(known))}")
 
 
-def check_executor(executor, tasks, limit_per_language):
+def check_executor(executor, tasks, workers, limit_per_language):
     """Raises ValueError for arguments that do not go together, or if a package is missing."""
     if executor is None:
         if tasks is not None:
@@ -139,6 +139,8 @@ def check_executor(executor, tasks, limit_per_language):
     if limit_per_language is not None:
         words = "no task knows how many documents the others have"
         raise ValueError(f"--limit-per-language: not with --executor, as {words}")
+    if workers is not None and executor != "local":
+        raise ValueError("--workers: the cluster decides how many tasks run at once")
     if tasks is not None and not 1 <= tasks <= MOST_TASKS:
         raise ValueError(f"--tasks must lie between 1 and {MOST_TASKS:,}, got {tasks:,}")
     check_packages(executor)

@@ -53,7 +53,7 @@ class Job:
         return [task for task in range(self.tasks) if f"{task:05d}" not in done]
 
     def note(self, task):
-        """What a task has noted: "seconds", "peak_memory" in bytes, "error"; {} if nothing."""
+        """What a task has noted: "seconds", "cpu_seconds", "peak_memory" in bytes, "error"."""
         try:
             return read_json(note_path(self.folder, task))
         except FileNotFoundError:
@@ -77,6 +77,7 @@ class Noting:
 
     def _run_for_rank(self, rank, *arguments, **options):
         begin = time.perf_counter()
+        busy = time.process_time()
         path = note_path(self.logging_dir.path, rank)
         remove_quietly(path)  # of an earlier attempt
         note = {}
@@ -87,6 +88,7 @@ class Noting:
             raise
         finally:
             note["seconds"] = round(time.perf_counter() - begin, 2)
+            note["cpu_seconds"] = round(time.process_time() - busy, 2)
             # Of this process since it began; Linux counts in KB.
             note["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             os.makedirs(os.path.dirname(path), exist_ok=True)

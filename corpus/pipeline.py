@@ -68,47 +68,44 @@ def pipelines(sources, out, folder, recipe, dtype):
     sources: of `Source`. out: the corpus directory, which holds the tokenizer. folder: for what one
     job leaves for the next. recipe: a `build.Recipe`. dtype: of tokens.
     """
-    slices = slices_of(sources, recipe.tasks)
-    place = {name: os.path.join(folder, name) for name in FOLDERS}
+    tasks = recipe.tasks
+    slices = slices_of(sources, tasks)
 
-    def reading(tally):
-        """The steps that yield the distinct documents of a task."""
+    def place(name):
+        return os.path.join(folder, name)
+
+    def distinct(tally):
+        """The steps that yield the documents of a task without exact duplicates, and clean."""
         seen = Seen(tally, "exact duplicate")
         return [
-            Read(slices, recipe.languages, place["read"], tally),
-            ExactDedupFilter(place["duplicates"], EXACT, exclusion_writer=seen),
+            Read(slices, recipe.languages, place("read"), tally),
+            ExactDedupFilter(place("duplicates"), EXACT, exclusion_writer=seen),
             NumberParts(recipe.part_bytes, tally),
             Clean(recipe.clean, tally),
         ]
 
-    jobs = {
-        "hashes": (recipe.tasks, [
-            Read(slices, recipe.languages, place["read"], Tally()),
-            ExactDedupSignature(place["hashes"], EXACT, finder_workers=recipe.tasks),
-        ]),
-        "duplicates": (recipe.tasks, [
-            ExactFindDedups(
-                place["hashes"], place["duplicates"], EXACT, lines_to_buffer=RECORDS_AT_ONCE
-            ),
-        ]),
-    }  # fmt: skip
+    jobs = {}
+    read = Read(slices, recipe.languages, place("read"), Tally())
+    jobs["hashes"] = (tasks, [read, ExactDedupSignature(place("hashes"), EXACT, tasks)])
+    find = ExactFindDedups(
+        place("hashes"), place("duplicates"), EXACT, lines_to_buffer=RECORDS_AT_ONCE
+    )
+    jobs["duplicates"] = (tasks, [find])
+
     tally = Tally()
-    last = reading(tally)
+    left = distinct(tally)  # what is left to tokenize
     if recipe.near_dedup:
-        jobs["signatures"] = (recipe.tasks, [*reading(Tally()), Sign(place["signatures"])])
+        jobs["signatures"] = (tasks, [*distinct(Tally()), Sign(place("signatures"))])
         groups = MinhashDedupBuckets(
-            place["signatures"], place["pairs"], config=GROUPS, lines_to_buffer=RECORDS_AT_ONCE
+            place("signatures"), place("pairs"), config=GROUPS, lines_to_buffer=RECORDS_AT_ONCE
         )
         jobs["groups"] = (BANDS, [groups])
-        jobs["alike"] = (1, [Alike(place["pairs"], place["alike"], recipe.tasks)])
+        jobs["alike"] = (1, [Alike(place("pairs"), place("alike"), tasks)])
         seen = Seen(tally, "near duplicate")
-        last.append(MinhashDedupFilter(place["alike"], exclusion_writer=seen))
-    writer = WriteParts(place["parts"], out, dtype, recipe.validation, tally)
-    jobs["tokens"] = (recipe.tasks, [*last, writer])
+        left.append(MinhashDedupFilter(place("alike"), exclusion_writer=seen))
+    writer = WriteParts(place("parts"), out, dtype, recipe.validation, tally)
+    jobs["tokens"] = (tasks, [*left, writer])
     return jobs
-
-
-FOLDERS = ("read", "hashes", "duplicates", "signatures", "pairs", "alike", "parts")
 
 
 # ---- what is left out ----------------------------------------------------------------------------
