@@ -2,6 +2,8 @@
 
 import pytest
 
+import corpus
+from cluster import corpus_runs
 from cluster import ray_cluster as ray_module
 from cluster import slurm_cluster as slurm_module
 
@@ -25,3 +27,18 @@ def ray_cluster():
         pytest.skip(missing)
     with ray_module.RayCluster() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory, small_corpus):
+    """(options of `prepare`, a corpus that one machine has made with them)."""
+    sources = corpus_runs.write_sources(tmp_path_factory.mktemp("sources") / "all")
+    options = {"sources": sources, "tokenizer": small_corpus, "workers": 2, "commits": True}
+    options |= {"clean": True, "near_dedup": True, "part_bytes": 20_000}
+    out = str(tmp_path_factory.mktemp("embedded") / "out")
+    meta = corpus.prepare(out=out, **options)
+    # There is something of everything to disagree about.
+    assert len(meta["parts"]) >= 3 and meta["splits"]["validation"]["documents"] >= 5
+    assert {"python", "c", "rust", "git-commits"} <= meta["languages"].keys()
+    assert {"exact duplicate", "near duplicate", "empty", "not UTF-8"} <= meta["skipped"].keys()
+    return options, out
