@@ -45,8 +45,8 @@ if __name__ == "__main__":
 """
 
 
-# Starts a command, and prints what it took. A process of its own, since the memory that Linux counts
-# of a new process begins with that of the one that starts it.
+# Starts a command, and prints what it took. It is a process of its own, since the memory that Linux
+# counts of a new process begins with that of the one that starts it.
 LAUNCHER = """
 import os, subprocess, sys
 process = subprocess.Popen(sys.argv[1:])
