@@ -1,4 +1,4 @@
-"""The command line: `python -m bench kernels|model|data|pii|embed|search|tasks|...`.
+"""The command line: `python -m bench kernels|model|data|corpus|pii|embed|search|tasks|...`.
 
 Each measurement prints a table and writes it, with the machine and the versions, to results/.
 """
@@ -23,6 +23,7 @@ def main(argv=None):
     kernels = command("kernels", "Triton kernels beside their peers (GPU)")
     model = command("model", "a training step beside transformers' models")
     data = command("data", "from tokens on disk to batches, beside tokenizing on the fly")
+    corpus = command("corpus", "from text to tokens on disk, beside datatrove's tokenizer")
     pii = command("pii", "personal data and secrets in real code, beside other detectors")
     search = command("search", "finding functions by their docstrings, beside BM25")
     tasks = command("tasks", "five tasks, fine-tuned from pretrained and from random weights")
@@ -54,11 +55,14 @@ def main(argv=None):
         help = "fine-tunings of each kind (default: 3)"
         measurement.add_argument("--seeds", type=int, default=3, metavar="N", help=help)
 
+    help = "of synthetic code; all contenders read the first (default: 1)"
+    corpus.add_argument("--gigabytes", type=float, default=1.0, metavar="N", help=help)
+
     help = "the detector (default: the shipped one)"
     pii.add_argument("--model", metavar="DIR", default=SHIPPED, help=help)
 
     # The flag that all measurements share.
-    for measurement in (kernels, model, data, pii, embed, search, tasks, speedrun):
+    for measurement in (kernels, model, data, corpus, pii, embed, search, tasks, speedrun):
         help = "the JSON file to write (default: one in results/, named after the device)"
         measurement.add_argument("--out", metavar="FILE", help=help)
     pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
@@ -83,6 +87,10 @@ def run(arguments):
         from bench.data_speed import bench_data
 
         bench_data(arguments.out)
+    elif arguments.what == "corpus":
+        from bench.corpus_speed import bench_corpus
+
+        bench_corpus(arguments.out, arguments.gigabytes)
     elif arguments.what == "pii":
         from bench.pii_real import bench_pii
 

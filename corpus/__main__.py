@@ -8,7 +8,7 @@ import time
 
 from common.command_line import CommandLine, run_command
 from corpus.build import prepare
-from corpus.jobs import EXECUTORS
+from corpus.jobs import EXECUTORS, TASKS
 from corpus.packages import fetch, read_packages
 from corpus.report import summary
 from corpus.sources import KINDS
@@ -47,11 +47,11 @@ def command_line():
     add("--near-dedup", action="store_true", help="leave out near duplicates, by MinHash")
     add("--validation", type=float, metavar="P", help="share held out (default: 0.05)")
 
-    # Who does the work. The files are the same whatever these say.
+    # Who does the work. The documents and tokens are the same whatever these say.
     add("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     who = "share the work among tasks, and run them here, on a Ray or on a Slurm cluster"
     add("--executor", choices=EXECUTORS, help=who)
-    add("--tasks", type=int, metavar="N", help="how many tasks (default: one for each core)")
+    add("--tasks", type=int, metavar="N", help=f"how many tasks (default: {TASKS})")
     return parser
 
 

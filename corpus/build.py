@@ -3,13 +3,12 @@
     sources -> distinct documents -> chunks -> tokens, on all cores -> parts -> meta.json
 
 A part ends where `part_bytes` of distinct documents have been read, so it depends on the sources
-and the arguments alone. That makes a corpus
+and the arguments alone. That makes a corpus restartable: stopped at any moment, the same command
+goes on. It reads the documents of finished parts, but does not tokenize them again. Each part keeps
+a digest of its documents, which shows if the sources have changed since. A corpus is complete once
+meta.json exists.
 
-restartable: stopped at any moment, the same command goes on. It reads the documents of finished
-parts, but does not tokenize them again. Each part keeps a digest of its documents, which shows if
-the sources have changed since. A corpus is complete once meta.json exists.
-
-Many machines make the same documents, tokens and split by `pipeline.py`.
+With an executor, many tasks do the same (jobs.py, pipeline.py, executors.py).
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from corpus.clean import NEAR_DUPLICATES, NearDuplicates, check_rensa
 from corpus.documents import Contents, documents, text_of
 from corpus.encode import Encoder, chunks_of, encode_in_order
 from corpus.git_history import read_commits
-from corpus.jobs import MOST_TASKS, check_packages, has_jobs, remove_jobs, run_jobs
+from corpus.jobs import MOST_TASKS, TASKS, check_packages, has_jobs, remove_jobs, run_jobs
 from corpus.languages import LANGUAGE_OF
 from corpus.records import RECORDS
 from corpus.sources import TABLES, readers
@@ -74,7 +73,7 @@ def prepare(
     clean=False,  # leave out what StarCoder's basic filters do
     near_dedup=False,  # leave out near duplicates
     executor=None,  # "local", "ray" or "slurm": who runs the tasks of pipeline.py; None: nobody
-    tasks=None,  # that share the sources; None: one for each core
+    tasks=None,  # that share the sources; None: TASKS
     part_bytes=PART_BYTES,  # of text in a part
 ):
     """Makes a corpus directory, and returns its meta.json.
@@ -93,7 +92,7 @@ def prepare(
     if near_dedup:
         check_rensa()
     if executor:
-        tasks = tasks or os.cpu_count()
+        tasks = tasks or TASKS
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_pretrained(tokenizer)
     learned = tokenizer.sha256 if tokenizer else vocab_size

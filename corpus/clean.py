@@ -77,9 +77,10 @@ def signature_of(text):
     import rensa  # here, as nothing else needs it
 
     words = re.findall(r"\w+", text)
-    starts = range(max(1, len(words) - 4))  # a text under five words is one sequence
+    fives = zip(words, words[1:], words[2:], words[3:], words[4:])
+    sequences = [" ".join(five) for five in fives] or [" ".join(words)]  # under five are one
     minhash = rensa.RMinHash(num_perm=PERMUTATIONS, seed=0)
-    minhash.update([" ".join(words[start : start + 5]) for start in starts])
+    minhash.update(sequences)
 
     # The hashes of a band become one number (multiply and add, modulo 2^64, without the low bits).
     hashes = np.array(minhash.digest(), np.uint64).reshape(BANDS, -1)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -89,10 +90,17 @@ class Noting:
         finally:
             note["seconds"] = round(time.perf_counter() - begin, 2)
             note["cpu_seconds"] = round(time.process_time() - busy, 2)
-            # Of this process since it began; Linux counts in KB.
-            note["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            note["peak_memory"] = peak_memory()
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_whole(path, json.dumps(note))
+
+
+def peak_memory():
+    """The most bytes that this process has held so far."""
+    # Not getrusage's, which begins with what the parent of a new process holds.
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", f.read())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class OneTask(Noting, LocalPipelineExecutor):

@@ -24,6 +24,7 @@ from corpus.sources import readers
 from corpus.store import SPLITS, part_file
 
 EXECUTORS = ("local", "ray", "slurm")
+TASKS = 16
 MOST_TASKS = 1000  # Slurm allows no more in an array, unless it is told
 
 
