@@ -41,10 +41,12 @@ def program_name():
     return f"python -m {os.path.basename(directory)}" if name == "__main__.py" else name
 
 
-def first_line(error):
-    """The first line of an error's message, or its type if it has none."""
+def first_line(error, longest=100):
+    """The first line of an error's message, or its type if it has none; cut after so many
+    characters.
+    """
     message = str(error).strip() or type(error).__name__
-    return message.splitlines()[0][:100]
+    return message.splitlines()[0][:longest]
 
 
 def speed_of(texts, seconds):

@@ -34,6 +34,7 @@ POLL_SECONDS = 0.5  # how often the folder of a job is looked at,
 LOOK_SECONDS = 10.0  # and how often whether it still runs
 LATE_SECONDS = 5.0  # how late a shared folder may be
 RAY_ATTEMPTS = 3  # of a task whose process or node died
+LONGEST_ERROR = 1000  # characters of a task's error, which may begin with long paths
 GOES_ON = "the same command goes on from here"
 
 
@@ -85,7 +86,7 @@ class Noting:
         try:
             return super()._run_for_rank(rank, *arguments, **options)
         except Exception as error:
-            note["error"] = first_line(error)
+            note["error"] = first_line(error, LONGEST_ERROR)
             raise
         finally:
             note["seconds"] = round(time.perf_counter() - begin, 2)

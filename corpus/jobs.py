@@ -66,6 +66,7 @@ def run_jobs(out, recipe, dtype, executor, workers):
     files = os.path.join(folder, "files")
     os.makedirs(files, exist_ok=True)
     sources = [source for path in recipe.sources for source in readers(path, recipe.commits)]
+    sources = as_begun(sources, os.path.join(folder, "sources.json"))
     jobs = [
         Job(name, tasks, steps, os.path.join(folder, name))
         for name, (tasks, steps) in pipelines(sources, out, files, recipe, dtype).items()
@@ -75,6 +76,25 @@ def run_jobs(out, recipe, dtype, executor, workers):
     notes = {job.name: [job.note(task) for task in range(job.tasks)] for job in jobs}
     write_whole(os.path.join(out, "jobs.json"), json.dumps(notes, indent=1))
     return number_parts(out, os.path.join(files, "parts"), recipe.tasks)
+
+
+def as_begun(sources, path):
+    """The sources (`Source`), with the sizes that they had when their jobs were begun.
+
+    The sizes decide which task reads what, and may have changed: a damaged file was fetched again.
+    path: a file that keeps them. Raises ValueError if the sources are others.
+    """
+    if not os.path.exists(path):
+        write_whole(path, json.dumps([(source.name, source.size) for source in sources]))
+    begun = read_json(path, list)
+    names = [source.name for source in sources]
+    before = [name for name, _ in begun]
+    if names != before:
+        other = min({*names} ^ {*before}, default=names[0])  # or else it is their order
+        words = f"{other}: the sources have changed since this corpus was begun"
+        advice = "bring them back as they were, or begin anew in another directory"
+        raise ValueError(f"{words}; {advice}")
+    return [source._replace(size=size) for source, (_, size) in zip(sources, begun)]
 
 
 def number_parts(out, folder, tasks):

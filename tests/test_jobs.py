@@ -82,6 +82,18 @@ def test_slices_are_in_order_and_about_equal(sizes, tasks):
         assert sum(source.size for source in some) <= sum(sizes) / tasks + ends + 1
 
 
+def test_sources_keep_the_sizes_that_they_were_begun_with(tmp_path):
+    """A file that is fetched again is read by the same task; another file is refused."""
+    path = str(tmp_path / "sources.json")
+    begun = [Source(name, read_tar, size) for name, size in (("a.tar", 9), ("b.tar", 0))]
+    assert jobs.as_begun(begun, path) == begun
+    assert jobs.as_begun([begun[0], begun[1]._replace(size=7)], path) == begun
+    more = [*begun, Source("c.tar", read_tar, 3)]
+    for others, name in [(more, "c.tar"), (begun[:1], "b.tar"), (begun[::-1], "b.tar")]:
+        with pytest.raises(ValueError, match=f"^{name}: the sources have changed since"):
+            jobs.as_begun(others, path)
+
+
 # ---- the numbers of the parts --------------------------------------------------------------------
 
 
