@@ -33,7 +33,7 @@ def ray_cluster():
 def embedded(tmp_path_factory, small_corpus):
     """(options of `prepare`, a corpus that one machine has made with them)."""
     sources = corpus_runs.write_sources(tmp_path_factory.mktemp("sources") / "all")
-    options = {"sources": sources, "tokenizer": small_corpus, "workers": 2, "commits": True}
+    options = {"sources": sources, "tokenizer": small_corpus, "commits": True}
     options |= {"clean": True, "near_dedup": True, "part_bytes": 20_000}
     out = str(tmp_path_factory.mktemp("embedded") / "out")
     meta = corpus.prepare(out=out, **options)

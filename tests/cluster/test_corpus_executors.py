@@ -190,7 +190,7 @@ def test_a_damaged_source_of_one_task_is_named(request, tmp_path, small_corpus, 
     ]
     whole = {path: open(path, "rb").read() for path in sources}
     os.truncate(sources[2], len(whole[sources[2]]) // 5)
-    options = {"sources": sources, "tokenizer": small_corpus, "workers": 2, "tasks": 3}
+    options = {"sources": sources, "tokenizer": small_corpus, "tasks": 3}
     options |= {"executor": executor, "out": str(tmp_path / "out")}
     ended = run(options, environment)
     assert ended.status == 2 and "hashes, task " in ended.said
@@ -218,7 +218,7 @@ def test_sources_that_changed_between_two_starts_are_noticed(
     pattern = f"file://{folder}/*.jsonl"
     before = {path: path.read_bytes() for path in folder.iterdir()}
     out = str(tmp_path / "out")
-    options = {"sources": [pattern], "tokenizer": small_corpus, "workers": 1, "tasks": 3}
+    options = {"sources": [pattern], "tokenizer": small_corpus, "tasks": 3}
     options |= {"executor": "local", "out": out}
     begun = corpus_runs.start(options, environment)
     assert corpus_runs.wait_until(lambda: corpus_runs.done(out) >= 3, begun)
