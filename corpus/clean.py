@@ -50,7 +50,7 @@ class NearDuplicates:
     that read in parallel can find the same by sorting them (pipeline.py). Of documents that share
     s of their sequences, 1 - (1 - s^10)^25 are found: 2 % at 0.5, 51 % at 0.7, 94 % at 0.8.
 
-    Takes about 1.8 KB of memory for each document. Raises ValueError if the rensa package is
+    Takes about 2 KB of memory for each document. Raises ValueError if the rensa package is
     missing.
     """
 

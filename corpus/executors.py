@@ -9,6 +9,7 @@ References: datatrove's LocalPipelineExecutor and SlurmPipelineExecutor; sbatch(
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -267,57 +268,56 @@ def run_on_slurm(jobs, workers, folder):
 
     Stopped while it waits, the jobs go on, and the same command waits for them again.
     """
-    path = os.path.join(folder, "slurm.json")  # {name of a job: its number in Slurm}
-    numbers = read_json(path) if os.path.exists(path) else {}
-    if not in_queue(numbers.values()):
-        numbers = submit(jobs)
-        write_whole(path, json.dumps(numbers))
+    # Slurm itself knows them by these names, whatever becomes of this process.
+    names = {job.name: slurm_name(job) for job in jobs}
+    if not in_queue(names.values()):
+        submit([job for job in jobs if job.missing()], names)
+    words = "it ended without a word: killed, or out of time"
+    cancel = ["scancel", "--name", ",".join(names.values())]
     try:
         for job in jobs:
-            words = "it ended without a word: killed, or out of time"
-            wait_for(job, functools.partial(in_queue, [numbers.get(job.name)]), words)
+            wait_for(job, functools.partial(in_queue, [names[job.name]]), words)
     except ValueError:
         # The jobs after one that failed would wait for ever.
-        subprocess.run(["scancel", *numbers.values()], capture_output=True)
+        subprocess.run(cancel, capture_output=True)
         raise
     except KeyboardInterrupt:
-        words = "the jobs go on; the same command waits for them again, and this ends them: scancel"
-        print(f"\n{words} {' '.join(numbers.values())}", file=sys.stderr)
+        words = "the jobs go on; the same command waits for them again, and this ends them:"
+        print(f"\n{words} {' '.join(cancel)}", file=sys.stderr)
         raise
 
 
-def submit(jobs):
-    """Submits the jobs that are not done. Returns {name: number in Slurm}."""
-    arrays = {}
-    before = None
+def slurm_name(job):
+    """The name of a job in Slurm, which no job of another corpus has."""
+    return f"corpus-{job.name}-{hashlib.sha256(job.folder.encode()).hexdigest()[:8]}"
+
+
+def submit(jobs, names):
+    """Submits jobs. names: {name of a job: its name in Slurm}. Raises ValueError if it fails."""
+    array = None
     binaries = os.path.dirname(sys.executable)
     for job in jobs:
-        if not job.missing():
-            continue
-        before = arrays[job.name] = SlurmArray(
+        array = SlurmArray(
             job.steps,
             job.tasks,
             time=None,
             partition=None,
-            job_name=f"corpus-{job.name}",
-            qos=None,
+            job_name=names[job.name],
             env_command=f'export PATH="{binaries}:$PATH" PYTHONPATH="{ROOT}"',
             logging_dir=job.folder,
-            depends=before,
-            randomize_start_duration=0,
+            depends=array,
         )
-    if before is not None:
-        with tempfile.TemporaryFile("w+") as said:
-            try:
-                with stderr_to(said):
-                    before.launch_job()  # and first those that it depends on
-            except (subprocess.CalledProcessError, OSError):
-                said.seek(0)
-                lines = said.read().strip().splitlines() or ["sbatch failed"]
-                submitted = [array.job_id for array in arrays.values() if array.job_id]
-                subprocess.run(["scancel", *submitted], capture_output=True)
-                raise ValueError(f"--executor slurm: {lines[-1]}") from None
-    return {name: array.job_id for name, array in arrays.items()}
+    if array is None:  # all is done
+        return
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            with stderr_to(said):
+                array.launch_job()  # and before it those that it depends on
+        except (subprocess.CalledProcessError, OSError):
+            subprocess.run(["scancel", "--name", ",".join(names.values())], capture_output=True)
+            said.seek(0)
+            lines = said.read().strip().splitlines() or ["sbatch failed"]
+            raise ValueError(f"--executor slurm: {lines[-1]}") from None
 
 
 @contextlib.contextmanager
@@ -333,13 +333,8 @@ def stderr_to(file):
         os.close(before)
 
 
-def in_queue(numbers):
-    """True if one of these jobs of Slurm waits or runs, or if Slurm does not answer."""
-    numbers = [number for number in numbers if number]  # None: it was done before
-    if not numbers:
-        return False
-    command = ["squeue", "--noheader", "--jobs", ",".join(numbers), "--format", "%i"]
+def in_queue(names):
+    """True if a job of one of these names waits or runs, or if Slurm does not answer."""
+    command = ["squeue", "--noheader", "--me", "--name", ",".join(names), "--format", "%i"]
     answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode:
-        return "Invalid job id" not in answer.stderr
-    return bool(answer.stdout.strip())
+    return answer.returncode != 0 or bool(answer.stdout.strip())
