@@ -328,18 +328,17 @@ def test_a_queue_that_refuses(request, tmp_path, embedded):
 
 
 def test_a_driver_that_is_interrupted_finds_its_jobs_again(request, tmp_path, embedded, here):
-    """Ctrl-C: the jobs go on, and the same command waits for them and submits none twice."""
+    """Ctrl-C: the six jobs go on, and the same command waits for them and submits none twice."""
     options, _ = embedded
     environment = environment_of(request, "slurm")
     slurm = request.getfixturevalue("slurm")
     out = str(tmp_path / "out")
     right = options | {"out": out, "executor": "slurm", "tasks": 3}
     before = submitted(slurm)
-    numbers = os.path.join(out, "jobs", "slurm.json")
     for moment in (0, 4):
 
         def is_now(moment=moment):
-            return os.path.exists(numbers) and corpus_runs.done(out) >= moment
+            return submitted(slurm) - before == 6 and corpus_runs.done(out) >= moment
 
         process = corpus_runs.start(right, environment)
         assert corpus_runs.wait_until(is_now, process)
@@ -348,7 +347,7 @@ def test_a_driver_that_is_interrupted_finds_its_jobs_again(request, tmp_path, em
         assert ended.status == 130 and "the same command waits for them again" in ended.said
     again = run(right, environment)
     assert again.status == 0
-    assert submitted(slurm) - before == 6  # one for each job
+    assert submitted(slurm) - before == 6
     assert files_of(out) == files_of(here(3))
 
 
