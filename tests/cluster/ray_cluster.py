@@ -66,10 +66,13 @@ class RayCluster(contextlib.AbstractContextManager):
     def count(self):
         """How many nodes are alive; 0 if the head does not answer."""
         words = [sys.executable, "-c", COUNT, self.address]
-        result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        try:
+            result = subprocess.run(words, capture_output=True, text=True, timeout=20)
+        except subprocess.TimeoutExpired:
+            return 0
         return int(result.stdout) if result.returncode == 0 else 0
 
-    def wait_for_nodes(self, number, seconds=60):
+    def wait_for_nodes(self, number, seconds=120):
         """Waits until so many nodes are alive. A dead one counts until Ray has noticed."""
         wait_for(lambda: self.count() == number, f"{number} nodes of Ray", seconds, self.logs)
 
