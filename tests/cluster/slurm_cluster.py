@@ -181,13 +181,22 @@ class SlurmCluster(contextlib.AbstractContextManager):
 
     def bring_back(self, name):
         """Starts a node that was killed, and waits until it takes jobs."""
+        before = self._describe_node(name, "SlurmdStartTime")
         self._start_node(name)
-        self.wait_for(lambda: self.node_state(name) in ("IDLE", "MIXED", "ALLOCATED"), f"{name} up")
+
+        def is_back():
+            known = self._describe_node(name, "SlurmdStartTime") != before
+            return known and self.node_state(name) in ("IDLE", "MIXED", "ALLOCATED")
+
+        self.wait_for(is_back, f"{name} is back")
         self.note(f"{name} is back")
 
     def node_state(self, name):
         """IDLE, ALLOCATED, DOWN, IDLE*, ALLOCATED+COMPLETING, ..., as Slurm sees the node."""
-        return field(self.command("scontrol", "--oneliner", "show", "node", name), "State")
+        return self._describe_node(name, "State")
+
+    def _describe_node(self, name, what):
+        return field(self.command("scontrol", "--oneliner", "show", "node", name), what)
 
     def all_idle(self):
         try:
@@ -213,19 +222,19 @@ class SlurmCluster(contextlib.AbstractContextManager):
         return job
 
     def output(self, job):
-        """What a job has printed so far, all of its starts."""
-        try:
-            with open(os.path.join(self.directory, "jobs", f"{job}.out"), errors="replace") as f:
-                return f.read()
-        except FileNotFoundError:
+        """What a job has printed so far, as a terminal would show it."""
+        path = os.path.join(self.directory, "jobs", f"{job}.out")
+        if not os.path.exists(path):
             return ""
+        with open(path, errors="replace", newline="") as f:
+            return re.sub(r"[^\n]*\r", "", f.read())  # a progress bar writes over itself
 
     def state(self, job):
         """PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, NODE_FAIL, ... Notes what has changed.
 
         job: a number, or the task of an array, as in 7_2.
         """
-        text = self._description(job)
+        text = self._describe_job(job)
         state = field(text, "JobState")
         seen = f"{state}, {field(text, 'Reason')}, restarts {field(text, 'Restarts')}"
         if self.seen.get(job) != seen:
@@ -235,11 +244,11 @@ class SlurmCluster(contextlib.AbstractContextManager):
 
     def restarts(self, job):
         """How often a job was queued again."""
-        return int(field(self._description(job), "Restarts"))
+        return int(field(self._describe_job(job), "Restarts"))
 
     def exit_status(self, job):
         """The exit status of a job's script."""
-        return int(field(self._description(job), "ExitCode").split(":")[0])
+        return int(field(self._describe_job(job), "ExitCode").split(":")[0])
 
     def signal(self, job, name):
         """Sends a signal to all steps of a job, as `#SBATCH --signal=NAME@SECONDS` does."""
@@ -251,7 +260,7 @@ class SlurmCluster(contextlib.AbstractContextManager):
         wanted = " or ".join(states)
         self.wait_for(lambda: self.state(job) in states, f"job {job} {wanted}", seconds, job)
 
-    def _description(self, job):
+    def _describe_job(self, job):
         return self.command("scontrol", "--oneliner", "show", "job", job)
 
     # ---- what happened ---------------------------------------------------------------------------
@@ -263,7 +272,9 @@ class SlurmCluster(contextlib.AbstractContextManager):
         """
 
         def why():
-            return self.logs() + (f"---- job {job}\n{self.output(job)}" if job else "")
+            if job is None:
+                return self.logs()
+            return self.logs("slurmctld.log") + f"---- job {job}\n{self.output(job)}"
 
         wait_for(happened, words, seconds, why)
 
@@ -275,11 +286,14 @@ class SlurmCluster(contextlib.AbstractContextManager):
             with open(os.environ[TRANSCRIPT], "a") as f:
                 f.write(line + "\n")
 
-    def logs(self, lines=30):
-        """The last lines of each daemon's log."""
-        parts = []
+    def logs(self, *names, lines=30):
+        """The last lines of these files of Slurm's and munge's, or of all: slurmctld.log, n1.log...
+
+        ...and what the daemons printed before they had a log: n1.out, ...
+        """
         directory = os.path.join(self.directory, "logs")
-        for name in sorted(os.listdir(directory)):
+        parts = []
+        for name in names or sorted(os.listdir(directory)):
             with open(os.path.join(directory, name), errors="replace") as f:
                 parts.append(f"---- {name}\n" + "".join(f.readlines()[-lines:]))
         return "".join(parts)

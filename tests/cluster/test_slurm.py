@@ -11,18 +11,6 @@ def test_a_job_runs_on_both_nodes(slurm):
     assert sorted(slurm.output(job).split()) == ["n1", "n2"]
 
 
-def test_a_job_outlives_its_node(slurm):
-    """It is queued again, and runs once the node is back."""
-    job = slurm.submit("#!/bin/bash\necho begins\nsleep 8\necho ends\n", "--nodes=2", "--requeue")
-    slurm.wait_for_state(job, "RUNNING")
-    slurm.wait_for(lambda: "begins" in slurm.output(job), "its first line")
-    slurm.kill_node("n1")
-    slurm.wait_for_state(job, "PENDING")
-    slurm.bring_back("n1")
-    slurm.wait_for_state(job, "COMPLETED")
-    assert slurm.restarts(job) == 1 and slurm.output(job).split()[-1] == "ends"
-
-
 def test_an_exit_status_is_the_jobs(slurm):
     job = slurm.submit("#!/bin/bash\nexit 3\n")
     slurm.wait_for_state(job, "FAILED")
