@@ -273,17 +273,15 @@ def run_on_slurm(jobs, workers, folder):
     if not in_queue(names.values()):
         submit([job for job in jobs if job.missing()], names)
     words = "it ended without a word: killed, or out of time"
-    cancel = ["scancel", "--name", ",".join(names.values())]
     try:
         for job in jobs:
             wait_for(job, functools.partial(in_queue, [names[job.name]]), words)
     except ValueError:
-        # The jobs after one that failed would wait for ever.
-        subprocess.run(cancel, capture_output=True)
+        cancel(names.values())  # the jobs after one that failed would wait for ever
         raise
     except KeyboardInterrupt:
         words = "the jobs go on; the same command waits for them again, and this ends them:"
-        print(f"\n{words} {' '.join(cancel)}", file=sys.stderr)
+        print(f"\n{words} scancel {' '.join(in_queue(names.values()))}", file=sys.stderr)
         raise
 
 
@@ -314,7 +312,7 @@ def submit(jobs, names):
             with stderr_to(said):
                 array.launch_job()  # and before it those that it depends on
         except (subprocess.CalledProcessError, OSError):
-            subprocess.run(["scancel", "--name", ",".join(names.values())], capture_output=True)
+            cancel(names.values())
             said.seek(0)
             lines = said.read().strip().splitlines() or ["sbatch failed"]
             raise ValueError(f"--executor slurm: {lines[-1]}") from None
@@ -334,7 +332,16 @@ def stderr_to(file):
 
 
 def in_queue(names):
-    """True if a job of one of these names waits or runs, or if Slurm does not answer."""
-    command = ["squeue", "--noheader", "--me", "--name", ",".join(names), "--format", "%i"]
+    """The numbers of the jobs of Slurm with one of these names that wait or run.
+
+    If Slurm does not answer, "?": they may.
+    """
+    command = ["squeue", "--noheader", "--me", "--name", ",".join(names), "--format", "%F"]
     answer = subprocess.run(command, capture_output=True, text=True)
-    return answer.returncode != 0 or bool(answer.stdout.strip())
+    return ["?"] if answer.returncode else sorted({*answer.stdout.split()}, key=int)
+
+
+def cancel(names):
+    """Ends the jobs of Slurm with one of these names."""
+    for name in names:  # unlike squeue, scancel takes no list of them
+        subprocess.run(["scancel", "--me", "--name", name], capture_output=True)

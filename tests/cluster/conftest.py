@@ -1,5 +1,7 @@
 """The clusters, started once for all tests that ask for them."""
 
+import os
+
 import pytest
 
 import corpus
@@ -42,3 +44,19 @@ def embedded(tmp_path_factory, small_corpus):
     assert {"python", "c", "rust", "git-commits"} <= meta["languages"].keys()
     assert {"exact duplicate", "near duplicate", "empty", "not UTF-8"} <= meta["skipped"].keys()
     return options, out
+
+
+@pytest.fixture(scope="session")
+def here(embedded):
+    """A function that makes this corpus with so many tasks on this machine, once each."""
+    options, expected = embedded
+    made = {}
+
+    def make(tasks):
+        if tasks not in made:
+            made[tasks] = f"{expected}-{tasks}"
+            named = {"out": made[tasks], "executor": "local", "tasks": tasks}
+            assert corpus_runs.run(options | named, dict(os.environ)).status == 0
+        return made[tasks]
+
+    return make

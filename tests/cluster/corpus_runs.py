@@ -268,3 +268,23 @@ def wait_until(happened, process, seconds=120):
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.02)
     return False
+
+
+def wait_for_end(processes, seconds=20):
+    """Waits until these processes ({pid: command line}) have ended. AssertionError if they do not.
+
+    Those who lose their parent should notice.
+    """
+    deadline = time.monotonic() + seconds
+    while left := {pid: words for pid, words in processes.items() if command_of(pid) == words}:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+
+
+def command_of(pid):
+    """The command line of a process; None if it has ended."""
+    try:
+        with open(f"/proc/{pid}/cmdline") as f:
+            return f.read().replace("\0", " ")
+    except OSError:
+        return None

@@ -6,6 +6,7 @@ What happens to them is in test_corpus_kills.py.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections import Counter
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus
-from cluster import corpus_runs
+from cluster import corpus_runs, ray_cluster
 from cluster.corpus_runs import (
     EXECUTORS,
     INSTALL,
@@ -32,22 +33,6 @@ from corpus.sources import readers
 from corpus.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-
-
-@pytest.fixture(scope="module")
-def here(embedded):
-    """A function that makes the corpus with so many tasks on this machine, once each."""
-    options, expected = embedded
-    made = {}
-
-    def make(tasks):
-        if tasks not in made:
-            made[tasks] = f"{expected}-{tasks}"
-            named = {"out": made[tasks], "executor": "local", "tasks": tasks}
-            assert run(options | named, dict(os.environ)).status == 0
-        return made[tasks]
-
-    return make
 
 
 # ---- the same corpus -----------------------------------------------------------------------------
@@ -158,7 +143,7 @@ def test_no_slurm_no_ray_and_other_arguments(request, tmp_path, embedded, here):
     os.kill(begun.pid, signal.SIGKILL)
     corpus_runs.ended(begun)
 
-    nowhere = environment | {"PATH": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:1"}
+    nowhere = {"slurm": {"PATH": str(tmp_path)}, "ray": {"RAY_ADDRESS": "127.0.0.1:1"}}
     for wrong, words in [
         ({"executor": "slurm"}, "--executor slurm: no sbatch here"),
         ({"executor": "ray"}, "--executor ray: no Ray cluster"),
@@ -169,7 +154,7 @@ def test_no_slurm_no_ray_and_other_arguments(request, tmp_path, embedded, here):
         ({"limit_per_language": 3}, "--limit-per-language: not with --executor"),
     ]:
         before = files_of(out, but={".lock"})
-        ended = run(right | wrong, nowhere)
+        ended = run(right | wrong, environment | nowhere.get(wrong.get("executor"), {}))
         assert ended.status == 2 and words in ended.said
         after = files_of(out, but={".lock"})
         log = os.path.join("jobs", "console.log")
@@ -295,6 +280,32 @@ def test_a_second_run_in_one_directory(request, tmp_path, embedded, here):
     assert files_of(out) == files_of(here(3))
 
 
+# ---- Ray -----------------------------------------------------------------------------------------
+
+
+def test_a_ray_head_that_goes_away(tmp_path, embedded, here):
+    """Ray itself waits a minute for it. Then one line, and another executor goes on."""
+    options, _ = embedded
+    pytest.importorskip("datatrove", reason=INSTALL)
+    missing = ray_cluster.what_is_missing()
+    if missing:
+        pytest.skip(missing)
+    out = str(tmp_path / "out")
+    right = options | {"out": out, "executor": "ray", "tasks": 3}
+    with ray_cluster.RayCluster(number_of_nodes=1) as cluster:
+        driver = corpus_runs.start(right, os.environ | {"RAY_ADDRESS": cluster.address})
+        assert corpus_runs.wait_until(lambda: corpus_runs.done(out) >= 2, driver)
+        before = corpus_runs.done(out)
+        children = corpus_runs.descendants(driver.pid)
+        cluster.kill_head()
+        ended = corpus_runs.ended(driver)
+        assert ended.status == 2 and "the Ray cluster is gone" in ended.said
+        corpus_runs.wait_for_end(children)
+    assert corpus_runs.done(out) >= before
+    assert run(right | {"executor": "local"}, dict(os.environ)).status == 0
+    assert files_of(out) == files_of(here(3))
+
+
 # ---- Slurm ---------------------------------------------------------------------------------------
 
 
@@ -317,18 +328,17 @@ def test_a_queue_that_refuses(request, tmp_path, embedded):
 
 
 def test_a_driver_that_is_interrupted_finds_its_jobs_again(request, tmp_path, embedded, here):
-    """Ctrl-C: the jobs go on, and the same command waits for them and submits none twice."""
+    """Ctrl-C: the six jobs go on, and the same command waits for them and submits none twice."""
     options, _ = embedded
     environment = environment_of(request, "slurm")
     slurm = request.getfixturevalue("slurm")
     out = str(tmp_path / "out")
     right = options | {"out": out, "executor": "slurm", "tasks": 3}
     before = submitted(slurm)
-    numbers = os.path.join(out, "jobs", "slurm.json")
     for moment in (0, 4):
 
         def is_now(moment=moment):
-            return os.path.exists(numbers) and corpus_runs.done(out) >= moment
+            return submitted(slurm) - before == 6 and corpus_runs.done(out) >= moment
 
         process = corpus_runs.start(right, environment)
         assert corpus_runs.wait_until(is_now, process)
@@ -337,6 +347,41 @@ def test_a_driver_that_is_interrupted_finds_its_jobs_again(request, tmp_path, em
         assert ended.status == 130 and "the same command waits for them again" in ended.said
     again = run(right, environment)
     assert again.status == 0
+    assert submitted(slurm) - before == 6
+    assert files_of(out) == files_of(here(3))
+
+
+SLOW_SBATCH = """#!/bin/sh
+{sbatch} "$@"
+touch {submitted}
+sleep 60
+"""
+
+
+def test_a_driver_that_dies_while_it_submits(request, tmp_path, embedded, here):
+    """What it has submitted is neither submitted twice nor in the way."""
+    options, _ = embedded
+    environment = environment_of(request, "slurm")
+    slurm = request.getfixturevalue("slurm")
+    out = str(tmp_path / "out")
+    right = options | {"out": out, "executor": "slurm", "tasks": 3}
+    before = submitted(slurm)
+    is_submitted = tmp_path / "submitted"
+    wrapper = tmp_path / "bin" / "sbatch"
+    wrapper.parent.mkdir()
+    wrapper.write_text(SLOW_SBATCH.format(sbatch=shutil.which("sbatch"), submitted=is_submitted))
+    wrapper.chmod(0o755)
+    path = f"{wrapper.parent}:{environment['PATH']}"
+    driver = corpus_runs.start(right, environment | {"PATH": path})
+    assert corpus_runs.wait_until(is_submitted.exists, driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    for _ in range(3):  # once to notice, and once more
+        ended = run(right, environment)
+        if ended.status == 0:
+            break
+        assert ended.status == 2
+    assert ended.status == 0, ended
     assert submitted(slurm) - before == 6  # one for each job
     assert files_of(out) == files_of(here(3))
 
