@@ -421,8 +421,9 @@ def test_a_signal_stops_the_benchmark(encoder, data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(encoder, data, tmp_path):
-    flags = "--steps 40 --eval-every 10 --learning-rate 0.005 --dtype float32 --device cpu".split()
-    words = ["-m", "finetune", f"{data}/code.jsonl", "--encoder", encoder, *flags, "--out"]
+    flags = "--steps 40 --eval-every 10 --batch-size 16 --learning-rate 0.005 --dtype float32"
+    words = ["-m", "finetune", f"{data}/code.jsonl", "--encoder", encoder, *flags.split()]
+    words += ["--device", "cpu", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(out):
