@@ -226,9 +226,10 @@ def describe(config):
     hours = outcome.seconds / 3600
     work = config.steps * outcome.mean_step
     restarts = outcome.failures * config.restart_seconds
+    share = 1 - work / outcome.seconds
     lines = [
         f"{config.ranks} ranks, {config.steps:,} steps, a failure every {mtbf / 3600:,.1f} hours",
-        f"  the whole run   {hours:,.2f} hours, {1 - work / outcome.seconds:.2%} of it saves and failures",
+        f"  the whole run   {hours:,.2f} hours, {share:.2%} of it saves and failures",
         f"  step            {outcome.mean_step:.4f} s; ranks wait for the slowest {waiting:.1%} "
         "of their time",
         f"  saves           {outcome.saves:,}, {outcome.saves * config.save_seconds:,.0f} s in all",
