@@ -13,13 +13,16 @@ by the same command. Nothing that a prediction uses comes from the runs that it 
     a save             from the runs of one rank
     kills              from the same distribution, but other draws
 
-A step's time is the time between two lines of metrics.jsonl. In each round all of this is measured
-once, since only figures of the same minute can be compared on a machine that others use, too.
+A step's time is the time between two lines of metrics.jsonl. The runs that are measured take turns
+of about a second and are stopped (SIGSTOP) meanwhile, since a machine that others use changes its
+speed. It must be quiet nevertheless: beside others' work four ranks get more of it than two do.
 """
 
 import argparse
 import contextlib
+import itertools
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -42,135 +45,142 @@ CORES = 2
 WORLD_SIZES = (2, 4)
 SHARE = 16  # pairs of a rank in a step
 SAVE_EVERY = 20  # steps
-STEPS = 2 * SAVE_EVERY + 5  # of a run that is measured
-WARM_UP = 3  # steps after a start that do not count
+TURNS = 6  # of each run in a round
+STEPS = 8  # of a turn
+WARM_UP = 2  # steps at the beginning of a turn that do not count
 DRAWS = 20_000  # simulated steps
 FLAGS = (
     "--device cpu --dtype float32 --hidden-size 128 --num-hidden-layers 2 --num-attention-heads 4 "
     "--intermediate-size 512 --max-length 128 --hidden-dropout-prob 0 "
     "--attention-probs-dropout-prob 0 --warmup-steps 20 --eval-examples 2 --log-every 1 "
-    f"--timeout 60 --workers 0 --eval-every 100000 --steps 100000 --save-every {SAVE_EVERY}"
+    f"--timeout 600 --workers 0 --eval-every 100000 --steps 100000 --save-every {SAVE_EVERY}"
 )
 
 
 # ---- real runs -----------------------------------------------------------------------------------
 
 
-class Lines:
-    """The lines of a run's metrics.jsonl, one for each step, as they appear after a start.
+class RealRun:
+    """The processes of a run, and the lines of its metrics.jsonl as they appear, one a step.
 
-    To be made before the start, which replaces the file by one without the steps that are lost.
+    Starts them in a new directory `out`, or again in that of a run that was killed. share: pairs of
+    a rank. To be closed, which kills them.
     """
 
-    def __init__(self, out):
+    def __init__(self, data, out, world_size=1, share=SHARE):
         self.path = os.path.join(out, "metrics.jsonl")
-        self.before = self._inode()
+        self.log = f"{out}.log"
+        self.before = self._inode()  # a start replaces the file, without the steps that are lost
         self.file = None
-        self.first = 0  # steps done before the start
-        self.moments = []  # when each later step was done
+        self.done = 0  # steps
+        self.moments = []  # when the newest of them were done
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        words = f"{FLAGS} --batch-size {world_size * share} --micro-batch-size {share}".split()
+        command = [sys.executable, "train.py", *words, "--data", data, "--out", out]
+        common = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        common |= {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+        self.processes = []
+        with open(self.log, "w") as log:
+            for rank in map(str, range(world_size)):
+                env = common | {"RANK": rank, "LOCAL_RANK": rank}
+                process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+                self.processes.append(process)
 
     def _inode(self):
         with contextlib.suppress(FileNotFoundError):
             return os.stat(self.path).st_ino
 
     def look(self):
-        """Notes the lines that are new."""
+        """Notes the lines that are new. Raises OSError if one of the processes has ended."""
+        if any(process.poll() is not None for process in self.processes):
+            with open(self.log) as f:
+                raise OSError(f"a rank ended: {f.read().strip()[-200:]}")
         if self.file is None:
             if self._inode() in (None, self.before):
                 return
             self.file = open(self.path, "rb")
-            self.first = self.file.read().count(b"\n")
+            self.done = self.file.read().count(b"\n")
+        self.note_lines()
+
+    def note_lines(self):
+        """Notes the lines that are new, in a file that is open."""
         count = self.file.read().count(b"\n")
         self.moments += [time.perf_counter()] * count
+        self.done += count
+
+    def send(self, number):
+        """Sends a signal to all of its processes."""
+        for process in self.processes:
+            process.send_signal(number)
+
+    def close(self):
+        """Kills the processes."""
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
 
     def step_times(self):
-        """Seconds of the steps after the warm-up: two arrays, without and with a save before."""
+        """Seconds of the steps since `moments` was cleared: those without and with a save."""
         times = np.diff(self.moments)[WARM_UP:]
-        steps = self.first + 2 + WARM_UP + np.arange(len(times))
-        saved = steps % SAVE_EVERY == 1
+        steps = self.done - len(times) + 1 + np.arange(len(times))
+        saved = steps % SAVE_EVERY == 1  # the step before was saved
         return times[~saved], times[saved]
 
 
-@contextlib.contextmanager
-def ranks_running(data, out, world_size=1, share=SHARE):
-    """The processes of a run, killed at the end. share: pairs of a rank. Yields its `Lines`."""
-    lines = Lines(out)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    words = f"{FLAGS} --batch-size {world_size * share} --micro-batch-size {share}".split()
-    command = [sys.executable, "train.py", *words, "--data", data, "--out", out]
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    common |= os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-    with open(f"{out}.log", "w") as log:
-        pipes = dict(stdout=log, stderr=log)
-        processes = [subprocess.Popen(command, env=common | rank, **pipes) for rank in ranks]
-    try:
-        yield lines
-        if any(process.poll() is not None for process in processes):
-            raise OSError(f"a rank of {world_size} ended early: {last_line(f'{out}.log')}")
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
-
-
-def last_line(path):
-    """The last line of a text file."""
-    with open(path) as f:
-        return f.read().strip().split("\n")[-1]
-
-
 def watch(runs, enough, patience=120):
-    """Notes the lines of runs until enough() is true. Raises OSError if nothing comes for long."""
+    """Notes the lines of runs until enough() is true. Raises OSError if that takes too long."""
     deadline = time.monotonic() + patience
     while not enough():
-        for lines in runs:
-            lines.look()
+        for run in runs:
+            run.look()
         if time.monotonic() > deadline:
             raise OSError(f"{runs[0].path}: not enough steps in {patience} s")
         time.sleep(0.002)
 
 
-def measured_alone(data, directory, share):
-    """Step times of one rank, and those with a save, while as many run as there are cores."""
-    outs = [tempfile.mkdtemp(dir=directory) for _ in range(CORES)]
-    with contextlib.ExitStack() as running:
-        runs = [
-            running.enter_context(ranks_running(data, os.path.join(out, "run"), share=share))
-            for out in outs
-        ]
-        watch(runs, lambda: all(len(lines.moments) >= STEPS for lines in runs))
-    times = [lines.step_times() for lines in runs]
-    return [np.concatenate(arrays) for arrays in zip(*times)]
+def take_turn(runs):
+    """Lets stopped runs go on for some steps. Returns step times without, and with a save."""
+    for run in runs:
+        run.look()
+        run.moments.clear()
+        run.send(signal.SIGCONT)
+    watch(runs, lambda: all(len(run.moments) > WARM_UP + STEPS for run in runs))
+    for run in runs:
+        run.send(signal.SIGSTOP)
+    return [np.concatenate(times) for times in zip(*(run.step_times() for run in runs))]
 
 
-def measured_together(data, directory, world_size, share):
-    """Step times of several ranks."""
-    out = os.path.join(tempfile.mkdtemp(dir=directory), "run")
-    with ranks_running(data, out, world_size, share) as lines:
-        watch([lines], lambda: len(lines.moments) >= STEPS)
-    return lines.step_times()[0]
+def started(data, directory, closing):
+    """The runs that are measured, stopped after their first steps: {(ranks, share): its runs}.
+
+    One rank: as many runs at once as there are cores. closing: an ExitStack that closes them.
+    """
+    groups = {}
+    kinds = list(itertools.product((1, *WORLD_SIZES), (1, SHARE)))
+    for world_size, share in tqdm(kinds, desc="starting", unit="run"):
+        runs = groups[world_size, share] = []
+        for _ in range(CORES if world_size == 1 else 1):
+            out = os.path.join(tempfile.mkdtemp(dir=directory), "run")
+            run = RealRun(data, out, world_size, share)
+            closing.callback(run.close)
+            runs.append(run)
+        take_turn(runs)
+    return groups
 
 
-class Life(NamedTuple):
-    """A run from a start to a kill."""
+def lost_to_a_kill(data, out, world_size, gap):
+    """Starts, or continues, the run in `out`, and kills it `gap` seconds after its first step.
 
-    times: np.ndarray  # seconds of its steps
-    lost: int  # steps that will be done twice
-
-
-def killed_after(data, out, world_size, gap):
-    """Starts, or continues, the run in `out`, and kills it `gap` seconds after its first step."""
-    with ranks_running(data, out, world_size) as lines:
-        watch([lines], lambda: lines.moments)
-        end = lines.moments[0] + gap
-        watch([lines], lambda: time.perf_counter() >= end)
-    lines.look()
-    saved = max(map(step_of, checkpoints(out)), default=0)
-    return Life(lines.step_times()[0], lines.first + len(lines.moments) - saved)
+    Returns the number of steps that will be done twice.
+    """
+    with contextlib.closing(RealRun(data, out, world_size)) as run:
+        watch([run], lambda: run.moments)
+        end = run.moments[0] + gap
+        watch([run], lambda: time.perf_counter() >= end)
+    run.note_lines()  # that it still wrote
+    return run.done - max(map(step_of, checkpoints(out)), default=0)
 
 
 # ---- predictions ---------------------------------------------------------------------------------
@@ -204,7 +214,9 @@ def predict(alone, with_save, alone_small, together_small, world_size, generator
     core = float(np.median(alone)) * world_size / CORES
     steps = slowest_core(alone, world_size, generator) + all_reduce
     step = float(np.median(steps))
-    save = max(float(np.median(with_save) - np.median(alone)), 0.0)
+    save = 0.0
+    if len(with_save):  # by chance, no turn may have met one
+        save = max(float(np.median(with_save) - np.median(alone)), 0.0)
 
     # Kills every ten steps on average. A kill in the first step after a start loses no whole step;
     # real kills come after it, so the simulated ones before it do not count.
@@ -227,53 +239,60 @@ def kill_moments(rounds, kills, generator):
 # ---- the comparison ------------------------------------------------------------------------------
 
 
-def one_round(data, directory, gaps, generator, bar):
-    """{world size: (its `Prediction`, its `Life`s)}. gaps: {world size: (kills,)}, of mean 1."""
-    alone, with_save = measured_alone(data, directory, SHARE)
-    alone_small, _ = measured_alone(data, directory, share=1)
-    bar.update()
-    results = {}
+class Round(NamedTuple):
+    """What came of a round for one number of ranks."""
+
+    prediction: Prediction
+    step: float  # median seconds
+    lost: list  # steps, kill by kill
+
+
+def one_round(data, directory, groups, gaps, generator):
+    """Yields (number of ranks, its `Round`). gaps: {number of ranks: (kills,)}, of mean 1."""
+    turns = [{key: take_turn(runs) for key, runs in groups.items()} for _ in range(TURNS)]
+    times = {}
+    for key in groups:
+        times[key] = [np.concatenate(parts) for parts in zip(*(turn[key] for turn in turns))]
+    alone, with_save = times[1, SHARE]
+    alone_small = times[1, 1][0]
     for world_size in WORLD_SIZES:
-        small = measured_together(data, directory, world_size, share=1)
+        small = times[world_size, 1][0]
         prediction = predict(alone, with_save, alone_small, small, world_size, generator)
+        step = float(np.median(times[world_size, SHARE][0]))
         out = os.path.join(directory, f"killed-{world_size}")
-        lives = []
-        for gap in gaps[world_size]:
-            lives.append(killed_after(data, out, world_size, gap * prediction.mtbf))
-            bar.update()
-        results[world_size] = prediction, lives
-    return results
+        moments = gaps[world_size] * prediction.mtbf
+        lost = [lost_to_a_kill(data, out, world_size, moment) for moment in moments]
+        yield world_size, Round(prediction, step, lost)
 
 
-def step_row(world_size, results):
-    """Steps, predicted and measured. results: (prediction, lives) of each round."""
-    measured = [np.median(np.concatenate([life.times for life in lives])) for _, lives in results]
-    ratios = [p.step / seconds for (p, _), seconds in zip(results, measured)]
-    predicted = [statistics.median(column) for column in zip(*(p[:4] for p, _ in results))]
-    alone, waiting, all_reduce, step = (1000 * seconds for seconds in predicted)
+def step_row(world_size, rounds):
+    """Steps, predicted and measured: medians over the `Round`s."""
+    ratios = [one.prediction.step / one.step for one in rounds]
+    predicted = [statistics.median(column) for column in zip(*(one.prediction for one in rounds))]
+    alone, waiting, all_reduce, step = (1000 * seconds for seconds in predicted[:4])
     return {
         "ranks": world_size,
         "figure": "step (ms)",
         "predicted": round(step, 1),
-        "measured": round(1000 * float(statistics.median(measured)), 1),
-        "ratio": round(float(statistics.median(ratios)), 3),
+        "measured": round(1000 * statistics.median(one.step for one in rounds), 1),
+        "ratio": round(statistics.median(ratios), 3),
         "from": f"work {alone:.1f}, slower core {waiting:.1f}, all-reduce {all_reduce:.1f}",
         "rounds": " ".join(f"{ratio:.2f}" for ratio in ratios),
     }
 
 
-def lost_row(world_size, results):
-    """Steps lost by a kill, predicted and measured."""
-    predicted = statistics.mean(p.lost for p, _ in results)
-    lost = [life.lost for _, lives in results for life in lives]
+def lost_row(world_size, rounds):
+    """Steps lost by a kill, predicted and measured: means over all kills."""
+    predicted = statistics.mean(one.prediction.lost for one in rounds)
+    measured = statistics.mean(steps for one in rounds for steps in one.lost)
     return {
         "ranks": world_size,
         "figure": "steps lost by a kill",
         "predicted": round(predicted, 2),
-        "measured": round(statistics.mean(lost), 2),
-        "ratio": round(predicted / statistics.mean(lost), 3) if any(lost) else None,
-        "from": f"{len(lost)} kills",
-        "rounds": " ".join(str(sum(life.lost for life in lives)) for _, lives in results),
+        "measured": round(measured, 2),
+        "ratio": round(predicted / measured, 3) if measured else None,
+        "from": f"{sum(len(one.lost) for one in rounds)} kills",
+        "rounds": " ".join(str(sum(one.lost)) for one in rounds),
     }
 
 
@@ -290,21 +309,22 @@ def bench_simulation(path="results/simulation-cpu.json", rounds=5, kills=3):
     gaps = {n: kill_moments(rounds, kills, np.random.default_rng(n)) for n in WORLD_SIZES}
     library = sysconfig.get_paths()["stdlib"]
     sources = [os.path.join(library, name) for name in ("asyncio", "email", "json", "unittest")]
-    results = []
-    total = rounds * (1 + kills * len(WORLD_SIZES))
-    with tempfile.TemporaryDirectory() as directory:
+    load = os.getloadavg()[0]  # of the minute before: says if the machine was quiet
+    results = {n: [] for n in WORLD_SIZES}  # a `Round` for each round
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as closing:
         data = os.path.join(directory, "corpus")
         prepare(sources, data, vocab_size=600)
-        with tqdm(total=total, desc="real runs", unit="part") as bar:
-            for i in range(rounds):
-                of_round = {n: gaps[n][i] for n in WORLD_SIZES}
-                results.append(one_round(data, directory, of_round, generator, bar))
+        groups = started(data, directory, closing)
+        for i in tqdm(range(rounds), desc="real runs", unit="round"):
+            of_round = {n: gaps[n][i] for n in WORLD_SIZES}
+            for n, result in one_round(data, directory, groups, of_round, generator):
+                results[n].append(result)
 
     rows = []
-    for world_size in WORLD_SIZES:
-        of_size = [by_size[world_size] for by_size in results]
-        rows += [step_row(world_size, of_size), lost_row(world_size, of_size)]
-    report(path, "simulation", rows, repetitions=rounds, flags=FLAGS, pairs_of_a_rank=SHARE)
+    for n in WORLD_SIZES:
+        rows += [step_row(n, results[n]), lost_row(n, results[n])]
+    facts = dict(repetitions=rounds, load=round(load, 1), pairs_of_a_rank=SHARE, flags=FLAGS)
+    report(path, "simulation", rows, **facts)
     return rows
 
 

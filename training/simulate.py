@@ -224,15 +224,15 @@ def describe(config):
     outcome, waiting = simulate(config)
     mtbf = config.seconds_between_failures
     hours = outcome.seconds / 3600
-    work = config.steps * outcome.mean_step
+    saves = outcome.saves * config.save_seconds
     restarts = outcome.failures * config.restart_seconds
-    share = 1 - work / outcome.seconds
+    share = (saves + outcome.lost_seconds + restarts) / outcome.seconds
     lines = [
         f"{config.ranks} ranks, {config.steps:,} steps, a failure every {mtbf / 3600:,.1f} hours",
         f"  the whole run   {hours:,.2f} hours, {share:.2%} of it saves and failures",
         f"  step            {outcome.mean_step:.4f} s; ranks wait for the slowest {waiting:.1%} "
         "of their time",
-        f"  saves           {outcome.saves:,}, {outcome.saves * config.save_seconds:,.0f} s in all",
+        f"  saves           {outcome.saves:,}, {saves:,.0f} s in all",
         f"  failures        {outcome.failures}: {outcome.lost_seconds:,.0f} s of work lost "
         f"({outcome.lost_steps:,} steps), {restarts:,.0f} s of restarts",
     ]
