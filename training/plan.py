@@ -70,7 +70,7 @@ RESTART = 600
 PREPARE_SPEED = 11e6
 # Bytes of memory that a document takes while duplicates are looked for.
 EXACT_MEMORY = 70  # an entry of a set
-NEAR_MEMORY = 1100  # 16 keys of its MinHash
+NEAR_MEMORY = 1700  # 25 numbers of its MinHash
 PAGE = 4096  # bytes that a file system reads at least
 
 
