@@ -333,6 +333,8 @@ def main():
     argparse.ArgumentParser(
         prog="python -m bench.simulation", description="Compare simulated runs with real ones."
     ).parse_args()
+    # As Ctrl-C does, so that no stopped rank outlives this process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     bench_simulation()
 
 
