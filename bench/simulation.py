@@ -1,6 +1,6 @@
 """Simulated runs beside real ones: the steps and the lost work of 2 and 4 ranks on 2 CPU cores.
 
-    python -m bench.simulation
+    python -m bench simulation
 
 `training/simulate.py` predicts; `train.py` runs, is killed at random moments, and is started again
 by the same command. Nothing that a prediction uses comes from the runs that it is compared with:
@@ -18,7 +18,6 @@ of about a second and are stopped (SIGSTOP) meanwhile, since a machine that othe
 speed. It must be quiet nevertheless: beside others' work four ranks get more of it than two do.
 """
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -36,7 +35,6 @@ import numpy as np
 from tqdm import tqdm
 
 from bench.measure import report
-from common.command_line import run_command
 from corpus.build import prepare
 from training.run_directory import checkpoints, step_of
 from training.simulate import run_through, slowest
@@ -296,15 +294,15 @@ def lost_row(world_size, rounds):
     }
 
 
-def bench_simulation(path="results/simulation-cpu.json", rounds=5, kills=3):
+def bench_simulation(path=None, rounds=5, kills=3):
     """Runs both, prints a table and writes it. kills: of each number of ranks, in each round.
 
     Raises ValueError with fewer than two cores, and OSError if a run fails.
     """
-    cores = sorted(os.sched_getaffinity(0))[:CORES]
+    every_core = os.sched_getaffinity(0)
+    cores = sorted(every_core)[:CORES]
     if len(cores) < CORES:
         raise ValueError(f"needs {CORES} CPU cores, and there is {len(cores)}")
-    os.sched_setaffinity(0, cores)  # the ranks inherit it
     generator = np.random.default_rng(0)
     gaps = {n: kill_moments(rounds, kills, np.random.default_rng(n)) for n in WORLD_SIZES}
     library = sysconfig.get_paths()["stdlib"]
@@ -312,6 +310,11 @@ def bench_simulation(path="results/simulation-cpu.json", rounds=5, kills=3):
     load = os.getloadavg()[0]  # of the minute before: says if the machine was quiet
     results = {n: [] for n in WORLD_SIZES}  # a `Round` for each round
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as closing:
+        os.sched_setaffinity(0, cores)  # the ranks inherit it
+        closing.callback(os.sched_setaffinity, 0, every_core)
+        # SIGTERM ends this as Ctrl-C does, so that no stopped rank outlives this process.
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        closing.callback(signal.signal, signal.SIGTERM, handler)
         data = os.path.join(directory, "corpus")
         prepare(sources, data, vocab_size=600)
         groups = started(data, directory, closing)
@@ -326,17 +329,3 @@ def bench_simulation(path="results/simulation-cpu.json", rounds=5, kills=3):
     facts = dict(repetitions=rounds, load=round(load, 1), pairs_of_a_rank=SHARE, flags=FLAGS)
     report(path, "simulation", rows, **facts)
     return rows
-
-
-def main():
-    """The command line."""
-    argparse.ArgumentParser(
-        prog="python -m bench.simulation", description="Compare simulated runs with real ones."
-    ).parse_args()
-    # As Ctrl-C does, so that no stopped rank outlives this process.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    bench_simulation()
-
-
-if __name__ == "__main__":
-    run_command(main)

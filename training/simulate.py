@@ -18,7 +18,7 @@ terms, which matter once T is no longer small beside M.
 
 `python -m training.simulate` prints a run, and what other intervals would cost. Left out: machines
 that are slow for good, failures during a restart, and a step that takes another time when it is
-done again. `python -m bench.simulation` compares all of this with real runs.
+done again. `python -m bench simulation` compares all of this with real runs.
 """
 
 import json
