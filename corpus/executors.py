@@ -29,12 +29,14 @@ from tqdm import tqdm
 from common.command_line import first_line
 from common.files import read_json, remove_quietly, write_whole
 from corpus.encode import end_with_parent
+from corpus.store import allow_open_files
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5  # how often the folder of a job is looked at,
 LOOK_SECONDS = 10.0  # and how often whether it still runs
 LATE_SECONDS = 5.0  # how late a shared folder may be
 RAY_ATTEMPTS = 3  # of a task whose process or node died
+OPEN_FILES = 4096  # of a task: up to 3 for each of 1,000 tasks, while duplicates are looked for
 LONGEST_ERROR = 1000  # characters of a task's error, which may begin with long paths
 GOES_ON = "the same command goes on from here"
 
@@ -65,6 +67,8 @@ class Job:
     def failure(self, words):
         """The error to raise if a task failed. words: what is known if none has left a note."""
         missing = self.missing()
+        if not missing:  # what failed came after the last task: its note, on a full disk
+            return ValueError(f"{self.name}: {words}; {GOES_ON}")
         errors = [(task, self.note(task).get("error")) for task in missing]
         task, error = ([pair for pair in errors if pair[1]] or [(missing[0], words)])[0]
         return ValueError(f"{self.name}, task {task}: {error}; {GOES_ON}")
@@ -81,6 +85,7 @@ class Noting:
     def _run_for_rank(self, rank, *arguments, **options):
         begin = time.perf_counter()
         busy = time.process_time()
+        allow_open_files(OPEN_FILES)
         path = note_path(self.logging_dir.path, rank)
         remove_quietly(path)  # of an earlier attempt
         note = {}

@@ -276,7 +276,8 @@ class Sign(PipelineStep):
             keys.sort(order=("number", "document"))
             folder = os.path.join(self.folder, f"bucket_{band:03d}")
             os.makedirs(folder, exist_ok=True)
-            write_whole(os.path.join(folder, f"{rank:05d}.minhash.sig"), keys.tobytes())
+            # Not by way of a temporary file: `MinhashDedupBuckets` would read one that was left.
+            keys.tofile(os.path.join(folder, f"{rank:05d}.minhash.sig"))
 
 
 class Alike(PipelineStep):
