@@ -72,7 +72,7 @@ def prepare(
     limit_per_language=None,  # the most documents of each; the first ones, before cleaning
     clean=False,  # leave out what StarCoder's basic filters do
     near_dedup=False,  # leave out near duplicates
-    executor=None,  # "local", "ray" or "slurm": who runs the tasks of pipeline.py; None: nobody
+    executor=None,  # "local", "ray" or "slurm": who runs the tasks of pipeline.py; None: no tasks
     tasks=None,  # that share the sources; None: TASKS
     part_bytes=PART_BYTES,  # of text in a part
 ):

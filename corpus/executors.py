@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5  # how often the folder of a job is looked at,
 LOOK_SECONDS = 10.0  # and how often whether it still runs
 LATE_SECONDS = 5.0  # how late a shared folder may be
-RAY_ATTEMPTS = 3  # of a task whose process or node died
+RAY_RETRIES = 3  # of a task whose process or node died
 OPEN_FILES = 4096  # of a task: up to 3 for each of 1,000 tasks, while duplicates are looked for
 LONGEST_ERROR = 1000  # characters of a task's error, which may begin with long paths
 GOES_ON = "the same command goes on from here"
@@ -139,7 +139,7 @@ def run_all(executor, jobs, workers, folder):
 
 def run_here(jobs, workers, folder):
     """Runs the tasks in processes of this machine."""
-    # New processes, so that the memory which a task notes is its own.
+    # New processes, so that the memory which a task notes has nothing of this one's.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (folder,))
     try:
         for job in jobs:
@@ -215,8 +215,9 @@ def run_on_ray(jobs, workers, folder):
         if error:
             words = "no Ray cluster (begin one with `ray start --head`, or set RAY_ADDRESS)"
             raise ValueError(f"--executor ray: {words}: {error}")
+        words = "the Ray cluster is gone, or the task's process died again and again"
         for job in jobs:
-            wait_for(job, process.is_alive, f"the Ray cluster is gone (log: {folder}/console.log)")
+            wait_for(job, process.is_alive, f"{words} (log: {folder}/console.log)")
     finally:
         process.terminate()
         process.join()
@@ -243,7 +244,7 @@ def drive_ray(jobs, folder, directory, sender):
         return
     sender.send("")
     # A task whose process or node died is tried again elsewhere; one that failed is not.
-    remote = ray.remote(num_cpus=1, max_retries=RAY_ATTEMPTS)(run_task)
+    remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(run_task)
     for job in jobs:
         steps = ray.put(job.steps)
         ray.get(

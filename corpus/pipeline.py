@@ -9,8 +9,9 @@
 
 A task is handed a slice of the sources, in their order, and what is "earlier" is decided by (task,
 document), so every path keeps the same documents as one machine that reads all of them in a row.
-Each of the tasks reads its sources anew, at some 200 MB/s, since a copy of them on disk would cost
-more. Parts end where a task ends, too; apart from that they are what one machine writes.
+The jobs `hashes`, `signatures` and `tokens` each read the sources anew, at some 200 MB/s, since a
+copy of them on disk would cost more. Parts end where a task ends, too; apart from that they are
+what one machine writes.
 
 Reference: datatrove (https://github.com/huggingface/datatrove), with which FineWeb was made. Its
 classes find, pair and drop duplicates. Ours are the reader, the filter and the writer, which do
