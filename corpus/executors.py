@@ -263,7 +263,8 @@ class SlurmArray(Noting, SlurmPipelineExecutor):
         arguments = super().get_sbatch_args(max_array)
         for name in ("partition", "qos", "time"):
             arguments.pop(name, None)
-        return arguments
+        # Or else what comes after a failed job waits for ever.
+        return arguments | {"kill-on-invalid-dep": "yes"}
 
     def launch_merge_stats(self):
         """Submits nothing: the notes of the tasks are enough."""

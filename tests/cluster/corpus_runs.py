@@ -181,7 +181,7 @@ def ended(process, timeout=180):
         _, said = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"no end: {process.communicate()[1][-3000:]}") from None
+        raise AssertionError(f"no end: {process.communicate()[1][-300:]}") from None
     assert "Traceback" not in said, said
     lines = [line for line in said.replace("\r", "\n").split("\n") if line and "it/s" not in line]
     errors = [line for line in lines if "error:" in line]

@@ -159,10 +159,11 @@ def test_kills_at_ten_random_moments(request, tmp_path, embedded, here, executor
         victim = victims[0] if victims else None
         ended, kill = disturbed(place, victim, command, moment, delay, generator)
         starts += 1
+        said = ended.said if ended.status == 2 else ""
+        table.append((*(kill or ()), f"start {starts}", f"status {ended.status}", said))
+        print(*table[-1], sep=", ")
         if kill:
             victims.pop(0)
-            said = "" if ended.status in (0, -signal.SIGKILL) else ended.said
-            table.append((*kill, f"start {starts}", f"status {ended.status}", said))
         place.restore()
         if os.path.exists(os.path.join(out, "meta.json")):
             assert files_of(out) == expected
