@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,10 @@ RAY_RETRIES = 3  # of a task whose process or node died
 OPEN_FILES = 4096  # of a task: up to 3 for each of 1,000 tasks, while duplicates are looked for
 LONGEST_ERROR = 1000  # characters of a task's error, which may begin with long paths
 GOES_ON = "the same command goes on from here"
+
+
+class NoCluster(ValueError):
+    """No task was started."""
 
 
 class Job:
@@ -83,6 +88,8 @@ class Noting:
     """For an executor of datatrove: its tasks note what they took, or why they failed."""
 
     def _run_for_rank(self, rank, *arguments, **options):
+        if self.is_rank_completed(rank):  # before it was queued again: its note stays
+            return super()._run_for_rank(rank, *arguments, **options)
         begin = time.perf_counter()
         busy = time.process_time()
         allow_open_files(OPEN_FILES)
@@ -98,8 +105,8 @@ class Noting:
             note["seconds"] = round(time.perf_counter() - begin, 2)
             note["cpu_seconds"] = round(time.process_time() - busy, 2)
             note["peak_memory"] = peak_memory()
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_whole(path, json.dumps(note))
+            with contextlib.suppress(FileNotFoundError):  # the corpus was whole before this note
+                write_whole(path, json.dumps(note))
 
 
 def peak_memory():
@@ -128,10 +135,37 @@ def run_all(executor, jobs, workers, folder):
     """Runs all tasks of all jobs that are not done.
 
     executor: "local", "ray" or "slurm". workers: processes of "local". folder: for its own files.
-    Raises ValueError for a task that failed, and for a cluster that cannot be reached.
+    Raises ValueError for a task that failed, and NoCluster if no task could be started.
     """
-    run = {"local": run_here, "ray": run_on_ray, "slurm": run_on_slurm}[executor]
+    for job in jobs:
+        os.makedirs(os.path.join(job.folder, "notes"), exist_ok=True)
+    if executor == "slurm":
+        run_on_slurm(jobs, workers, folder)
+        return
+    check_no_other(jobs)
+    forget_failures(jobs)
+    run = {"local": run_here, "ray": run_on_ray}[executor]
     run(jobs, workers, folder)
+
+
+def forget_failures(jobs):
+    """Removes what tasks have noted that failed before."""
+    for job in jobs:
+        for task in job.missing():
+            remove_quietly(note_path(job.folder, task))
+
+
+def check_no_other(jobs):
+    """Raises ValueError if jobs of this corpus are still on Slurm: both would write the same files.
+
+    Slurm's jobs go on when the command that waits for them is stopped.
+    """
+    submitted = [os.path.exists(os.path.join(job.folder, "launch_script.slurm")) for job in jobs]
+    if any(submitted) and shutil.which("squeue"):
+        numbers = in_queue([slurm_name(job) for job in jobs])
+        if numbers:
+            words = "jobs of this corpus are on Slurm; wait for them with --executor slurm, or"
+            raise ValueError(f"{words} end them: scancel {' '.join(numbers)}")
 
 
 # ---- here ----------------------------------------------------------------------------------------
@@ -214,7 +248,7 @@ def run_on_ray(jobs, workers, folder):
         error = receive(receiver)
         if error:
             words = "no Ray cluster (begin one with `ray start --head`, or set RAY_ADDRESS)"
-            raise ValueError(f"--executor ray: {words}: {error}")
+            raise NoCluster(f"--executor ray: {words}: {error}")
         words = "the Ray cluster is gone, or the task's process died again and again"
         for job in jobs:
             wait_for(job, process.is_alive, f"{words} (log: {folder}/console.log)")
@@ -247,9 +281,12 @@ def drive_ray(jobs, folder, directory, sender):
     remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(run_task)
     for job in jobs:
         steps = ray.put(job.steps)
-        ray.get(
-            [remote.remote(steps, job.tasks, job.folder, task, directory) for task in job.missing()]
-        )
+        tasks = [
+            remote.remote(steps, job.tasks, job.folder, task, directory) for task in job.missing()
+        ]
+        for task in tasks:  # all of them, also if one fails
+            ray.wait([task])
+        ray.get(tasks)  # raises if one has failed
 
 
 # ---- on Slurm ------------------------------------------------------------------------------------
@@ -278,6 +315,7 @@ def run_on_slurm(jobs, workers, folder):
     # Slurm itself knows them by these names, whatever becomes of this process.
     names = {job.name: slurm_name(job) for job in jobs}
     if not in_queue(names.values()):
+        forget_failures(jobs)
         submit([job for job in jobs if job.missing()], names)
     words = "it ended without a word: killed, or out of time"
     try:
@@ -298,7 +336,7 @@ def slurm_name(job):
 
 
 def submit(jobs, names):
-    """Submits jobs. names: {name of a job: its name in Slurm}. Raises ValueError if it fails."""
+    """Submits jobs. names: {name of a job: its name in Slurm}. Raises NoCluster if it fails."""
     array = None
     binaries = os.path.dirname(sys.executable)
     for job in jobs:
@@ -322,7 +360,7 @@ def submit(jobs, names):
             cancel(names.values())
             said.seek(0)
             lines = said.read().strip().splitlines() or ["sbatch failed"]
-            raise ValueError(f"--executor slurm: {lines[-1]}") from None
+            raise NoCluster(f"--executor slurm: {lines[-1]}") from None
 
 
 @contextlib.contextmanager

@@ -28,10 +28,6 @@ if not kernels.HAS_TRITON:
 
 from quick_interpreter import hurry
 
-quick = pytest.MonkeyPatch()
-if kernels.INTERPRETED:
-    hurry(quick)
-
 judged = kernels_under_test()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -39,6 +35,15 @@ on_a_gpu_only = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="ne
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":  # the interpreter's bf16 products are garbage
     DTYPES.append(torch.bfloat16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Makes the interpreter faster for this file; `undo` makes it Triton's again."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels.INTERPRETED:
+            hurry(patch)
+        yield patch
 
 
 # More than a row of any tensor in these tests: a kernel that strays by a row writes into a guard.
@@ -1059,7 +1064,7 @@ def every_kernel(lengths, N, D, dtype, p):
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="nothing is interpreted here")
-def test_the_quick_interpreter_is_tritons():
+def test_the_quick_interpreter_is_tritons(quick):
     """The same bits with Triton's interpreter as it is."""
     case = ([33, 0, 5], 2, 24, torch.float16, 0.1)
     results = every_kernel(*case)

@@ -288,7 +288,7 @@ def _failure_lines(config, parameters, run, save_every, mtbf):
         f"rank writes them, all wait {save:.1f} s (at {SAVE_BANDWIDTH / 1e9:.0f} GB/s, assumed)",
         f"save_every      {save_every:,} steps, {interval / 60:,.1f} minutes: "
         f"{a_day / 1e9:,.0f} GB a day",
-        f"failures        {failures:.2g} in the run, at one in {mtbf:,.0f} hours for each of "
+        f"failures        {failures:,.3f} in the run, at one in {mtbf:,.0f} hours for each of "
         f"{machines} machines; a restart takes {RESTART / 60:.0f} minutes (assumed)",
         f"lost            {_lost(interval, save, between)}",
         f"by Young        {_lost(best, save, between)} with save_every {best / run.seconds:,.0f}, "
