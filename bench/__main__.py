@@ -50,9 +50,7 @@ def main(argv=None):
     speedrun.add_argument("--verify", metavar="FILE", help=help)
 
     for measurement in (search, tasks):
-        measurement.add_argument(
-            "--encoder", default="runs/tiny", metavar="RUN", help="the encoder"
-        )
+        measurement.add_argument("--encoder", default="runs/tiny", metavar="RUN", help="a run")
         help = "fine-tunings of each kind (default: 3)"
         measurement.add_argument("--seeds", type=int, default=3, metavar="N", help=help)
 
