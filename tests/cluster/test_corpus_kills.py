@@ -25,7 +25,6 @@ ALL_TASKS = 4 * TASKS + 25 + 1  # of all jobs
 class Kill(NamedTuple):
     """What was killed, and when."""
 
-    executor: str
     victim: str
     moment: int  # tasks that were done
 
@@ -133,7 +132,7 @@ def disturbed(place, victim, command, moment, delay, generator):
             moment = done(out)
             children = descendants(driver.pid)
             if strike(place, victim, driver, generator):
-                kill = Kill(command["executor"], victim, moment)
+                kill = Kill(victim, moment)
     ended = corpus_runs.ended(driver)
     if kill and victim == "driver":
         assert ended.status == -signal.SIGKILL
@@ -148,7 +147,9 @@ def test_kills_at_ten_random_moments(request, tmp_path, embedded, here, executor
     expected = files_of(here(TASKS))
     victims = [place.victims[k % len(place.victims)] for k in range(KILLS)]
     generator = random.Random(0)
-    table = []
+    print(
+        f"\nstart of the command, its end, and what was killed when so many of {ALL_TASKS} were done"
+    )
     corpora = 0  # that are complete
     starts = 0  # of the command, for the corpus that is being made
     while victims or starts:
@@ -159,9 +160,7 @@ def test_kills_at_ten_random_moments(request, tmp_path, embedded, here, executor
         victim = victims[0] if victims else None
         ended, kill = disturbed(place, victim, command, moment, delay, generator)
         starts += 1
-        said = ended.said if ended.status == 2 else ""
-        table.append((*(kill or ()), f"start {starts}", f"status {ended.status}", said))
-        print(*table[-1], sep=", ")
+        print(executor, f"start {starts}", *ended, *(kill or ()), sep=", ", flush=True)
         if kill:
             victims.pop(0)
         place.restore()
@@ -170,7 +169,3 @@ def test_kills_at_ten_random_moments(request, tmp_path, embedded, here, executor
             corpora += 1
             starts = 0
         assert starts < 3 * KILLS
-
-    print(f"\nexecutor, victim, tasks done of {ALL_TASKS}, start of the command, its end:")
-    for row in table:
-        print(*row, sep=", ")
