@@ -171,14 +171,15 @@ def started(data, directory, closing):
 def lost_to_a_kill(data, out, world_size, gap):
     """Starts, or continues, the run in `out`, and kills it `gap` seconds after its first step.
 
-    Returns the number of steps that will be done twice.
+    Returns the number of steps that will be done twice, and the seconds of each step that was done.
     """
     with contextlib.closing(RealRun(data, out, world_size)) as run:
         watch([run], lambda: run.moments)
         end = run.moments[0] + gap
         watch([run], lambda: time.perf_counter() >= end)
     run.note_lines()  # that it still wrote
-    return run.done - max(map(step_of, checkpoints(out)), default=0)
+    lost = run.done - max(map(step_of, checkpoints(out)), default=0)
+    return lost, np.diff(run.moments)
 
 
 # ---- predictions ---------------------------------------------------------------------------------
@@ -191,14 +192,14 @@ def slowest_core(alone, world_size, generator):
 
 
 class Prediction(NamedTuple):
-    """What the simulation says of a run. Seconds, but for the lost steps."""
+    """What the simulation says of a run, in seconds."""
 
     alone: float  # a core's work in a step
     waiting: float  # what the slower core adds
     all_reduce: float
     step: float  # the sum of the three
     mtbf: float  # mean time between the kills
-    lost: float  # steps lost by a kill
+    lost: float  # seconds of work lost by a kill
 
 
 def predict(alone, with_save, alone_small, together_small, world_size, generator):
@@ -220,7 +221,7 @@ def predict(alone, with_save, alone_small, together_small, world_size, generator
     # real kills come after it, so the simulated ones before it do not count.
     mtbf = step * SAVE_EVERY / 2
     run = run_through(steps, SAVE_EVERY, save, mtbf, 0.0, generator)
-    lost = run.lost_steps / (run.failures * np.exp(-step / mtbf))
+    lost = step * run.lost_steps / (run.failures * np.exp(-step / mtbf))
     return Prediction(core, step - all_reduce - core, all_reduce, step, mtbf, float(lost))
 
 
@@ -242,7 +243,7 @@ class Round(NamedTuple):
 
     prediction: Prediction
     step: float  # median seconds
-    lost: list  # steps, kill by kill
+    lost: list  # seconds of work, kill by kill
 
 
 def one_round(data, directory, groups, gaps, generator):
@@ -259,8 +260,10 @@ def one_round(data, directory, groups, gaps, generator):
         step = float(np.median(times[world_size, SHARE][0]))
         out = os.path.join(directory, f"killed-{world_size}")
         moments = gaps[world_size] * prediction.mtbf
-        lost = [lost_to_a_kill(data, out, world_size, moment) for moment in moments]
-        yield world_size, Round(prediction, step, lost)
+        kills = [lost_to_a_kill(data, out, world_size, moment) for moment in moments]
+        # Alone on the machine, these runs may be faster than those that took turns.
+        a_step = float(np.median(np.concatenate([seconds for _, seconds in kills])))
+        yield world_size, Round(prediction, step, [steps * a_step for steps, _ in kills])
 
 
 def step_row(world_size, rounds):
@@ -280,21 +283,21 @@ def step_row(world_size, rounds):
 
 
 def lost_row(world_size, rounds):
-    """Steps lost by a kill, predicted and measured: means over all kills."""
+    """The work that a kill costs, predicted and measured: means over all kills."""
     predicted = statistics.mean(one.prediction.lost for one in rounds)
-    measured = statistics.mean(steps for one in rounds for steps in one.lost)
+    measured = statistics.mean(seconds for one in rounds for seconds in one.lost)
     return {
         "ranks": world_size,
-        "figure": "steps lost by a kill",
-        "predicted": round(predicted, 2),
-        "measured": round(measured, 2),
+        "figure": "work lost by a kill (ms)",
+        "predicted": round(1000 * predicted, 1),
+        "measured": round(1000 * measured, 1),
         "ratio": round(predicted / measured, 3) if measured else None,
         "from": f"{sum(len(one.lost) for one in rounds)} kills",
-        "rounds": " ".join(str(sum(one.lost)) for one in rounds),
+        "rounds": " ".join(f"{sum(one.lost):.1f} s" for one in rounds),
     }
 
 
-def bench_simulation(path=None, rounds=5, kills=3):
+def bench_simulation(path=None, rounds=5, kills=5):
     """Runs both, prints a table and writes it. kills: of each number of ranks, in each round.
 
     Raises ValueError with fewer than two cores, and OSError if a run fails.
