@@ -262,7 +262,8 @@ def one_round(data, directory, groups, gaps, generator):
         moments = gaps[world_size] * prediction.mtbf
         kills = [lost_to_a_kill(data, out, world_size, moment) for moment in moments]
         # Alone on the machine, these runs may be faster than those that took turns.
-        a_step = float(np.median(np.concatenate([seconds for _, seconds in kills])))
+        seconds = np.concatenate([seconds for _, seconds in kills])
+        a_step = float(np.median(seconds)) if len(seconds) else step
         yield world_size, Round(prediction, step, [steps * a_step for steps, _ in kills])
 
 
