@@ -18,12 +18,14 @@ metrics.jsonl, curves.png and checkpoints/ beside the model: see training/run_di
 """
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ from common.command_line import CommandLine, run_command
 from common.ranges import share
 from common.signals import noting_signals
 from corpus.report import summary
-from corpus.store import read_meta
+from corpus.store import INDEX, read_meta
 from data import PairDataset, Tokenizer, batches, collate
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 from training import plan, report
@@ -44,6 +46,7 @@ from training.head_start import give_head_start, words_of
 from training.metrics import Metrics
 from training.ranks import Ranks
 from training.run_directory import RunDirectory
+from training.simulate import MACHINE_MTBF
 from training.step import (
     MuonAndAdamW,
     autocast_to,
@@ -208,6 +211,14 @@ def parse_arguments(argv=None):
         default=0.4,
         help="share of the peak that the plan assumes (default: 0.4)",
     )
+    parser.add_argument(
+        "--plan-mtbf",
+        metavar="HOURS",
+        type=float,
+        default=MACHINE_MTBF,
+        help="mean time between failures of one machine of 8 GPUs that the plan assumes (default: "
+        f"{MACHINE_MTBF:,.0f}, from Llama 3, 2024, section 3.3.4)",
+    )
     add_flags(parser, TrainConfig, "starencoder")
 
     # add_flags sets no defaults: of the fields, `given` holds only those that were typed.
@@ -215,15 +226,20 @@ def parse_arguments(argv=None):
     preset = PRESETS[given.pop("preset")]  # what is left in `given` are fields of TrainConfig
     gpus = given.pop("plan")
     mfu = given.pop("plan_mfu")
+    mtbf = given.pop("plan_mtbf")
     config = TrainConfig(**(preset | given))
     if gpus is not None:
-        print(plan_of(config, gpus, mfu))
+        print(plan_of(config, gpus, mfu, mtbf, with_corpus="data" in given))
         raise SystemExit(0)
     return config
 
 
-def plan_of(config, gpus, mfu):
-    """The text of `--plan`. gpus: "64xA100", or "" for this machine's. Raises ValueError."""
+def plan_of(config, gpus, mfu, mtbf, with_corpus):
+    """The text of `--plan`.
+
+    gpus: "64xA100", or "" for this machine's. mfu, mtbf: as for `plan.describe`. with_corpus: read
+    config.data as well. Raises ValueError, or OSError if there is no corpus.
+    """
     if not gpus:
         if not torch.cuda.is_available():
             raise ValueError("--plan: there is no GPU here; name some, as in 64xA100")
@@ -234,11 +250,17 @@ def plan_of(config, gpus, mfu):
     if not 0 < mfu <= 1:
         raise ValueError(f"--plan-mfu must lie between 0 and 1, got {mfu}")
 
+    if not 0 < mtbf < math.inf:
+        raise ValueError(f"--plan-mtbf must be a number of hours above 0, got {mtbf}")
+
     vocab_size = StarEncoderConfig.vocab_size
+    planned = None
+    if with_corpus:
+        meta = read_meta(config.data)
+        vocab_size = meta["vocab_size"]
+        planned = planned_corpus(config, meta)
     if config.vocab_size is not None:
         vocab_size = config.vocab_size
-    elif config.data != DEFAULT_DATA:
-        vocab_size = read_meta(config.data)["vocab_size"]
     return plan.describe(
         model_config(config, vocab_size),
         int(number),
@@ -249,6 +271,26 @@ def plan_of(config, gpus, mfu):
         config.max_length,
         mfu,
         config.masked,
+        config.save_every,
+        mtbf,
+        planned,
+    )
+
+
+def planned_corpus(config, meta):
+    """The `plan.Corpus` of config.data, whose meta.json is `meta`. Raises ValueError if damaged."""
+    train_set = PairDataset(config.data, "train", config.max_length, config.seed)
+    splits = meta["splits"].values()
+    documents = sum(counts["documents"] for counts in splits)
+    tokens = sum(counts["tokens"] for counts in splits)
+    token_bytes = np.dtype(meta["dtype"]).itemsize
+    return plan.Corpus(
+        documents=documents,
+        tokens=tokens,
+        text=sum(counts["bytes"] for counts in meta["languages"].values()),
+        disk=tokens * token_bytes + documents * INDEX.itemsize,
+        token_bytes=token_bytes,
+        pairs=len(train_set),
     )
 
 

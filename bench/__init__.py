@@ -4,10 +4,12 @@
     model_speed    a training step beside transformers' models
     step_profile   where the time of that step goes
     data_speed     from tokens on disk to batches, beside tokenizing on the fly
+    corpus_speed   from text to tokens on disk, beside datatrove's tokenizer
     pii_real       personal data and secrets in real code, beside other detectors; pii_judge
     embed_speed    vectors of source code beside sentence-transformers
     search         finding functions by their docstrings, beside BM25; search_data makes the pairs
     tasks          five tasks, fine-tuned from pretrained and from random weights; task_data
+    simulation     simulated runs of several ranks beside real ones
     kernel_speed   each Triton kernel beside its peers, on a GPU; the search for launch settings
     resources      what the compiled kernels take of a chip, without that chip
     machine_code   registers, ptxas's warnings and the hottest loop, read with Triton's tools

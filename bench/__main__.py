@@ -28,6 +28,7 @@ def main(argv=None):
     search = command("search", "finding functions by their docstrings, beside BM25")
     tasks = command("tasks", "five tasks, fine-tuned from pretrained and from random weights")
     embed = command("embed", "vectors of source code beside sentence-transformers")
+    simulation = command("simulation", "simulated runs of 2 and 4 ranks beside real ones, killed")
     speedrun = command("speedrun", "a race to a held-out loss: your recipe beside the record's")
     pictures = command("pictures", "draw the front page's two pictures from a run")
 
@@ -49,9 +50,7 @@ def main(argv=None):
     speedrun.add_argument("--verify", metavar="FILE", help=help)
 
     for measurement in (search, tasks):
-        measurement.add_argument(
-            "--encoder", default="runs/tiny", metavar="RUN", help="the encoder"
-        )
+        measurement.add_argument("--encoder", default="runs/tiny", metavar="RUN", help="a run")
         help = "fine-tunings of each kind (default: 3)"
         measurement.add_argument("--seeds", type=int, default=3, metavar="N", help=help)
 
@@ -62,7 +61,8 @@ def main(argv=None):
     pii.add_argument("--model", metavar="DIR", default=SHIPPED, help=help)
 
     # The flag that all measurements share.
-    for measurement in (kernels, model, data, corpus, pii, embed, search, tasks, speedrun):
+    text = (data, corpus, pii, embed, search, tasks)
+    for measurement in (kernels, model, simulation, speedrun, *text):
         help = "the JSON file to write (default: one in results/, named after the device)"
         measurement.add_argument("--out", metavar="FILE", help=help)
     pictures.add_argument("run", metavar="RUN", help="a run directory, such as runs/tiny")
@@ -107,6 +107,10 @@ def run(arguments):
         from bench.embed_speed import bench_embed
 
         bench_embed(arguments.out)
+    elif arguments.what == "simulation":
+        from bench.simulation import bench_simulation
+
+        bench_simulation(arguments.out)
     elif arguments.what == "speedrun":
         from bench import speedrun
 

@@ -110,7 +110,7 @@ def bench_corpus(path=None, gigabytes=1.0):
                     "largest process, MB": f"{cost.peak_memory / 1e6:.0f}",
                 }
             )
-    report(path, "corpus", rows, cores=workers, gigabytes=gigabytes, tasks=TASKS)
+    report(path, "corpus-tasks", rows, cores=workers, gigabytes=gigabytes, tasks=TASKS)
 
 
 def write_parquet(folder, size):

@@ -72,7 +72,7 @@ def prepare(
     limit_per_language=None,  # the most documents of each; the first ones, before cleaning
     clean=False,  # leave out what StarCoder's basic filters do
     near_dedup=False,  # leave out near duplicates
-    executor=None,  # "local", "ray" or "slurm": who runs the tasks of pipeline.py; None: nobody
+    executor=None,  # "local", "ray" or "slurm": who runs the tasks of pipeline.py; None: no tasks
     tasks=None,  # that share the sources; None: TASKS
     part_bytes=PART_BYTES,  # of text in a part
 ):
@@ -80,6 +80,8 @@ def prepare(
 
     Tokens are uint16, or uint32 if the vocabulary needs it. Raises ValueError for bad sources or
     arguments, for sources without documents, and for an `out` that holds something else.
+    With an executor, a script must call this under `if __name__ == "__main__":`, since the
+    processes of its tasks import the script.
     """
     if isinstance(sources, str | os.PathLike):
         sources = [sources]
@@ -87,7 +89,7 @@ def prepare(
     languages = sorted(languages) if languages is not None else None
     out = os.path.realpath(out)
     check_arguments(sources, validation, languages)
-    check_executor(executor, tasks, workers, limit_per_language)
+    check_executor(executor, tasks, workers, limit_per_language, out)
     check_sources(sources, out, commits)
     if near_dedup:
         check_rensa()
@@ -129,7 +131,7 @@ def check_arguments(sources, validation, languages):
         raise ValueError(f"no language named {min(unknown)}; known: {', '.join(sorted(known))}")
 
 
-def check_executor(executor, tasks, workers, limit_per_language):
+def check_executor(executor, tasks, workers, limit_per_language, out):
     """Raises ValueError for arguments that do not go together, or if a package is missing."""
     if executor is None:
         if tasks is not None:
@@ -143,6 +145,8 @@ def check_executor(executor, tasks, workers, limit_per_language):
     if tasks is not None and not 1 <= tasks <= MOST_TASKS:
         raise ValueError(f"--tasks must lie between 1 and {MOST_TASKS:,}, got {tasks:,}")
     check_packages(executor)
+    if executor == "slurm" and re.search(r"[\s%\\]", out):
+        raise ValueError(f"{out}: Slurm cannot write there; choose a path without blanks and %")
 
 
 def check_sources(sources, out, commits):
@@ -189,6 +193,7 @@ def check_directory(out, recipe):
     words = "choose another directory or remove it"
     begun = os.path.join(out, "prepare.json")
     if os.path.exists(os.path.join(out, "meta.json")):
+        remove_jobs(out)  # if it was killed after meta.json
         raise ValueError(f"{out}: exists already, and is whole; {words}")
     if os.path.exists(begun):
         before = read_json(begun)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,14 +30,20 @@ from tqdm import tqdm
 from common.command_line import first_line
 from common.files import read_json, remove_quietly, write_whole
 from corpus.encode import end_with_parent
+from corpus.store import allow_open_files
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5  # how often the folder of a job is looked at,
 LOOK_SECONDS = 10.0  # and how often whether it still runs
 LATE_SECONDS = 5.0  # how late a shared folder may be
-RAY_ATTEMPTS = 3  # of a task whose process or node died
+RAY_RETRIES = 3  # of a task whose process or node died
+OPEN_FILES = 4096  # of a task: up to 3 for each of 1,000 tasks, while duplicates are looked for
 LONGEST_ERROR = 1000  # characters of a task's error, which may begin with long paths
 GOES_ON = "the same command goes on from here"
+
+
+class NoCluster(ValueError):
+    """No task was started."""
 
 
 class Job:
@@ -65,6 +72,8 @@ class Job:
     def failure(self, words):
         """The error to raise if a task failed. words: what is known if none has left a note."""
         missing = self.missing()
+        if not missing:  # what failed came after the last task: its note, on a full disk
+            return ValueError(f"{self.name}: {words}; {GOES_ON}")
         errors = [(task, self.note(task).get("error")) for task in missing]
         task, error = ([pair for pair in errors if pair[1]] or [(missing[0], words)])[0]
         return ValueError(f"{self.name}, task {task}: {error}; {GOES_ON}")
@@ -79,8 +88,11 @@ class Noting:
     """For an executor of datatrove: its tasks note what they took, or why they failed."""
 
     def _run_for_rank(self, rank, *arguments, **options):
+        if self.is_rank_completed(rank):  # before it was queued again: its note stays
+            return super()._run_for_rank(rank, *arguments, **options)
         begin = time.perf_counter()
         busy = time.process_time()
+        allow_open_files(OPEN_FILES)
         path = note_path(self.logging_dir.path, rank)
         remove_quietly(path)  # of an earlier attempt
         note = {}
@@ -93,8 +105,8 @@ class Noting:
             note["seconds"] = round(time.perf_counter() - begin, 2)
             note["cpu_seconds"] = round(time.process_time() - busy, 2)
             note["peak_memory"] = peak_memory()
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_whole(path, json.dumps(note))
+            with contextlib.suppress(FileNotFoundError):  # the corpus was whole before this note
+                write_whole(path, json.dumps(note))
 
 
 def peak_memory():
@@ -123,10 +135,37 @@ def run_all(executor, jobs, workers, folder):
     """Runs all tasks of all jobs that are not done.
 
     executor: "local", "ray" or "slurm". workers: processes of "local". folder: for its own files.
-    Raises ValueError for a task that failed, and for a cluster that cannot be reached.
+    Raises ValueError for a task that failed, and NoCluster if no task could be started.
     """
-    run = {"local": run_here, "ray": run_on_ray, "slurm": run_on_slurm}[executor]
+    for job in jobs:
+        os.makedirs(os.path.join(job.folder, "notes"), exist_ok=True)
+    if executor == "slurm":
+        run_on_slurm(jobs, workers, folder)
+        return
+    check_no_other(jobs)
+    forget_failures(jobs)
+    run = {"local": run_here, "ray": run_on_ray}[executor]
     run(jobs, workers, folder)
+
+
+def forget_failures(jobs):
+    """Removes what tasks have noted that failed before."""
+    for job in jobs:
+        for task in job.missing():
+            remove_quietly(note_path(job.folder, task))
+
+
+def check_no_other(jobs):
+    """Raises ValueError if jobs of this corpus are still on Slurm: both would write the same files.
+
+    Slurm's jobs go on when the command that waits for them is stopped.
+    """
+    submitted = [os.path.exists(os.path.join(job.folder, "launch_script.slurm")) for job in jobs]
+    if any(submitted) and shutil.which("squeue"):
+        numbers = in_queue([slurm_name(job) for job in jobs])
+        if numbers:
+            words = "jobs of this corpus are on Slurm; wait for them with --executor slurm, or"
+            raise ValueError(f"{words} end them: scancel {' '.join(numbers)}")
 
 
 # ---- here ----------------------------------------------------------------------------------------
@@ -134,7 +173,7 @@ def run_all(executor, jobs, workers, folder):
 
 def run_here(jobs, workers, folder):
     """Runs the tasks in processes of this machine."""
-    # New processes, so that the memory which a task notes is its own.
+    # New processes, so that the memory which a task notes has nothing of this one's.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (folder,))
     try:
         for job in jobs:
@@ -209,9 +248,10 @@ def run_on_ray(jobs, workers, folder):
         error = receive(receiver)
         if error:
             words = "no Ray cluster (begin one with `ray start --head`, or set RAY_ADDRESS)"
-            raise ValueError(f"--executor ray: {words}: {error}")
+            raise NoCluster(f"--executor ray: {words}: {error}")
+        words = "the Ray cluster is gone, or the task's process died again and again"
         for job in jobs:
-            wait_for(job, process.is_alive, f"the Ray cluster is gone (log: {folder}/console.log)")
+            wait_for(job, process.is_alive, f"{words} (log: {folder}/console.log)")
     finally:
         process.terminate()
         process.join()
@@ -238,12 +278,15 @@ def drive_ray(jobs, folder, directory, sender):
         return
     sender.send("")
     # A task whose process or node died is tried again elsewhere; one that failed is not.
-    remote = ray.remote(num_cpus=1, max_retries=RAY_ATTEMPTS)(run_task)
+    remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(run_task)
     for job in jobs:
         steps = ray.put(job.steps)
-        ray.get(
-            [remote.remote(steps, job.tasks, job.folder, task, directory) for task in job.missing()]
-        )
+        tasks = [
+            remote.remote(steps, job.tasks, job.folder, task, directory) for task in job.missing()
+        ]
+        for task in tasks:  # all of them, also if one fails
+            ray.wait([task])
+        ray.get(tasks)  # raises if one has failed
 
 
 # ---- on Slurm ------------------------------------------------------------------------------------
@@ -272,6 +315,7 @@ def run_on_slurm(jobs, workers, folder):
     # Slurm itself knows them by these names, whatever becomes of this process.
     names = {job.name: slurm_name(job) for job in jobs}
     if not in_queue(names.values()):
+        forget_failures(jobs)
         submit([job for job in jobs if job.missing()], names)
     words = "it ended without a word: killed, or out of time"
     try:
@@ -292,7 +336,7 @@ def slurm_name(job):
 
 
 def submit(jobs, names):
-    """Submits jobs. names: {name of a job: its name in Slurm}. Raises ValueError if it fails."""
+    """Submits jobs. names: {name of a job: its name in Slurm}. Raises NoCluster if it fails."""
     array = None
     binaries = os.path.dirname(sys.executable)
     for job in jobs:
@@ -316,7 +360,7 @@ def submit(jobs, names):
             cancel(names.values())
             said.seek(0)
             lines = said.read().strip().splitlines() or ["sbatch failed"]
-            raise ValueError(f"--executor slurm: {lines[-1]}") from None
+            raise NoCluster(f"--executor slurm: {lines[-1]}") from None
 
 
 @contextlib.contextmanager

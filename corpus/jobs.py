@@ -12,12 +12,13 @@ written. So the same command goes on, and may name another executor. At the end 
 numbers, and OUT/jobs is removed. All machines must see OUT and the sources at the same place.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
 import shutil
 from collections import Counter
+
+from tqdm import tqdm
 
 from common.files import read_json, write_whole
 from corpus.sources import readers
@@ -40,7 +41,7 @@ def check_packages(executor):
 
 
 def has_jobs(out):
-    """True if jobs have been begun in a corpus directory."""
+    """True if jobs have been begun in a corpus directory that is not whole yet."""
     return os.path.isdir(os.path.join(out, "jobs"))
 
 
@@ -58,7 +59,7 @@ def run_jobs(out, recipe, dtype, executor, workers):
     """
     from loguru import logger
 
-    from corpus.executors import Job, run_all
+    from corpus.executors import Job, NoCluster, run_all
     from corpus.pipeline import pipelines
 
     logger.remove()  # what datatrove says of a task is in the log of the task
@@ -71,7 +72,12 @@ def run_jobs(out, recipe, dtype, executor, workers):
         Job(name, tasks, steps, os.path.join(folder, name))
         for name, (tasks, steps) in pipelines(sources, out, files, recipe, dtype).items()
     ]
-    run_all(executor, jobs, workers, folder)
+    try:
+        run_all(executor, jobs, workers, folder)
+    except NoCluster:
+        if all(len(job.missing()) == job.tasks for job in jobs):  # nothing was ever done
+            remove_jobs(out)
+        raise
 
     notes = {job.name: [job.note(task) for task in range(job.tasks)] for job in jobs}
     write_whole(os.path.join(out, "jobs.json"), json.dumps(notes, indent=1))
@@ -106,13 +112,17 @@ def number_parts(out, folder, tasks):
     count = 0
     skipped = Counter()
     names = [f"{split}.{ending}" for split in SPLITS for ending in ("bin", "index.npy")]
-    for task in range(tasks):
+    for task in tqdm(range(tasks), desc="numbering", unit="task"):
         place = os.path.join(folder, f"{task:05d}")
         facts = read_json(os.path.join(place, "task.json"))
         skipped.update(facts["skipped"])
         for number in range(facts["parts"]):
             for name in [*names, "json"]:  # in this order: with its JSON, a part is complete
-                with contextlib.suppress(FileNotFoundError):  # it has been moved already
-                    os.replace(part_file(place, number, name), part_file(out, count, name))
+                target = part_file(out, count, name)
+                try:
+                    os.replace(part_file(place, number, name), target)
+                except FileNotFoundError:
+                    if not os.path.exists(target):  # it has not been moved already
+                        raise
             count += 1
     return count, skipped

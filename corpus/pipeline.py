@@ -1,7 +1,7 @@
 """A corpus made by many tasks: the same functions as on one machine, as steps of datatrove.
 
     hashes       N tasks   a hash of each document
-    duplicates   N tasks   sorts the hashes: which documents have been seen before
+    duplicates  32 tasks   sorts the hashes: which documents have been seen before
     signatures   N tasks   25 numbers of each document that is left   (these three
     groups      25 tasks   sorts the numbers: pairs that share one     with --near-dedup)
     alike        1 task    which documents are like an earlier one
@@ -9,8 +9,9 @@
 
 A task is handed a slice of the sources, in their order, and what is "earlier" is decided by (task,
 document), so every path keeps the same documents as one machine that reads all of them in a row.
-Each of the tasks reads its sources anew, at some 200 MB/s, since a copy of them on disk would cost
-more. Parts end where a task ends, too; apart from that they are what one machine writes.
+The jobs `hashes`, `signatures` and `tokens` each read the sources anew, at some 200 MB/s, since a
+copy of them on disk would cost more. Parts end where a task ends, too; apart from that they are
+what one machine writes.
 
 Reference: datatrove (https://github.com/huggingface/datatrove), with which FineWeb was made. Its
 classes find, pair and drop duplicates. Ours are the reader, the filter and the writer, which do
@@ -20,6 +21,7 @@ and keeps any one of them, which nobody can decide while reading.
 
 import json
 import os
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -47,18 +49,22 @@ GROUPS = MinhashConfig(num_buckets=BANDS, hashes_per_bucket=1)
 KEY = np.dtype([("number", "<u8"), ("document", "<u4")])  # of its files of signatures
 PAIR = np.dtype([(name, "<u4") for name in ("task", "document", "later_task", "later_document")])
 FIRST_PRIORITY = 65535  # the highest that its exact deduplication knows: of task 0
+FINDERS = 32  # tasks that sort the hashes: each reads a file of every other task
+PAIRS_AT_ONCE = 10_000_000  # of similar documents in memory: half a GB while they are sorted
 RECORDS_AT_ONCE = 1000  # of a file of hashes: datatrove reads 5 unless it is told
 
 
 def slices_of(sources, tasks):
     """Cuts a list of `Source`s into one for each task, in order, of about as many bytes each."""
+    # Nobody knows how large a history is, and some servers do not say it of a file.
+    known = [source.size for source in sources if source.size] or [1]
+    sizes = [source.size or sum(known) / len(known) for source in sources]
     slices = [[] for _ in range(tasks)]
-    total = sum(source.size for source in sources) or 1
     begin = 0
-    for source in sources:
-        middle = begin + source.size / 2
-        slices[min(int(middle * tasks / total), tasks - 1)].append(source)
-        begin += source.size
+    for source, size in zip(sources, sizes):
+        middle = begin + size / 2
+        slices[min(int(middle * tasks / sum(sizes)), tasks - 1)].append(source)
+        begin += size
     return slices
 
 
@@ -85,12 +91,13 @@ def pipelines(sources, out, folder, recipe, dtype):
         ]
 
     jobs = {}
+    finders = min(tasks, FINDERS)
     read = Read(slices, recipe.languages, place("read"), Tally())
-    jobs["hashes"] = (tasks, [read, ExactDedupSignature(place("hashes"), EXACT, tasks)])
+    jobs["hashes"] = (tasks, [read, ExactDedupSignature(place("hashes"), EXACT, finders)])
     find = ExactFindDedups(
         place("hashes"), place("duplicates"), EXACT, lines_to_buffer=RECORDS_AT_ONCE
     )
-    jobs["duplicates"] = (tasks, [find])
+    jobs["duplicates"] = (finders, [find])
 
     tally = Tally()
     left = distinct(tally)  # what is left to tokenize
@@ -146,10 +153,14 @@ class Seen:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+class OtherSources(ValueError):
+    """A task has read something else than it did for an earlier job."""
+
+
 class Read(PipelineStep):
     """Yields the documents of a task's sources.
 
-    Raises ValueError if a source is damaged, or is no longer what it was for an earlier job.
+    Raises ValueError if a source is damaged, and OtherSources if the sources have changed.
     """
 
     type = "reader"
@@ -185,7 +196,7 @@ class Read(PipelineStep):
             first = self.slices[rank][0].path
             words = "the sources have changed since this corpus was begun"
             advice = "bring them back as they were, or begin anew in another directory"
-            raise ValueError(f"{first} or one after it: {words}; {advice}")
+            raise OtherSources(f"{first} or one after it: {words}; {advice}")
 
 
 class NumberParts(PipelineStep):
@@ -276,7 +287,8 @@ class Sign(PipelineStep):
             keys.sort(order=("number", "document"))
             folder = os.path.join(self.folder, f"bucket_{band:03d}")
             os.makedirs(folder, exist_ok=True)
-            write_whole(os.path.join(folder, f"{rank:05d}.minhash.sig"), keys.tobytes())
+            # Not by way of a temporary file: `MinhashDedupBuckets` would read one that was left.
+            keys.tofile(os.path.join(folder, f"{rank:05d}.minhash.sig"))
 
 
 class Alike(PipelineStep):
@@ -295,14 +307,13 @@ class Alike(PipelineStep):
         self.tasks = tasks
 
     def run(self, data=None, rank=0, world_size=1):
-        """Yields nothing. Memory: the pairs of one band, then the documents of one task."""
+        """Yields nothing. Memory: PAIRS_AT_ONCE, then the documents of one task."""
         os.makedirs(self.folder, exist_ok=True)
         # First each band's documents to their tasks, unsorted; then each task's, once each.
         paths = [os.path.join(self.folder, f"{task:06d}.remove") for task in range(self.tasks)]
         for path in paths:
             open(path, "wb").close()  # of an earlier attempt
-        for name in sorted(os.listdir(self.pairs)):
-            pairs = np.fromfile(os.path.join(self.pairs, name), PAIR)
+        for pairs in self.read_pairs():
             pairs = pairs[np.argsort(pairs["later_task"], kind="stable")]
             ends = np.searchsorted(pairs["later_task"], np.arange(self.tasks + 1))
             for task, path in enumerate(paths):
@@ -312,6 +323,13 @@ class Alike(PipelineStep):
             documents = np.unique(np.fromfile(path, "<u4"))
             self.stat_update("alike", value=len(documents), unit="task")
             documents.tofile(path)
+
+    def read_pairs(self):
+        """Yields the pairs of all bands, PAIRS_AT_ONCE or fewer of them."""
+        for name in sorted(os.listdir(self.pairs)):
+            with open(os.path.join(self.pairs, name), "rb") as f:
+                while len(pairs := np.fromfile(f, PAIR, PAIRS_AT_ONCE)):
+                    yield pairs
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -338,6 +356,14 @@ class WriteParts(PipelineStep):
         """Reads all documents, and yields none."""
         folder = os.path.join(self.folder, f"{rank:05d}")
         os.makedirs(folder, exist_ok=True)
+        try:
+            self.write(data, folder)
+        except OtherSources:  # which is known at their end only
+            shutil.rmtree(folder)
+            raise
+
+    def write(self, data, folder):
+        """Writes the parts of all documents."""
         writer = self.open(folder, 0)
         for document in data:
             # A part without a document that is kept is a part all the same.

@@ -56,7 +56,7 @@ OURS = re.compile(
     r"((prepare|tokenizer|tokenizer_config|meta)\.json"
     r"|\d{5,}\.(json|(train|validation)\.(bin|index\.npy)))"
     rf"({TEMPORARY})?"
-    r"|\.(\d+-of-\d+\.)?lock"
+    r"|\.lock"
 )
 
 # ---- meta.json -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -212,6 +213,9 @@ def program(name, *arguments):
     out = io.StringIO()
     err = io.StringIO()
     status = 0
+    # A handler that the program leaves behind would be inherited by a pool's workers, which then
+    # survive `Pool.terminate`: it waits for them forever.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__file__, *arguments])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -219,6 +223,8 @@ def program(name, *arguments):
                 run_command(module.main)
             except SystemExit as end:
                 status = end.code
+            finally:
+                signal.signal(signal.SIGTERM, on_sigterm)
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 

@@ -150,7 +150,8 @@ def recipe_file(directory, name, **fields):
 
 
 @pytest.mark.slow
-def test_a_speedrun_is_raced_and_verified(small_corpus, tmp_path, capsys):
+def test_a_speedrun_is_raced_and_verified(small_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speedrun, "HELD_OUT", 64)
     schedule = dict(steps=4, batch_size=8, micro_batch_size=8, warmup_steps=1, eval_every=2)
     record = recipe_file(tmp_path, "record.json", **schedule)
     yours = recipe_file(tmp_path, "yours.json", **schedule, muon_learning_rate=0.01, masked=0.3)

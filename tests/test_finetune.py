@@ -92,11 +92,11 @@ def data(tmp_path_factory):
 
 def config_of(encoder, data, kind, out, **fields):
     settings = dict(
-        steps=60,
-        batch_size=16,
-        micro_batch_size=8,
-        eval_every=30,
-        learning_rate=5e-3,
+        steps=48,
+        batch_size=8,
+        micro_batch_size=4,
+        eval_every=24,
+        learning_rate=7e-3,
         warmup_steps=5,
         dtype="float32",
         device="cpu",
@@ -113,7 +113,7 @@ def trained(encoder, data, tmp_path_factory):
     for kind in KINDS:
         out = str(directory / kind)
         # Of two evaluations one is halfway, for the run that is stopped between them.
-        fields = {} if kind == "code" else {"eval_every": 60}
+        fields = {} if kind == "code" else {"eval_every": 48}
         runs[kind] = out, loop.train(config_of(encoder, data, kind, out, **fields))
     return runs
 
@@ -364,7 +364,7 @@ def test_a_stopped_run_ends_with_the_same_bits(trained, encoder, data, tmp_path,
     rate = loop.learning_rate
 
     def stopped(config, step):
-        if step == 40:
+        if step == 32:
             os.kill(os.getpid(), signal.SIGTERM)
         return rate(config, step)
 
@@ -388,7 +388,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(encoder, data, tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(trained, encoder, data, tmp_path):
     out, best = trained["label"]
-    config = config_of(encoder, data, "label", tmp_path / "run", eval_every=60)
+    config = config_of(encoder, data, "label", tmp_path / "run", eval_every=48)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     most = os.path.getsize(os.path.join(out, "model.safetensors")) - 1
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
@@ -421,8 +421,9 @@ def test_a_signal_stops_the_benchmark(encoder, data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(encoder, data, tmp_path):
-    flags = "--steps 40 --eval-every 10 --learning-rate 0.005 --dtype float32 --device cpu".split()
-    words = ["-m", "finetune", f"{data}/code.jsonl", "--encoder", encoder, *flags, "--out"]
+    flags = "--steps 40 --eval-every 10 --batch-size 16 --learning-rate 0.005 --dtype float32"
+    words = ["-m", "finetune", f"{data}/code.jsonl", "--encoder", encoder, *flags.split()]
+    words += ["--device", "cpu", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(out):

@@ -5,7 +5,9 @@ What the tasks make is in cluster/test_corpus_executors.py.
 
 import json
 import os
+import resource
 import shutil
+import signal
 import sys
 from collections import Counter
 
@@ -92,6 +94,78 @@ def test_sources_keep_the_sizes_that_they_were_begun_with(tmp_path):
     for others, name in [(more, "c.tar"), (begun[:1], "b.tar"), (begun[::-1], "b.tar")]:
         with pytest.raises(ValueError, match=f"^{name}: the sources have changed since"):
             jobs.as_begun(others, path)
+
+
+# ---- tasks --------------------------------------------------------------------------------------
+
+INSTALL = "pip install -r requirements-cluster.txt"
+
+
+@pytest.mark.slow  # datatrove takes seconds to import
+def test_a_task_may_open_three_files_for_each_of_a_thousand(tmp_path):
+    """The usual limit is 1,024, and duplicates of 512 tasks are looked for in more files."""
+    pytest.importorskip("datatrove", reason=INSTALL)
+    from corpus.executors import run_task
+
+    def open_many(data, rank, world_size):
+        """A step of a pipeline."""
+        files = [open(os.devnull) for _ in range(3 * jobs.MOST_TASKS)]
+        for file in files:
+            file.close()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("no process here may open so many")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        run_task([open_many], 1, str(tmp_path), 0, os.getcwd())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.listdir(tmp_path / "completions") == ["00000"]
+
+
+@pytest.mark.slow
+def test_signatures_of_a_task_that_was_killed_are_written_again(tmp_path):
+    """Half a file that it has left would be read as one of another task."""
+    pytest.importorskip("datatrove", reason=INSTALL)
+    pytest.importorskip("rensa", reason="pip install rensa")
+    from datatrove.data import Document
+    from datatrove.pipeline.dedup import MinhashDedupBuckets
+
+    from corpus.pipeline import GROUPS, Sign
+
+    def sign():
+        pieces = {"pieces": [("", "the same text, twice")]}
+        step = Sign(str(tmp_path / "signatures"))
+        step.run([Document(text="", id=name, metadata=pieces) for name in "ab"], rank=0)
+
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # so that a larger file kills the process
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))
+        sign()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+
+    sign()
+    folders = (str(tmp_path / "signatures"), str(tmp_path / "pairs"))
+    MinhashDedupBuckets(*folders, config=GROUPS).run(rank=0, world_size=25)
+    (pairs,) = (tmp_path / "pairs").iterdir()
+    assert np.fromfile(pairs, "<u4").tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.slow
+def test_a_failure_after_the_last_task_is_one_line(tmp_path):
+    """As when there is no more room for its note."""
+    pytest.importorskip("datatrove", reason=INSTALL)
+    from corpus.executors import Job
+
+    job = Job("tokens", 2, [], str(tmp_path))
+    assert str(job.failure("killed")).startswith("tokens, task 0: killed; ")
+    (tmp_path / "completions").mkdir()
+    for task in range(2):
+        (tmp_path / "completions" / f"{task:05d}").touch()
+    assert str(job.failure("no space")).startswith("tokens: no space; ")
 
 
 # ---- the numbers of the parts --------------------------------------------------------------------

@@ -13,6 +13,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import ROOT
@@ -26,6 +28,7 @@ NOTEBOOKS = sorted(glob.glob(os.path.join(ROOT, "notebooks", "*.ipynb")))
 CHANGES = sorted(glob.glob(os.path.join(ROOT, "notebooks", "changes", "*.diff")))
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "corpora", "runs", "notebooks", "results")
+AT_ONCE = min(2, os.cpu_count())  # notebooks, or changes
 name_of = os.path.basename
 
 
@@ -140,18 +143,18 @@ def test_no_cell_repeats_the_code():
             assert not stretches(cell.source) & project, (name_of(path), cell.source)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
-def test_prints_what_is_stored(path):
-    """Each checker fails on its stub and passes on the solution; other cells print the same again.
+class Executed(NamedTuple):
+    """A notebook that was executed with its solutions."""
 
-    What a cell with the tag `varies` prints is not compared.
-    """
-    stored = nbformat.read(path, 4)
+    notebook: Any
+    cells: list  # those that are stored in it, with what they print now
+    solved: list  # its checkers again, each behind its solution
+
+
+def execute(path, directory):
+    """Executes a notebook: behind each checker, the solution and the checker again."""
     notebook = nbformat.read(path, 4)
     originals = list(notebook.cells)
-
-    # Behind each checker: the solution, and the checker again.
     cells = []
     solved = []
     for cell in originals:
@@ -163,15 +166,65 @@ def test_prints_what_is_stored(path):
     resources = {"metadata": {"path": os.path.dirname(path)}}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
     ours = ("TRITON_INTERPRET", "STARENCODER_KERNELS")  # set by these tests
-    client.execute(env={k: v for k, v in os.environ.items() if k not in ours})
-    for number, cell in enumerate(solved, 1):
+    client.execute(env={k: v for k, v in environment().items() if k not in ours})
+    return Executed(notebook, originals, solved)
+
+
+def run_changed(path, directory):
+    """Applies a change to a copy of the project, and runs what `Must still pass` names."""
+    copy = os.path.join(directory, "copy")
+    shutil.copytree(ROOT, copy, ignore=NOT_COPIED)
+    # Or git would look for a repository in the directories above.
+    of_git = environment() | {"GIT_CEILING_DIRECTORIES": str(directory)}
+    subprocess.run(["git", "apply", path], cwd=copy, check=True, env=of_git)
+    command = re.search(r"^Must still pass: pytest (.*)$", read(path), re.M)[1]
+    pytest_command = [sys.executable, "-m", "pytest", "-q", *shlex.split(command)]
+    return subprocess.run(
+        pytest_command, cwd=copy, env=environment(), capture_output=True, text=True
+    )
+
+
+def environment():
+    """That of a process which shares the cores with another one."""
+    return {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // AT_ONCE))} | os.environ
+
+
+@pytest.fixture(scope="module")
+def work(request, tmp_path_factory):
+    """{test: a future of what it looks at}. Two processes work at once, in the tests' order."""
+    functions = {
+        "test_prints_what_is_stored": execute,
+        "test_a_change_applies_and_its_test_passes": run_changed,
+    }
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        futures = {}
+        for test in request.session.items:
+            if test.path == request.path and test.originalname in functions:
+                path = test.callspec.params["path"]
+                directory = tmp_path_factory.mktemp("work")
+                function = functions[test.originalname]
+                futures[test.nodeid] = pool.submit(function, path, directory)
+        yield futures
+        pool.shutdown(wait=False, cancel_futures=True)  # if a failure ended the tests
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_prints_what_is_stored(path, work, request):
+    """Each checker fails on its stub and passes on the solution; other cells print the same again.
+
+    What a cell with the tag `varies` prints is not compared.
+    """
+    stored = nbformat.read(path, 4)
+    executed = work[request.node.nodeid].result()
+    for number, cell in enumerate(executed.solved, 1):
         assert text_of(cell).endswith(f"Exercise {number}: solved"), text_of(cell)
 
     # The texts that the notebooks read are those of Python's standard library.
-    versions = [nb.metadata.language_info.version for nb in (notebook, stored)]
+    versions = [nb.metadata.language_info.version for nb in (executed.notebook, stored)]
     if versions[0].rsplit(".", 1)[0] != versions[1].rsplit(".", 1)[0]:
         return
-    for old, new in zip(stored.cells, originals, strict=True):
+    for old, new in zip(stored.cells, executed.cells, strict=True):
         before = text_of(old)
         now = text_of(new)
         words = f"{old.source}\n\nstored: {before}\n\nprinted now: {now}"
@@ -188,15 +241,8 @@ def test_a_change_is_short(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CHANGES, ids=name_of)
-def test_a_change_applies_and_its_test_passes(path, tmp_path):
+def test_a_change_applies_and_its_test_passes(path, work, request):
     """The change applies to a copy of the project, and what `Must still pass` names passes."""
-    copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=NOT_COPIED)
-    # Or git would look for a repository in the directories above.
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
-    subprocess.run(["git", "apply", path], cwd=copy, check=True, env=environment)
-    command = re.search(r"^Must still pass: pytest (.*)$", read(path), re.M)[1]
-    pytest_command = [sys.executable, "-m", "pytest", "-q", *shlex.split(command)]
-    done = subprocess.run(pytest_command, cwd=copy, capture_output=True, text=True)
+    done = work[request.node.nodeid].result()
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\d+ passed", done.stdout)

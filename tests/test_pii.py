@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from corpus.tokenizer import Tokenizer
 from finetune.tokens import token_windows
 from pii import (
+    finetune,
     hosts,
     peers,
     rules,
@@ -254,7 +255,6 @@ def test_overlapping_and_ignored_spans():
         (["eval", "/nowhere", "--rules-only"], "No such file"),
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--learning-rate", "nan"], "learning_rate"),
-        (["train", "--encoder", "/nowhere"], "/nowhere"),
         (["synthesize", "/nowhere", "--out", "x"], "no such file"),
         (["synthesize", "--out", "x", "--count", "3"], "too few"),
         (["eval", "README.md", "--rules-only"], "README.md:1: not a line of"),
@@ -266,6 +266,15 @@ def test_bad_input_is_one_line(arguments, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("x")
     assert_refused(program("pii", *arguments), words)
+
+
+def test_a_missing_encoder_is_one_line(monkeypatch, tmp_path):
+    """The default data, which are missing too, are made before. Here they are few."""
+    monkeypatch.chdir(tmp_path)
+    few = functools.partial(synthesize.synthesize, count=200)
+    monkeypatch.setattr(finetune, "synthesize", few)
+    assert_refused(program("pii", "train", "--encoder", "/nowhere"), "/nowhere")
+    assert (tmp_path / "corpora" / "pii" / "train.jsonl").exists()
 
 
 def test_help_does_not_wait_for_pytorch():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import train
+from data import PairDataset
 from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 from training import plan, run_directory
 
@@ -138,6 +140,8 @@ def test_checkpoint_bytes_are_those_of_the_file(small_corpus, tmp_path):
     planned = plan.checkpoint_bytes(train.model_config(config, 600))
     written = os.path.getsize(run_directory.checkpoints(config.out)[-1])
     assert 0 <= written - planned < 64e3  # names and shapes come on top
+    model = os.path.getsize(os.path.join(config.out, "model.safetensors"))
+    assert 0 <= model - planned / 3 < 64e3  # the weights without both moments
 
 
 def test_gpus_by_the_names_that_drivers_give():
@@ -178,6 +182,8 @@ def test_plans_that_make_no_sense_are_refused():
         (["--plan", "80xA100"], "leaves some of 80 GPUs without a pair"),  # the tiny preset has 64
         (["--plan", "1xA100", "--plan-mfu", "2"], "between 0 and 1"),
         (["--plan", "1xA100", "--data", "nowhere"], "nowhere"),
+        (["--plan", "1xA100", "--plan-mtbf", "0"], "a number of hours above 0"),
+        (["--plan", "1xA100", "--plan-mtbf", "nan"], "a number of hours above 0"),
     ):
         assert_refused(program("train", *flags), words)
 
@@ -192,3 +198,67 @@ def test_a_plan_counts_the_tokens_that_are_masked():
     # second half of the last layer: 6 (H^2 + 2 H I).
     more = 0.15 * 6 * (512 * 49_156 + 512**2 + 512**2 + 2 * 512 * 2048) / 1e6
     assert abs(flops[1] - flops[0] - more) < 0.2
+
+
+@pytest.mark.slow
+def test_a_plan_says_how_often_to_save():
+    """2 GB a save at 1 GB/s; any of 8 machines may fail."""
+    flags = ["--preset", "starencoder", "--plan", "64xA100", "--plan-mtbf", "1000"]
+    text = program("train", *flags).stdout
+    save = 16 * plan.count_parameters(StarEncoderConfig()) / plan.SAVE_BANDWIDTH
+    seconds = 4096 * 1024 / float(re.search(r"([\d,]+) in all", text)[1].replace(",", ""))
+    best = np.sqrt(2 * save * 1000 * 3600 / 8)
+    printed = int(re.search(r"with save_every ([\d,]+)", text)[1].replace(",", ""))
+    assert abs(printed - best / seconds) < 1
+    assert f"{save / (1000 * seconds):.2%} of the time to saves" in text
+    # A tiny run is over long before: then it is saved once, at its end.
+    text = program("train", "--plan", "64xA100").stdout
+    assert "with save_every 1,500" in text
+
+
+def test_a_plan_counts_what_is_in_a_corpus(small_corpus):
+    config = train.TrainConfig(data=small_corpus, max_length=64)
+    meta = train.read_meta(small_corpus)
+    found = train.planned_corpus(config, meta)
+    dataset = PairDataset(small_corpus, "train", 64, seed=0)
+    held_out = PairDataset(small_corpus, "validation", 64, seed=0)
+    assert found.documents == dataset.documents() + held_out.documents()
+    assert found.pairs == len(dataset)
+    files = [name for name in os.listdir(small_corpus) if name.endswith((".bin", ".npy"))]
+    size = sum(os.path.getsize(os.path.join(small_corpus, name)) for name in files)
+    assert 0 <= size - found.disk < 200 * len(files)  # the headers of the indexes come on top
+
+    result = program("train", "--plan", "1xA100", "--data", small_corpus, "--max-length", "64")
+    assert f"{found.documents:,} documents" in result.stdout
+    assert f"{1500 * 64 / found.pairs:,.1f} epochs of {found.pairs:,} pairs" in result.stdout
+
+
+def test_pages_that_a_pair_reads_are_those_in_which_its_tokens_lie(small_corpus):
+    """On average over 2,000 pairs, none of which is much shorter than it may be.
+
+    Each lies in 1 to 4 pages, so that their mean has an error of under 0.03.
+    """
+    dataset = PairDataset(small_corpus, "train", 512, seed=0)
+    starts = np.concatenate([part.offsets[:-1] for part in dataset.parts])  # of the only part
+    pages = []
+    lengths = []
+    for i in range(2000):
+        a, b, follows = dataset.draw(i, dataset.random_stream(i))
+        touched = set()
+        for window in (a, b):
+            first = 2 * (starts[window.document] + window.start)
+            end = 2 * (starts[window.document] + window.end)
+            touched |= {*range(first // plan.PAGE, (end - 1) // plan.PAGE + 1)}
+        pages.append(len(touched))
+        lengths.append(a.length + b.length + 3)
+    expected = plan.pages_read(np.mean(lengths), token_bytes=2) / plan.PAGE
+    assert abs(np.mean(pages) - expected) < 0.1
+
+
+def test_a_corpus_that_is_named_must_be_whole(small_corpus, tmp_path):
+    broken = str(tmp_path / "broken")
+    shutil.copytree(small_corpus, broken)
+    os.truncate(os.path.join(broken, "00000.train.bin"), 100)
+    assert_refused(program("train", "--plan", "1xA100", "--data", broken), "00000.train.bin")
+    os.remove(os.path.join(broken, "meta.json"))
+    assert_refused(program("train", "--plan", "1xA100", "--data", broken), "no corpus here")

@@ -187,6 +187,7 @@ def test_bfloat16_is_chosen_only_where_it_is_fast():
     assert result.stdout.strip() == "float32", result
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("begun, chosen", [(True, "bfloat16"), (False, "float32")])
 def test_a_run_keeps_its_dtype_on_another_cpu(small_corpus, tmp_path, monkeypatch, begun, chosen):
     config = tiny(small_corpus, tmp_path / "run", dtype="auto", steps=2)
@@ -248,6 +249,12 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert a == b
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Runs draw no curves, which takes longer than all of their steps."""
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +332,7 @@ def test_curves_are_drawn_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     assert "cannot be drawn ([Errno 28] No space left on device)" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("how", ["crash", "stop"])
 @pytest.mark.parametrize("step", range(6))
 def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
@@ -340,7 +348,6 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(config, at)
 
-    monkeypatch.setattr(curves, "draw_curves", lambda *_: None)  # it takes longer than the run
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", interrupted)
         if how == "crash":
@@ -448,6 +455,7 @@ def test_published_arithmetic():
     assert {step: train.learning_rate(config, step) for step in corners} == pytest.approx(corners)
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_no_two_dropout_masks_of_a_run_are_alike(small_corpus, tmp_path, monkeypatch):
     seeds, real = [], train.loss_on
     monkeypatch.setattr(
@@ -457,6 +465,7 @@ def test_no_two_dropout_masks_of_a_run_are_alike(small_corpus, tmp_path, monkeyp
     assert len(seeds) == len(set(seeds)) == 6 * 3  # 3 micro-batches in each of 6 steps
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_the_gradient_is_clipped(small_corpus, tmp_path):
     """A norm of 1e-12, far below Adam's epsilon, moves nothing; the norm before is reported."""
     # Not with Muon, to which the length of a gradient is all one.
@@ -612,6 +621,7 @@ def test_refuses_a_run_that_does_not_fit(small_corpus, undisturbed, tmp_path):
     assert_same(list(finished(undisturbed)), list(before))
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize(
     "damage",
     ["cut", "emptied", "a bit flipped", "another file", "no pickle", "no model", "another step"],
@@ -854,6 +864,7 @@ def test_a_train_json_that_is_none(undisturbed, tmp_path, content):
     assert (run / "train.json").read_text() == content
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_line_of_metrics_without_its_end(undisturbed, tmp_path):
     """The disk was full at the newline; the checkpoint of this line's step exists all the same."""
     before, run = finished(undisturbed), shutil.copytree(undisturbed.out, tmp_path / "run")
@@ -887,6 +898,7 @@ def test_metrics_are_strict_json(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_checkpoints_that_are_kept(small_corpus, undisturbed, tmp_path):
     """The newest k, and every n-th for good."""
     names = lambda config: [
@@ -910,6 +922,7 @@ def test_checkpoints_that_are_kept(small_corpus, undisturbed, tmp_path):
     assert names(config) == ["00000002.pt", "00000004.pt", "00000005.pt", "00000006.pt"]
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_full_disk_costs_a_warning(small_corpus, undisturbed, tmp_path, monkeypatch, capsys):
     """Nothing else: lines that could not be written come later, each once and in order."""
     config, real_save, real_open, failures = (
@@ -1058,7 +1071,7 @@ def test_programs_end_with_one_line(small_corpus, undisturbed, tmp_path):
         ]
     arguments = [x for k, v in fields for x in ("--" + k.replace("_", "-"), str(v))]
     assert_refused(
-        command("train.py", *arguments, "--out", str(torn)), "all of its checkpoints are damaged"
+        program("train", *arguments, "--out", str(torn)), "all of its checkpoints are damaged"
     )
     assert_refused(program("train", "--colour"), "--colour")
     assert_refused(program("train", "--preset", "huge"), "huge")
@@ -1111,6 +1124,7 @@ def test_a_refusal_on_one_rank_ends_all_with_one_line(small_corpus, undisturbed)
     assert "RuntimeError" not in result.stderr
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, monkeypatch, tmp_path):
     run = shutil.copytree(undisturbed.out, tmp_path / "run")
 

@@ -26,6 +26,8 @@ from starencoder import StarEncoderConfig, StarEncoderForPreTraining
 if not kernels.HAS_TRITON:
     pytest.skip("there is no Triton here", allow_module_level=True)
 
+from quick_interpreter import hurry
+
 judged = kernels_under_test()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -33,6 +35,15 @@ on_a_gpu_only = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="ne
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":  # the interpreter's bf16 products are garbage
     DTYPES.append(torch.bfloat16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Makes the interpreter faster for this file; `undo` makes it Triton's again."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels.INTERPRETED:
+            hurry(patch)
+        yield patch
 
 
 # More than a row of any tensor in these tests: a kernel that strays by a row writes into a guard.
@@ -1032,9 +1043,6 @@ def test_compiled_for_chips_that_are_not_here(tmp_path):
     assert sum(row["predicted"] is not None for row in rows) >= 30
 
 
-# ---- what only a GPU can show --------------------------------------------------------------------
-
-
 def every_kernel(lengths, N, D, dtype, p):
     """Outputs and gradients of attention, LayerNorm and dropout on the same packed batch."""
     qkv, cu_seqlens, longest = packed(lengths, N, D, 1, dtype)
@@ -1053,6 +1061,22 @@ def every_kernel(lengths, N, D, dtype, p):
     results += with_gradients(norm, [x, vector, vector, x], flat)
     results += with_gradients(drop, [x], flat)
     return results
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="nothing is interpreted here")
+def test_the_quick_interpreter_is_tritons(quick):
+    """The same bits with Triton's interpreter as it is."""
+    case = ([33, 0, 5], 2, 24, torch.float16, 0.1)
+    results = every_kernel(*case)
+    quick.undo()
+    try:
+        expected = every_kernel(*case)
+    finally:
+        hurry(quick)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+# ---- what only a GPU can show --------------------------------------------------------------------
 
 
 class TestOnAGpu:

@@ -9,4 +9,5 @@ head_start      initial weights that know frequencies, positions and neighbours
 report          what a pretraining run says
 curves          curves.png
 plan            what a run costs, before it is paid for
+simulate        a run of many ranks in a second: slow ranks, failures, checkpoints
 """

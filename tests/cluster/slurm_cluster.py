@@ -24,6 +24,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare", "s
 TRANSCRIPT = "CLUSTER_TRANSCRIPT"  # environment variable: a file for what happens, and when
 
 # cred_expire is also how long a requeued job waits before it starts again: two minutes by default.
+# A dead node is noticed after SlurmdTimeout and about one MessageTimeout: here within 20 seconds.
 CONFIGURATION = """\
 ClusterName=virtual
 SlurmctldHost={host}(127.0.0.1)
@@ -42,6 +43,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
+MessageTimeout=5
 KillWait=5
 MinJobAge=86400
 SchedulerParameters=sched_interval=2

@@ -101,19 +101,11 @@ def test_nothing_happens(slurm, small_corpus, tmp_path, undisturbed):
     assert slurm.restarts(job) == 0, slurm.output(job)
 
 
-def test_a_signal_makes_it_save_and_queues_it_again(slurm, small_corpus, tmp_path, undisturbed):
-    """It reaches all ranks, and the processes that make their batches."""
-    out = str(tmp_path / "run")
-    job = submit(slurm, script_for(small_corpus, out))
-    wait_for_step(slurm, job, out, 100)
-    slurm.signal(job, "USR1")
-    assert_ends_like(undisturbed, slurm, job, out)
-    assert slurm.restarts(job) == 1, slurm.output(job)
-    assert_goes_on_from_each_stop(slurm, job)
+def test_signals_make_it_save_and_queue_it_again(slurm, small_corpus, tmp_path, undisturbed):
+    """The first is Slurm's own, to a job of two minutes, half a minute to a minute after its start.
 
-
-def test_slurm_sends_that_signal_before_time_is_up(slurm, small_corpus, tmp_path, undisturbed):
-    """To a job of two minutes, half a minute to a minute after its start."""
+    Signals reach all ranks, and the processes that make their batches.
+    """
     out = str(tmp_path / "run")
     job = submit(slurm, script_for(small_corpus, out, "--timeout 300", minutes=2))
     # The run must last until then, on any CPU: it is stopped. Slurm wakes it to warn it.
@@ -122,7 +114,10 @@ def test_slurm_sends_that_signal_before_time_is_up(slurm, small_corpus, tmp_path
     slurm.signal(job, "STOP")
     wait_for_restart(slurm, job, before + 1)
     slurm.command("scontrol", "update", f"jobid={job}", "timelimit=10")  # one warning is enough
+    wait_for_step(slurm, job, out, 160)
+    slurm.signal(job, "USR1")
     assert_ends_like(undisturbed, slurm, job, out)
+    assert slurm.restarts(job) == before + 2, slurm.output(job)
     assert_goes_on_from_each_stop(slurm, job)
 
 
