@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5  # how often the folder of a job is looked at,
 LOOK_SECONDS = 10.0  # and how often whether it still runs
 LATE_SECONDS = 5.0  # how late a shared folder may be
+RAY_SECONDS = 60.0  # how long Ray is waited for: it tries a wrong address for minutes
 RAY_RETRIES = 3  # of a task whose process or node died
 OPEN_FILES = 4096  # of a task: up to 3 for each of 1,000 tasks, while duplicates are looked for
 LONGEST_ERROR = 1000  # characters of a task's error, which may begin with long paths
@@ -254,11 +255,15 @@ def run_on_ray(jobs, workers, folder):
             wait_for(job, process.is_alive, f"{words} (log: {folder}/console.log)")
     finally:
         process.terminate()
+        process.join(LATE_SECONDS)
+        process.kill()  # while Ray waits for an answer, it hears nothing else
         process.join()
 
 
 def receive(receiver):
-    """What another process says; "it died" if it does."""
+    """What another process says; "it died" if it does, "no answer" after RAY_SECONDS."""
+    if not receiver.poll(RAY_SECONDS):
+        return f"no answer in {RAY_SECONDS:.0f} s"
     try:
         return receiver.recv()
     except EOFError:
