@@ -147,9 +147,7 @@ def test_kills_at_ten_random_moments(request, tmp_path, embedded, here, executor
     expected = files_of(here(TASKS))
     victims = [place.victims[k % len(place.victims)] for k in range(KILLS)]
     generator = random.Random(0)
-    print(
-        f"\nstart of the command, its end, and what was killed when so many of {ALL_TASKS} were done"
-    )
+    print(f"\n{executor}: start, exit status, last words, victim, tasks done of {ALL_TASKS}")
     corpora = 0  # that are complete
     starts = 0  # of the command, for the corpus that is being made
     while victims or starts:
@@ -160,7 +158,7 @@ def test_kills_at_ten_random_moments(request, tmp_path, embedded, here, executor
         victim = victims[0] if victims else None
         ended, kill = disturbed(place, victim, command, moment, delay, generator)
         starts += 1
-        print(executor, f"start {starts}", *ended, *(kill or ()), sep=", ", flush=True)
+        print(executor, starts, *ended, *(kill or ()), sep=", ", flush=True)
         if kill:
             victims.pop(0)
         place.restore()
