@@ -997,7 +997,8 @@ def test_a_training_run_with_triton(small_corpus, tmp_path, monkeypatch):
     lines = []
     for backend in ("torch", "triton"):
         flags = f"--data {small_corpus} --out {tmp_path / backend} --dtype float32"
-        flags += " --hidden-size 64 --num-attention-heads 2 --steps 2 --batch-size 4"
+        flags += " --hidden-size 64 --num-hidden-layers 2 --num-attention-heads 2"
+        flags += " --steps 2 --batch-size 4"
         flags += " --hidden-dropout-prob 0.1 --attention-probs-dropout-prob 0.1"
         flags += " --eval-examples 4 --log-every 1"
         environment = os.environ | {"STARENCODER_KERNELS": backend}
