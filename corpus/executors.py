@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
@@ -175,7 +175,9 @@ def check_no_other(jobs):
 def run_here(jobs, workers, folder):
     """Runs the tasks in processes of this machine."""
     # New processes, so that the memory which a task notes has nothing of this one's.
+    others = active_children()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (folder,))
+    futures = {}
     try:
         for job in jobs:
             missing = job.missing()
@@ -194,7 +196,12 @@ def run_here(jobs, workers, folder):
                         raise job.failure(first_line(error)) from None
                     bar.update()
     finally:
-        pool.shutdown(cancel_futures=True)
+        wait([future for future in futures if not future.cancel()])  # for the tasks that run
+        # A pool waits for ever for its processes to end if somebody kills one of them meanwhile.
+        for process in active_children():
+            if process not in others:
+                process.kill()
+        pool.shutdown()
 
 
 def start_worker(folder):
