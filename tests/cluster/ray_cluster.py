@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,9 @@ class RayCluster(contextlib.AbstractContextManager):
             result = subprocess.run(words, capture_output=True, text=True, timeout=20)
         except subprocess.TimeoutExpired:
             return 0
-        return int(result.stdout) if result.returncode == 0 else 0
+        # Ray may print to the same place that a node has died.
+        numbers = re.findall(r"^\d+$", result.stdout, re.MULTILINE)
+        return int(numbers[0]) if numbers and result.returncode == 0 else 0
 
     def wait_for_nodes(self, number, seconds=120):
         """Waits until so many nodes are alive. A dead one counts until Ray has noticed."""
