@@ -89,25 +89,27 @@ class Noting:
     """For an executor of datatrove: its tasks note what they took, or why they failed."""
 
     def _run_for_rank(self, rank, *arguments, **options):
-        if self.is_rank_completed(rank):  # before it was queued again: its note stays
-            return super()._run_for_rank(rank, *arguments, **options)
-        begin = time.perf_counter()
-        busy = time.process_time()
+        self.begin = time.perf_counter()
+        self.busy = time.process_time()
         allow_open_files(OPEN_FILES)
-        path = note_path(self.logging_dir.path, rank)
-        remove_quietly(path)  # of an earlier attempt
-        note = {}
         try:
             return super()._run_for_rank(rank, *arguments, **options)
         except Exception as error:
-            note["error"] = first_line(error, LONGEST_ERROR)
+            with contextlib.suppress(OSError):  # the disk may be full, which is the error then
+                self.write_note(rank, error=first_line(error, LONGEST_ERROR))
             raise
-        finally:
-            note["seconds"] = round(time.perf_counter() - begin, 2)
-            note["cpu_seconds"] = round(time.process_time() - busy, 2)
-            note["peak_memory"] = peak_memory()
-            with contextlib.suppress(FileNotFoundError):  # the corpus was whole before this note
-                write_whole(path, json.dumps(note))
+
+    def mark_rank_as_completed(self, rank):
+        """Called by datatrove at the end of a task that was done."""
+        self.write_note(rank)  # first, as whoever waits for the mark reads the note
+        super().mark_rank_as_completed(rank)
+
+    def write_note(self, rank, **note):
+        """Writes what a task has taken so far."""
+        note["seconds"] = round(time.perf_counter() - self.begin, 2)
+        note["cpu_seconds"] = round(time.process_time() - self.busy, 2)
+        note["peak_memory"] = peak_memory()
+        write_whole(note_path(self.logging_dir.path, rank), json.dumps(note))
 
 
 def peak_memory():
