@@ -35,7 +35,7 @@ from corpus.store import allow_open_files
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5  # how often the folder of a job is looked at,
 LOOK_SECONDS = 10.0  # and how often whether it still runs
-LATE_SECONDS = 5.0  # how late a shared folder may be
+LATE_SECONDS = 5.0  # how late a shared folder may be, or the end of a process
 RAY_SECONDS = 60.0  # how long Ray is waited for: it tries a wrong address for minutes
 RAY_RETRIES = 3  # of a task whose process or node died
 OPEN_FILES = 4096  # of a task: up to 3 for each of 1,000 tasks, while duplicates are looked for
@@ -199,11 +199,12 @@ def run_here(jobs, workers, folder):
                     bar.update()
     finally:
         wait([future for future in futures if not future.cancel()])  # for the tasks that run
+        pool.shutdown(wait=False)
         # A pool waits for ever for its processes to end if somebody kills one of them meanwhile.
         for process in active_children():
             if process not in others:
+                process.join(LATE_SECONDS)
                 process.kill()
-        pool.shutdown()
 
 
 def start_worker(folder):
