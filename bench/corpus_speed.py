@@ -41,7 +41,9 @@ if __name__ == "__main__":
         DocumentTokenizer(out, tokenizer, shuffle_documents=False),
     ]
     logs = f"{out}/logs"
-    LocalPipelineExecutor(steps, int(tasks), int(workers), logging_dir=logs).run()
+    # Processes that are forked here, so that their time counts as that of this one.
+    options = {"logging_dir": logs, "start_method": "fork"}
+    LocalPipelineExecutor(steps, int(tasks), int(workers), **options).run()
 """
 
 
