@@ -258,7 +258,7 @@ def write_corpus(out, recipe, dtype, workers):
     encoded = encode_in_order(chunks, encoder, wanted, workers)
     with contextlib.closing(encoded):  # ends the workers, also if writing fails
         count = write_parts(out, encoded, wanted, recipe.validation, near, dtype)
-    if count < len(done):  # an earlier run wrote more parts than there are
+    if done and max(done) >= count:  # an earlier run wrote more parts than there are
         check_read(out, max(done), "no documents")
     return count, skipped
 

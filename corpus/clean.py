@@ -21,7 +21,7 @@ PERMUTATIONS = 250  # hashes of a document
 BANDS = 25  # groups of 10 of them; two documents are alike if all 10 of one group are equal
 NEAR_DUPLICATES = f"five words, {BANDS} groups of {PERMUTATIONS // BANDS} hashes"
 # Odd numbers that differ for each hash, so that equal hashes in two bands are two numbers.
-MULTIPLIERS = np.random.default_rng(0).integers(2**63, size=(BANDS, 10), dtype=np.uint64) * 2 + 1
+MULTIPLIERS = np.random.default_rng(0).integers(2**63, size=PERMUTATIONS, dtype=np.uint64) * 2 + 1
 
 
 def unclean(text):
@@ -83,5 +83,5 @@ def signature_of(text):
     minhash.update(sequences)
 
     # The hashes of a band become one number (multiply and add, modulo 2^64, without the low bits).
-    hashes = np.array(minhash.digest(), np.uint64).reshape(BANDS, -1)
-    return (hashes * MULTIPLIERS).sum(axis=1) >> np.uint64(4)
+    products = np.array(minhash.digest(), np.uint64) * MULTIPLIERS
+    return products.reshape(BANDS, -1).sum(axis=1) >> np.uint64(4)

@@ -143,12 +143,14 @@ def run_all(executor, jobs, workers, folder):
     for job in jobs:
         os.makedirs(os.path.join(job.folder, "notes"), exist_ok=True)
     if executor == "slurm":
-        run_on_slurm(jobs, workers, folder)
+        run_on_slurm(jobs)
         return
     check_no_other(jobs)
     forget_failures(jobs)
-    run = {"local": run_here, "ray": run_on_ray}[executor]
-    run(jobs, workers, folder)
+    if executor == "ray":
+        run_on_ray(jobs, folder)
+    else:
+        run_here(jobs, workers, folder)
 
 
 def forget_failures(jobs):
@@ -179,32 +181,37 @@ def run_here(jobs, workers, folder):
     # New processes, so that the memory which a task notes has nothing of this one's.
     others = active_children()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (folder,))
-    futures = {}
     try:
         for job in jobs:
-            missing = job.missing()
-            with progress_of(job, missing) as bar:
-                futures = {}
-                for task in missing:
-                    arguments = (job.steps, job.tasks, job.folder, task, os.getcwd())
-                    futures[pool.submit(run_task, *arguments)] = task
-                for future in as_completed(futures):
-                    try:
-                        future.result()
-                    except BrokenProcessPool:
-                        words = "a process was killed (for the memory it took?)"
-                        raise ValueError(f"{job.name}: {words}; {GOES_ON}") from None
-                    except Exception as error:
-                        raise job.failure(first_line(error)) from None
-                    bar.update()
+            run_job(job, pool)
     finally:
-        wait([future for future in futures if not future.cancel()])  # for the tasks that run
         pool.shutdown(wait=False)
         # A pool waits for ever for its processes to end if somebody kills one of them meanwhile.
         for process in active_children():
             if process not in others:
                 process.join(LATE_SECONDS)
                 process.kill()
+
+
+def run_job(job, pool):
+    """Runs the tasks of a job that are not done. If one fails, those that run come to their end."""
+    missing = job.missing()
+    futures = []
+    for task in missing:
+        arguments = (job.steps, job.tasks, job.folder, task, os.getcwd())
+        futures.append(pool.submit(run_task, *arguments))
+    try:
+        with progress_of(job, missing) as bar:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+    except BrokenProcessPool:
+        words = "a process was killed (for the memory it took?)"
+        raise ValueError(f"{job.name}: {words}; {GOES_ON}") from None
+    except Exception as error:
+        raise job.failure(first_line(error)) from None
+    finally:
+        wait([future for future in futures if not future.cancel()])
 
 
 def start_worker(folder):
@@ -247,7 +254,7 @@ def wait_for(job, is_running, words):
 # ---- on Ray --------------------------------------------------------------------------------------
 
 
-def run_on_ray(jobs, workers, folder):
+def run_on_ray(jobs, folder):
     """Runs the tasks on the Ray cluster that RAY_ADDRESS names, or that this machine is part of."""
     # A process that uses Ray ends without warning if the cluster's head does: so that is another.
     context = get_context("spawn")
@@ -322,7 +329,7 @@ class SlurmArray(Noting, SlurmPipelineExecutor):
         """Submits nothing: the notes of the tasks are enough."""
 
 
-def run_on_slurm(jobs, workers, folder):
+def run_on_slurm(jobs):
     """Submits all jobs, each after the one before, and waits for their end.
 
     Stopped while it waits, the jobs go on, and the same command waits for them again.

@@ -19,10 +19,12 @@ what one machine does, and `Alike`: datatrove's own third stage joins chains of 
 and keeps any one of them, which nobody can decide while reading.
 """
 
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from datatrove.data import Document
@@ -118,17 +120,24 @@ def pipelines(sources, out, folder, recipe, dtype):
 # ---- what is left out ----------------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """A part of a task."""
+
+    contents: Contents
+    skipped: Counter  # of what was left out, by reason
+
+
 class Tally:
     """What a task has read and left out. Its steps share one."""
 
     def __init__(self):
         self.skipped = Counter()  # before any part, by reason
-        self.parts = []  # (contents, Counter of what was left out) of each part
+        self.parts = []  # of `Part`
 
     def skip(self, document, reason):
         """Counts a document that is left out."""
         part = document.metadata.get("part")
-        counter = self.skipped if part is None else self.parts[part][1]
+        counter = self.skipped if part is None else self.parts[part].skipped
         counter[reason] += 1
 
 
@@ -215,10 +224,10 @@ class NumberParts(PipelineStep):
         size = self.part_bytes  # as if a part had just ended
         for document in data:
             if size >= self.part_bytes:
-                self.tally.parts.append((Contents(), Counter()))
+                self.tally.parts.append(Part(Contents(), Counter()))
                 size = 0
             item = document.metadata["item"]
-            self.tally.parts[-1][0].add(item)
+            self.tally.parts[-1].contents.add(item)
             size += item.size
             document.metadata["part"] = len(self.tally.parts) - 1
             yield document
@@ -364,26 +373,34 @@ class WriteParts(PipelineStep):
 
     def write(self, data, folder):
         """Writes the parts of all documents."""
-        writer = self.open(folder, 0)
-        for document in data:
+        written = 0
+        for number, documents in itertools.groupby(data, part_of):
             # A part without a document that is kept is a part all the same.
-            while writer.number < document.metadata["part"]:
-                self.close(writer)
-                writer = self.open(folder, writer.number + 1)
-            if not writer.is_there:
-                self.add(writer, document)
-            self.stat_update("documents")
-        while writer.number < len(self.tally.parts):
-            self.close(writer)
-            writer = self.open(folder, writer.number + 1)
+            for empty in range(written, number):
+                self.write_part(folder, empty, [])
+            self.write_part(folder, number, documents)
+            written = number + 1
+        for empty in range(written, len(self.tally.parts)):
+            self.write_part(folder, empty, [])
         facts = {"parts": len(self.tally.parts), "skipped": self.tally.skipped}
         write_whole(os.path.join(folder, "task.json"), json.dumps(facts))
 
-    def open(self, folder, number):
-        """The `PartWriter` of a part."""
+    def write_part(self, folder, number, documents):
+        """Writes a part, or checks the one that is there."""
+        is_there = os.path.exists(part_file(folder, number, "json"))
         writer = PartWriter(folder, number, self.dtype)
-        writer.is_there = os.path.exists(part_file(folder, number, "json"))
-        return writer
+        for document in documents:
+            self.stat_update("documents")
+            if not is_there:
+                self.add(writer, document)
+
+        # Known only now: a part has been read to its end when the next one begins.
+        part = self.tally.parts[number]
+        if is_there:
+            check_read(folder, number, part.contents.digest)
+        else:
+            writer.skipped = part.skipped
+            writer.close(part.contents)
 
     def add(self, writer, document):
         """Tokenizes a document, and adds it to its part."""
@@ -395,11 +412,7 @@ class WriteParts(PipelineStep):
         split = "validation" if item.share < self.validation else "train"
         writer.add(split, item.document.language, item.size, tokens)
 
-    def close(self, writer):
-        """Writes a part, or checks the one that is there."""
-        contents, skipped = self.tally.parts[writer.number]
-        if writer.is_there:
-            check_read(writer.directory, writer.number, contents.digest)
-        else:
-            writer.skipped = skipped
-            writer.close(contents)
+
+def part_of(document):
+    """The number of a document's part."""
+    return document.metadata["part"]
