@@ -472,6 +472,13 @@ def test_sources_that_changed_between_two_starts_are_noticed(tmp_path, small_cor
         (source / name).unlink()
     refuses()
 
+    # The same, where most are lost.
+    last = len(meta["parts"]) - 1
+    for number in range(1, last):
+        (out / f"{number:05d}.json").unlink()
+    with pytest.raises(ValueError, match=f"{last:05d}.json: the sources have changed"):
+        prepare(source, out, **options)
+
     # More behind all that was read: nothing is lost.
     write_files(source, numbered(60) | {"z.py": b"last = 1\n" * 9})
     stop_after(3)
